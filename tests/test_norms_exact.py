@@ -155,6 +155,16 @@ CONV = {
         lambda: nn.Conv2d(16, 24, 3, padding=1, stride=2, padding_mode="circular"),
         lambda: images(16, 4),
     ),
+    "more stride than kernel, few positions": (
+        lambda: nn.Conv2d(16, 24, 2, padding=2, stride=3),
+        lambda: images(16, 5),
+    ),
+    "1-d, few positions": (lambda: nn.Conv1d(16, 24, 3, padding=2, dilation=2), lambda: torch.randn(B, 16, 4)),
+    "3-d, few positions": (lambda: nn.Conv3d(16, 24, (1, 2, 3), padding=1), lambda: torch.randn(B, 16, 2, 2, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, padding=1), images),
+    "transposed, grouped": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2), images),
+    "transposed, 1-d": (lambda: nn.ConvTranspose1d(4, 6, 4, stride=3), lambda: torch.randn(B, 4, 5)),
+    "transposed, 3-d": (lambda: nn.ConvTranspose3d(4, 2, 2, stride=2), lambda: torch.randn(B, 4, 2, 3, 2)),
     "1-d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), lambda: torch.randn(B, 4, 9)),
     "3-d": (lambda: nn.Conv3d(4, 6, 2, padding=1, groups=2), lambda: torch.randn(B, 4, 3, 4, 5)),
 }
@@ -171,6 +181,10 @@ NORM = {
     "LayerNorm": (lambda: nn.LayerNorm(6), lambda: torch.randn(B, 3, 6)),
     "LayerNorm, 2 axes": (lambda: nn.LayerNorm((3, 6)), lambda: torch.randn(B, 3, 6)),
     "GroupNorm": (lambda: nn.GroupNorm(2, 4), images),
+    "InstanceNorm2d, running statistics": (
+        lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval(),
+        images,
+    ),
     "InstanceNorm2d": (lambda: nn.InstanceNorm2d(4, affine=True), images),
     "RMSNorm": (lambda: nn.RMSNorm(6), lambda: torch.randn(B, 3, 6)),
 }
@@ -179,7 +193,6 @@ OTHER = {
     "Embedding, 1-D": (lambda: nn.Embedding(7, 3), lambda: torch.randint(0, 7, (B,))),
     "Embedding, padding": (lambda: nn.Embedding(4, 3, padding_idx=1), lambda: torch.randint(0, 4, (B, 9))),
     "own module": (lambda: Scale(6), lambda: torch.randn(B, 6)),
-    "transposed convolution": (lambda: nn.ConvTranspose2d(4, 3, 3, stride=2), images),
     "PReLU": (lambda: nn.PReLU(4), images),
     "Bilinear-like two outputs": (UsesTwoOutputs, lambda: torch.randn(B, 6)),
     "own BatchNorm": (OwnBatchNorm, images),
@@ -220,7 +233,9 @@ def check(model, x, *, tolerance, layers="module", samples=None):
         want = value[:samples] * x.shape[0]
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * want.max().item())
     for (n, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad), f"p.grad of {n} changed"
+        # One product for norms and weight gradient sums samples in another order; a watched backward pass changes nothing.
+        rounding = 0.0 if samples else 100 * torch.finfo(p.dtype).eps
+        torch.testing.assert_close(p.grad, q.grad, rtol=rounding, atol=rounding * q.grad.abs().max().item())
         torch.testing.assert_close(oracle[n].sum(0), p.grad.double(), rtol=1e-3, atol=1e-4)
 
 

@@ -2,7 +2,7 @@
 
 # These modules register their rules.
 from hf_clars.grad_norms import convolution, embedding, linear, normalization, timm_layers  # noqa: F401
-from hf_clars.grad_norms.errors import BatchAxisError, SecondBackwardError, UncoveredParameterError
+from hf_clars.grad_norms.errors import BatchAxisError, MixedDevicesError, SecondBackwardError, UncoveredParameterError
 from hf_clars.grad_norms.microbatch import MicroBatchGradNorms
 from hf_clars.grad_norms.passes import NormTotals
 from hf_clars.grad_norms.registry import LayerRule, find_rule, register_rule, registered_rules
@@ -12,6 +12,7 @@ __all__ = [
     "BatchAxisError",
     "LayerRule",
     "MicroBatchGradNorms",
+    "MixedDevicesError",
     "NormTotals",
     "PerSampleGradNorms",
     "SecondBackwardError",

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.passes import ForwardPass, NormTotals
+from hf_clars.grad_norms.torch_internals import inside_backward
 from hf_clars.grad_norms.trees import tensors_in
 from hf_clars.layers import ParamLayer
 
@@ -60,8 +61,8 @@ class NormAccumulator:
 
     @property
     def active(self) -> bool:
-        """False where hooks must do nothing: without gradients."""
-        return torch.is_grad_enabled()
+        """False where a call of the model begins no pass: without gradients, and when checkpointing repeats one."""
+        return torch.is_grad_enabled() and not inside_backward()
 
     def _on_model_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active:

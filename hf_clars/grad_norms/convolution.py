@@ -1,17 +1,22 @@
-"""Rule for `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`: any stride, padding, padding mode, dilation and groups."""
+"""Rules for convolutions: any stride, padding, padding mode, dilation and groups; transposed ones too."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from hf_clars.grad_norms import norm_math
+from hf_clars.grad_norms.costs import WeightUse, cheapest_form
+from hf_clars.grad_norms.linear import linear_squared_norm
 from hf_clars.grad_norms.registry import LayerRule, register_rule
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 def _same_padding(module: _Conv) -> list[int]:
@@ -23,12 +28,17 @@ def _same_padding(module: _Conv) -> list[int]:
     return pads
 
 
+def _zeros_only(module: _Conv) -> bool:
+    """Whether the padding is plain zeros, the same on both sides, which the library's kernels add themselves."""
+    return not isinstance(module.padding, str) and module.padding_mode == "zeros"
+
+
 def _padded_input(module: _Conv, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The input with every padding applied that the weight-gradient kernel cannot, and the zeros left to it."""
     none = (0,) * len(module.kernel_size)
+    if module.padding == "valid":
+        return x, none
     if isinstance(module.padding, str):
-        if module.padding == "valid":
-            return x, none
         pads = _same_padding(module)
     elif module.padding_mode == "zeros":
         return x, tuple(module.padding)
@@ -38,70 +48,117 @@ def _padded_input(module: _Conv, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return F.pad(x, pads, mode=mode), none
 
 
+def convolution_use(module: _Conv, batch: int, output: Tensor) -> WeightUse:
+    """The shapes of a call on `batch` samples."""
+    return WeightUse(
+        samples=batch,
+        positions=math.prod(output.shape[2:]),
+        width_in=module.in_channels // module.groups,
+        width_out=module.out_channels // module.groups,
+        groups=module.groups,
+        taps=math.prod(module.kernel_size),
+        element_size=output.element_size(),
+    )
+
+
 @register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvolutionRule(LayerRule):
     """y = conv(x, W) + b; the weight is shared by all positions, each group sees its own channels."""
 
     def per_sample_grads(
-        self, module: nn.Module, saved: Tensor, g: Tensor, wanted: Collection[str]
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
         assert isinstance(module, _Conv)
         grads = {}
         if "weight" in wanted:
-            x, padding = _padded_input(module, saved)
-            grads["weight"] = _weight_grads(module, x, g, padding)
+            grads["weight"] = _weight_grads(module, *_padded_input(module, saved[0]), g)
         if "bias" in wanted:
             grads["bias"] = g.flatten(2).sum(2)
         return grads
 
-    def squared_norms(self, module: nn.Module, saved: Tensor, g: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+    def squared_norms(
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
+    ) -> dict[str, Tensor]:
         """See `LayerRule`."""
         assert isinstance(module, _Conv)
         squares = {}
         if "weight" in wanted:
-            x, padding = _padded_input(module, saved)
-            squares["weight"] = _weight_squared_norms(module, x, g, padding)
+            squares["weight"] = _weight_squared_norms(module, *_padded_input(module, saved[0]), g)
         if "bias" in wanted:
             squares["bias"] = norm_math.squared_sum(g.flatten(2).sum(2))
         return squares
 
+    def takes_over(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """Where the per-sample product is the cheapest form, and the padding is plain."""
+        assert isinstance(module, _Conv)
+        use = convolution_use(module, x.shape[0], output)
+        return _zeros_only(module) and cheapest_form(use, x.device.type) in ("product", "outer")
+
+    def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
+        """See `LayerRule`."""
+        assert isinstance(module, _Conv)
+        grad_fn = (conv1d_input, conv2d_input, conv3d_input)[len(module.kernel_size) - 1]
+        settings: dict[str, Any] = _settings(module, module.padding)
+        return grad_fn(x.shape, weight, g, **settings)
+
+
+def _settings(module: _Conv | _Transposed, padding: Any) -> dict[str, Any]:
+    return {
+        "stride": tuple(module.stride),
+        "padding": tuple(padding),
+        "dilation": tuple(module.dilation),
+        "groups": module.groups,
+    }
+
 
 def _is_pointwise(module: _Conv, padding: tuple[int, ...]) -> bool:
-    """A 1x1 kernel over every position is a Linear layer over positions."""
-    dims = len(module.kernel_size)
-    return (
-        module.groups == 1
-        and tuple(module.kernel_size) == (1,) * dims
-        and tuple(module.stride) == (1,) * dims
-        and padding == (0,) * dims
-    )
+    """A 1x1 kernel is a Linear layer over the positions that it visits."""
+    return module.groups == 1 and math.prod(module.kernel_size) == 1 and not any(padding)
 
 
-def _weight_squared_norms(module: _Conv, x: Tensor, g: Tensor, padding: tuple[int, ...]) -> Tensor:
+def _visited(module: _Conv, x: Tensor) -> Tensor:
+    """[B, T, in]: the pixels that a 1x1 kernel visits."""
+    return x[(..., *(slice(None, None, s) for s in module.stride))].flatten(2).mT
+
+
+def _weight_squared_norms(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor) -> Tensor:
     if _is_pointwise(module, padding):
-        return norm_math.linear_squared_norm(x.flatten(2).mT, g.flatten(2).mT)
-    seen = math.prod(module.weight.shape[1:])
-    if isinstance(module, nn.Conv2d) and norm_math.gram_is_cheaper(
-        math.prod(g.shape[2:]), seen, module.out_channels // module.groups
-    ):
-        patches = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
-        return norm_math.patches_squared_norm(patches, g.flatten(2), module.groups)
+        return linear_squared_norm(_visited(module, x), g.flatten(2).mT)
+    use = convolution_use(module, x.shape[0], g)
+    if cheapest_form(use, x.device.type, replaces_weight_grad=False) == "gram":
+        return norm_math.convolution_gram_squared_norm(
+            x, g, kernel=tuple(module.kernel_size), **_settings(module, padding)
+        )
     return norm_math.in_slices(
-        lambda x_part, g_part: _weight_grads(module, x_part, g_part, padding),
+        lambda x_part, g_part: norm_math.squared_sum(_weight_grads(module, x_part, padding, g_part)),
         x,
         g,
         elements_per_sample=math.prod(module.weight.shape),
     )
 
 
-def _weight_grads(module: _Conv, x: Tensor, g: Tensor, padding: tuple[int, ...]) -> Tensor:
-    return norm_math.convolution_weight_grads(
-        x,
-        g,
-        kernel_shape=(module.out_channels, module.in_channels // module.groups, *module.kernel_size),
-        stride=tuple(module.stride),
-        padding=padding,
-        dilation=tuple(module.dilation),
-        groups=module.groups,
-    )
+def _weight_grads(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor) -> Tensor:
+    shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    if _is_pointwise(module, padding):
+        return norm_math.linear_weight_grads(_visited(module, x), g.flatten(2).mT).view(-1, *shape)
+    return norm_math.convolution_weight_grads(x, g, kernel_shape=shape, **_settings(module, padding))
+
+
+@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+class TransposedConvolutionRule(LayerRule):
+    """The convolution that maps the output to the input: the same weight gradient with x and g exchanged."""
+
+    def per_sample_grads(
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
+    ) -> dict[str, Tensor]:
+        """See `LayerRule`."""
+        assert isinstance(module, _Transposed)
+        grads = {}
+        if "weight" in wanted:
+            shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
+            settings = _settings(module, module.padding)
+            grads["weight"] = norm_math.convolution_weight_grads(g, saved[0], kernel_shape=shape, **settings)
+        if "bias" in wanted:
+            grads["bias"] = g.flatten(2).sum(2)
+        return grads

@@ -14,35 +14,28 @@ from hf_clars.grad_norms.registry import LayerRule, register_rule
 class EmbeddingRule(LayerRule):
     """A table lookup: a row's gradient is the sum of g over the places where its token stands."""
 
-    def save(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    positions_in_the_middle = True
+
+    def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
         """Tokens [B, T], and with `scale_grad_by_freq` each token's count in the whole batch."""
         assert isinstance(module, nn.Embedding)
-        tokens = x.detach().reshape(x.shape[0], -1)
+        tokens = x.reshape(x.shape[0], -1)
         if not module.scale_grad_by_freq:
-            return tokens, None
+            return (tokens,)
         counts = tokens.new_zeros(module.num_embeddings)
         counts.scatter_add_(0, tokens.flatten(), tokens.new_ones(()).expand(tokens.numel()))
         return tokens, counts[tokens]
 
-    def take(self, saved: tuple[Tensor, Tensor | None], count: int) -> tuple[Tensor, Tensor | None]:
-        """The first `count` samples."""
-        tokens, counts = saved
-        return tokens[:count], None if counts is None else counts[:count]
-
-    def _row_gradients(self, module: nn.Embedding, saved: tuple[Tensor, Tensor | None], g: Tensor) -> Tensor:
+    def _row_gradients(self, module: nn.Embedding, saved: tuple[Tensor, ...], g: Tensor) -> Tensor:
         """What each lookup adds to its row, [B, T, width]."""
-        tokens, counts = saved
+        tokens, *counts = saved
         g = g.reshape(*tokens.shape, module.embedding_dim)
         if module.padding_idx is not None:
             g = g * (tokens != module.padding_idx).unsqueeze(-1)
-        return g if counts is None else g / counts.unsqueeze(-1)
+        return g / counts[0].unsqueeze(-1) if counts else g
 
     def per_sample_grads(
-        self,
-        module: nn.Module,
-        saved: tuple[Tensor, Tensor | None],
-        g: Tensor,
-        wanted: Collection[str],
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
         assert isinstance(module, nn.Embedding)
@@ -50,11 +43,7 @@ class EmbeddingRule(LayerRule):
         return {"weight": norm_math.embedding_weight_grads(saved[0], rows, module.num_embeddings)}
 
     def squared_norms(
-        self,
-        module: nn.Module,
-        saved: tuple[Tensor, Tensor | None],
-        g: Tensor,
-        wanted: Collection[str],
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
         assert isinstance(module, nn.Embedding)

@@ -15,3 +15,7 @@ class BatchAxisError(HfClarsError, ValueError):
 
 class SecondBackwardError(HfClarsError, RuntimeError):
     """`backward()` ran twice through one forward pass."""
+
+
+class MixedDevicesError(HfClarsError, ValueError):
+    """The model's layers are on different devices."""

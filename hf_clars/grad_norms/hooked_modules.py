@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
@@ -13,23 +13,26 @@ _WAY_OUT = "freeze its parameters, or use estimator='microbatch'."
 
 
 class HookedModule:
-    """A module with measured parameters of its own, and the rule for it.
+    """A module with measured parameters of its own or inside, and the rule for it.
 
     Args:
         path: Its name in the model.
         module: The module.
-        params: Its own measured parameters by local name.
+        params: Its own measured parameters by local name; none for a mere container.
 
     Attributes:
+        rule: The rule that serves it, if any does.
         inner: Measured parameters of the modules inside, by their name relative to this one; only without a rule.
+        known_rows: Layouts (rows a sample, shape of a row) whose rows were proven to lie sample by sample.
     """
 
     def __init__(self, path: str, module: nn.Module, params: dict[str, nn.Parameter]) -> None:
         self.path = path
         self.module = module
         self.params = params
-        self.rule: LayerRule | None = find_rule(module)
+        self.rule: LayerRule | None = find_rule(module) if params else None
         self.inner: dict[str, nn.Parameter] = {}
+        self.known_rows: set[tuple[int, ...]] = set()
 
     def __str__(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__})"
@@ -38,49 +41,53 @@ class HookedModule:
         """A parameter's name in the model."""
         return f"{self.path}.{name}" if self.path else name
 
-    def check_rule_shapes(self, x: Tensor, output: Tensor, batch_size: int) -> None:
-        """Raise unless input and output have the batch first.
+    def contains(self, other: HookedModule) -> bool:
+        """Whether the other module is inside this one."""
+        return other is not self and (not self.path or other.path.startswith(f"{self.path}."))
+
+    def rows_of(self, x: Tensor, output: Tensor, batch_size: int) -> int | None:
+        """Rows of the first axis that make up a sample, if that is certain: 1 where the batch is the first axis.
+
+        Models fold other axes into the first (windows, frames). Whether a sample's rows then lie together is proven
+        once (see `adoption.py`); until then the answer is None.
+        """
+        if x.shape[0] == batch_size == output.shape[0]:
+            return 1
+        rows = folded_rows(x, output, batch_size)
+        return rows if rows and (batch_size == 1 or (rows, *x.shape[1:]) in self.known_rows) else None
+
+    def no_batch_axis(self, taken: str, outputs: Sequence[Tensor], batch_size: int) -> BatchAxisError:
+        """The error for a call whose tensors cannot be told apart by sample.
 
         Args:
-            x: Input.
-            output: Output.
+            taken: Its input, as text.
+            outputs: Its tensor outputs.
             batch_size: Samples in the pass.
-
-        Raises:
-            BatchAxisError: With the shapes.
         """
-        if x.shape[0] != batch_size or output.shape[0] != batch_size:
-            raise BatchAxisError(
-                f"{self} takes {tuple(x.shape)} and returns {tuple(output.shape)}, but the batch has {batch_size} "
-                "samples: per-sample norms need the batch as the first axis of both. Put the batch first in this "
-                f"module's call, {_WAY_OUT}"
-            )
+        given = ", ".join(str(tuple(t.shape)) for t in outputs)
+        what = f"returns {given}" if outputs else "returns no tensor that could be found"
+        return BatchAxisError(
+            f"{self} takes {taken} and {what}, but the batch has {batch_size} samples, and no module around it has "
+            f"the batch as first axis of its input and output: per-sample norms need one. Put the batch first in this "
+            f"module's call or return it so from a module around it, {_WAY_OUT}"
+        )
 
-    def batch_first(self, outputs: Mapping[int, Tensor], batch_size: int) -> dict[int, Tensor]:
-        """The outputs that the fallback can work with; one of another layout (a recurrent net's state) may not be used.
+    def refuse_gradient_through(self, tensor: Tensor, batch_size: int) -> None:
+        """Raise in the backward pass if a gradient comes through an output without the batch as first axis."""
+        error = BatchAxisError(
+            f"{self} has no layer rule and returns a tensor of shape {tuple(tensor.shape)}, but the batch has "
+            f"{batch_size} samples: the general fallback needs the batch as its first axis. Register a rule for its "
+            f"class, {_WAY_OUT}"
+        )
+        tensor.register_hook(lambda _: _raise(error))
 
-        Args:
-            outputs: Differentiable outputs by their place among all.
-            batch_size: Samples in the pass.
 
-        Returns:
-            Those with the batch as first axis.
-
-        Raises:
-            BatchAxisError: If there is none; in the backward pass, if a gradient comes through another.
-        """
-        good = {i: t for i, t in outputs.items() if t.dim() > 0 and t.shape[0] == batch_size}
-        for i, tensor in outputs.items():
-            if i not in good:
-                error = BatchAxisError(
-                    f"{self} has no layer rule and returns a tensor of shape {tuple(tensor.shape)}, but the batch has "
-                    f"{batch_size} samples: the general fallback needs the batch as its first axis. Register a rule "
-                    f"for its class, {_WAY_OUT}"
-                )
-                if not good:
-                    raise error
-                tensor.register_hook(lambda _, e=error: _raise(e))
-        return good
+def folded_rows(x: Tensor, output: Tensor, batch_size: int) -> int | None:
+    """How many rows of the first axis there are for each sample, if they can be evenly shared."""
+    first = x.shape[0] if x.dim() else 0
+    if batch_size and first > batch_size and first % batch_size == 0 and output.dim() and output.shape[0] == first:
+        return first // batch_size
+    return None
 
 
 def _raise(error: Exception) -> None:
@@ -88,7 +95,7 @@ def _raise(error: Exception) -> None:
 
 
 def find_hooked_modules(model: nn.Module, measured: Collection[nn.Parameter]) -> list[HookedModule]:
-    """Every module that directly owns a measured parameter; a tied one is owned by several.
+    """Every module that owns a measured parameter, directly or inside; a tied one is owned by several.
 
     Args:
         model: Where to look.
@@ -100,9 +107,9 @@ def find_hooked_modules(model: nn.Module, measured: Collection[nn.Parameter]) ->
     found = []
     for path, module in model.named_modules():
         own = {name: p for name, p in module.named_parameters(recurse=False) if p in measured}
-        if own:
-            hooked = HookedModule(path, module, own)
-            if hooked.rule is None:
-                hooked.inner = {n: p for n, p in module.named_parameters() if p in measured and n not in own}
+        hooked = HookedModule(path, module, own)
+        if hooked.rule is None:
+            hooked.inner = {n: p for n, p in module.named_parameters() if p in measured and n not in own}
+        if own or hooked.inner:
             found.append(hooked)
     return found

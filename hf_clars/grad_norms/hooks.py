@@ -28,16 +28,15 @@ class BoundHook:
             owner is gone, as after `optimizer = CLARS(model)` was run a second time in a notebook.
     """
 
-    def __init__(self, method: Callable[..., None], *first: Any, keep_owner: bool = False) -> None:
-        self.method: Callable[[], Callable[..., None] | None]
+    def __init__(self, method: Callable[..., Any], *first: Any, keep_owner: bool = False) -> None:
+        self.method: Callable[[], Callable[..., Any] | None]
         self.method = (lambda: method) if keep_owner else weakref.WeakMethod(method)
         self.first = first
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method, if its owner is there."""
         method = self.method()
-        if method is not None:
-            method(*self.first, *args, **kwargs)
+        return None if method is None else method(*self.first, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InertHook:
         return InertHook()

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
+from hf_clars.grad_norms.costs import WeightUse, cheapest_form
 from hf_clars.grad_norms.registry import LayerRule, register_rule
 
 
@@ -15,15 +16,22 @@ def _positions(t: Tensor) -> Tensor:
     return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
 
 
+def linear_use(x: Tensor, output: Tensor) -> WeightUse:
+    """The shapes of a call: x [B, T, in], output [B, T, out]."""
+    return WeightUse(x.shape[0], x.shape[1], x.shape[2], output.shape[2], element_size=output.element_size())
+
+
 @register_rule(nn.Linear)
 class LinearRule(LayerRule):
     """y = x W^T + b; the weight is shared by all axes between batch and width."""
 
+    positions_in_the_middle = True
+
     def per_sample_grads(
-        self, module: nn.Module, saved: Tensor, g: Tensor, wanted: Collection[str]
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
-        x, g = _positions(saved), _positions(g)
+        x, g = _positions(saved[0]), _positions(g)
         grads = {}
         if "weight" in wanted:
             grads["weight"] = norm_math.linear_weight_grads(x, g)
@@ -31,13 +39,38 @@ class LinearRule(LayerRule):
             grads["bias"] = g.sum(1)
         return grads
 
-    def squared_norms(self, module: nn.Module, saved: Tensor, g: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+    def squared_norms(
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
+    ) -> dict[str, Tensor]:
         """See `LayerRule`."""
-        x, g = _positions(saved), _positions(g)
+        x, g = _positions(saved[0]), _positions(g)
         squares = {}
         if "weight" in wanted:
-            squares["weight"] = norm_math.linear_squared_norm(x, g)
+            squares["weight"] = linear_squared_norm(x, g)
         if "bias" in wanted:
             # positions add up before they are squared: the bias is shared by all of them
             squares["bias"] = norm_math.squared_sum(g.sum(1))
         return squares
+
+    def takes_over(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """Where the per-sample product is the cheapest form."""
+        return cheapest_form(linear_use(_positions(x), _positions(output)), x.device.type) == "product"
+
+    def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
+        """See `LayerRule`."""
+        return g @ weight
+
+
+def linear_squared_norm(x: Tensor, g: Tensor) -> Tensor:
+    """Squared norm of each sample's weight gradient in the cheapest form: x [B, T, in], g [B, T, out] -> [B]."""
+    form = cheapest_form(linear_use(x, g), x.device.type, replaces_weight_grad=False)
+    if form == "outer":
+        return norm_math.outer_squared_norm(x[:, 0], g[:, 0])
+    if form == "gram":
+        return norm_math.gram_squared_norm(x, g)
+    return norm_math.in_slices(
+        lambda *part: norm_math.squared_sum(norm_math.linear_weight_grads(*part)),
+        x,
+        g,
+        elements_per_sample=x.shape[2] * g.shape[2],
+    )

@@ -9,15 +9,16 @@ form for T > 1 is Rochette, Manoel and Tramel (2019), also Li et al., "ghost cli
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-# Per-sample weight gradients are materialised in slices of at most this many elements (256 MiB in float32).
-MAX_ELEMENTS = 1 << 26
+# What is made per sample (gradients, Gram matrices) exists for at most this many elements at once: 64 MiB in float32.
+MAX_ELEMENTS = 1 << 24
 
 
 def squared_sum(x: Tensor) -> Tensor:
@@ -26,22 +27,18 @@ def squared_sum(x: Tensor) -> Tensor:
     return torch.linalg.vecdot(flat, flat)
 
 
-def linear_squared_norm(x: Tensor, g: Tensor) -> Tensor:
-    """Squared norm of each sample's weight gradient of y = x W^T.
+def outer_squared_norm(x: Tensor, g: Tensor) -> Tensor:
+    """Squared norm of g x^T for every sample: x [B, in], g [B, out] -> [B]."""
+    return squared_sum(x) * squared_sum(g)
 
-    Args:
-        x: Inputs [B, T, in].
-        g: Output gradients [B, T, out].
 
-    Returns:
-        [B], the squared Frobenius norms of sum_t g_t x_t^T, by the cheapest of three equal forms.
-    """
-    positions, width_in, width_out = x.shape[1], x.shape[2], g.shape[2]
-    if positions == 1:
-        return squared_sum(x) * squared_sum(g)
-    if gram_is_cheaper(positions, width_in, width_out):
-        return torch.einsum("bst,bst->b", x @ x.mT, g @ g.mT)
-    return in_slices(linear_weight_grads, x, g, elements_per_sample=width_in * width_out)
+def gram_squared_norm(x: Tensor, g: Tensor) -> Tensor:
+    """Squared norm of sum_t g_t x_t^T for every sample, without that matrix: x [B, T, in], g [B, T, out] -> [B]."""
+    return in_slices(_gram_squared_norm, x, g, elements_per_sample=2 * x.shape[1] ** 2)
+
+
+def _gram_squared_norm(x: Tensor, g: Tensor) -> Tensor:
+    return torch.linalg.vecdot((x @ x.mT).flatten(1), (g @ g.mT).flatten(1))
 
 
 def linear_weight_grads(x: Tensor, g: Tensor) -> Tensor:
@@ -90,24 +87,64 @@ def convolution_weight_grads(
     return grads.reshape(batch, *kernel_shape)
 
 
-def gram_is_cheaper(positions: int, width_in: int, width_out: int) -> bool:
-    """Whether [T, T] products of inputs and of gradients cost less than the [in, out] gradient itself."""
-    return positions * (width_in + width_out) < width_in * width_out
+def convolution_gram_squared_norm(
+    x: Tensor,
+    g: Tensor,
+    *,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Squared norm of each sample's convolution weight gradient, by the Gram form over output positions.
 
-
-def patches_squared_norm(patches: Tensor, g: Tensor, groups: int) -> Tensor:
-    """Squared norm of each sample's convolution weight gradient, by the Gram form over positions.
+    The product of two patches is a sum over kernel taps of products of single pixels, and these are entries of one
+    matrix over all pairs of pixels: no patch is ever written out. Each group has a matrix of its own; one over all would
+    mix them and overstate depthwise norms.
 
     Args:
-        patches: Unfolded inputs [B, groups * p, T], p values that one output of a group sees.
-        g: Output gradients [B, out, T].
-        groups: Each group has a Gram matrix of its own: one over all would mix them and overstate depthwise norms.
+        x: Inputs [B, in, *space].
+        g: Output gradients [B, out, *space'].
+        kernel: Kernel size per spatial dimension, as are `stride`, `padding` (zeros) and `dilation`.
+        stride: Steps between output positions.
+        padding: Zeros added on both sides.
+        dilation: Kernel spacing.
+        groups: Groups of the layer.
 
     Returns:
         [B].
     """
-    inputs, outputs = patches.unflatten(1, (groups, -1)), g.unflatten(1, (groups, -1))
-    return torch.einsum("bgst,bgst->b", inputs.mT @ inputs, outputs.mT @ outputs)
+    size, out_size = tuple(x.shape[2:]), tuple(g.shape[2:])
+
+    def pixel_products(t: Tensor) -> Tensor:
+        """[b, groups, *space, *space]: products of all pairs of pixels."""
+        flat = t.flatten(2).unflatten(1, (groups, -1))
+        return (flat.mT @ flat).view(t.shape[0], groups, *t.shape[2:], *t.shape[2:])
+
+    def squared_norms(x: Tensor, g: Tensor) -> Tensor:
+        pixels, outputs = pixel_products(x), pixel_products(g)
+        patches = torch.zeros_like(outputs)
+        for tap in itertools.product(*(range(k) for k in kernel)):
+            there, here = zip(
+                *(_tap_overlap(*one) for one in zip(tap, dilation, padding, stride, size, out_size, strict=True)),
+                strict=True,
+            )
+            patches[(..., *here, *here)] += pixels[(..., *there, *there)]
+        return torch.linalg.vecdot(patches.flatten(1), outputs.flatten(1))
+
+    pairs = groups * (math.prod(size) ** 2 + 2 * math.prod(out_size) ** 2)
+    return in_slices(squared_norms, x, g, elements_per_sample=pairs)
+
+
+def _tap_overlap(tap: int, dilation: int, padding: int, stride: int, size: int, out_size: int) -> tuple[slice, slice]:
+    """Pixels that a kernel tap sees along one axis, and the outputs that see them: the rest falls on padding."""
+    shift = tap * dilation - padding  # output i sees pixel i * stride + shift
+    first = max(0, -(shift // stride))
+    last = min(out_size - 1, (size - 1 - shift) // stride)
+    count = max(0, last - first + 1)
+    start = first * stride + shift
+    return slice(start, start + (count - 1) * stride + 1 if count else start, stride), slice(first, first + count)
 
 
 def embedding_weight_squared_norm(tokens: Tensor, g: Tensor) -> Tensor:
@@ -139,21 +176,24 @@ def embedding_weight_grads(tokens: Tensor, g: Tensor, rows: int) -> Tensor:
     return grads.scatter_add_(1, tokens.unsqueeze(-1).expand_as(g), g)
 
 
-def in_slices(grads_of: Callable[..., Tensor], *tensors: Tensor, elements_per_sample: int) -> Tensor:
-    """Squared norms of `grads_of(*tensors)`, over slices of the batch so that at most `MAX_ELEMENTS` exist at once.
+def in_slices(norms_of: Callable[..., Tensor], *tensors: Tensor, elements_per_sample: int) -> Tensor:
+    """`norms_of(*tensors)` over slices of the batch, so that at most `MAX_ELEMENTS` exist at once.
 
     Args:
-        grads_of: Maps tensors [b, ...] to per-sample gradients [b, ...].
+        norms_of: Maps tensors [b, ...] to [b].
         tensors: Arguments, batch axis first.
-        elements_per_sample: Size of one sample's gradient.
+        elements_per_sample: Size of what it makes for one sample.
 
     Returns:
         [B].
     """
-    batch = tensors[0].shape[0]
+    parts = [norms_of(*part) for part in slices_of(*tensors, elements_per_sample=elements_per_sample)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def slices_of(*tensors: Tensor, elements_per_sample: int) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of the batch axis of several tensors, at most `MAX_ELEMENTS` elements each."""
     step = max(1, MAX_ELEMENTS // max(1, elements_per_sample))
-    if batch <= step:
-        return squared_sum(grads_of(*tensors))
-    slices = math.ceil(batch / step)
-    parts = zip(*(t.chunk(slices) for t in tensors), strict=True)
-    return torch.cat([squared_sum(grads_of(*part)) for part in parts])
+    if tensors[0].shape[0] <= step:
+        return iter([tensors])
+    return zip(*(t.split(step) for t in tensors), strict=True)

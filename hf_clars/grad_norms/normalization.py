@@ -9,17 +9,91 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.registry import LayerRule, register_rule
+from hf_clars.grad_norms.torch_internals import affine_sums, batch_statistics, group_statistics
+
+_BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+_InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 
 
-def _per_channel(t: Tensor) -> Tensor:
-    """Sum over positions: [B, C, ...] -> [B, C]."""
-    return t.flatten(2).sum(2) if t.dim() > 2 else t
+class _ChannelRule(LayerRule):
+    """Affine per channel, channels on axis 1. Saved: the input and its (mean, 1 / standard deviation), [B or 1, C]."""
+
+    def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
+        """The input and its statistics; nothing for the bias alone."""
+        if "weight" not in wanted:
+            return ()
+        mean, rstd = self.statistics(module, x, output)
+        return x, mean, rstd
+
+    def take(self, saved: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+        """The first `count` samples; statistics of the whole batch stay what they are."""
+        return tuple(t if t.shape[0] == 1 else t[:count] for t in saved)
+
+    @abstractmethod
+    def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, 1 / standard deviation) that the module has just normalised with, [B, C] or [1, C] each."""
+
+    def per_sample_grads(
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
+    ) -> dict[str, Tensor]:
+        """See `LayerRule`: [B, C] each."""
+        if "weight" not in wanted:
+            return {"bias": g.flatten(2).sum(2) if g.dim() > 2 else g}
+        weight, bias = affine_sums(saved[0], g, *saved[1:])
+        return {"weight": weight, "bias": bias} if "bias" in wanted else {"weight": weight}
+
+
+def _running_statistics(module: _BatchNorm | _InstanceNorm) -> tuple[Tensor, Tensor] | None:
+    """Copies of the running statistics if the module uses them: they may change before the backward pass."""
+    mean, var = module.running_mean, module.running_var
+    if module.training or mean is None or var is None:
+        return None
+    return mean.clone().unsqueeze(0), (var + module.eps).rsqrt().unsqueeze(0)
+
+
+@register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+class BatchNormRule(_ChannelRule):
+    """Batch statistics in train mode (or without running ones), running statistics in eval mode."""
+
+    def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, C] each."""
+        assert isinstance(module, _BatchNorm)
+        running = _running_statistics(module)
+        if running is not None:
+            return running
+        mean, rstd = batch_statistics(x, output, module.eps)
+        return mean.unsqueeze(0), rstd.unsqueeze(0)
+
+
+@register_rule(nn.GroupNorm)
+class GroupNormRule(_ChannelRule):
+    """Statistics per sample and group."""
+
+    def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C] each."""
+        assert isinstance(module, nn.GroupNorm)
+        mean, rstd = group_statistics(x, output, module.num_groups, module.eps)
+        width = module.num_channels // module.num_groups
+        return mean.repeat_interleave(width, 1), rstd.repeat_interleave(width, 1)
+
+    def take(self, saved: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+        """The first `count` samples."""
+        return tuple(t[:count] for t in saved)
+
+
+@register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+class InstanceNormRule(_ChannelRule):
+    """Statistics per sample and channel; running ones only in eval mode with `track_running_stats`."""
+
+    def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C] or [1, C] each."""
+        assert isinstance(module, _InstanceNorm)
+        return _running_statistics(module) or group_statistics(x, output, x.shape[1], module.eps)
 
 
 def _trailing(t: Tensor, dims: int) -> Tensor:
@@ -28,104 +102,14 @@ def _trailing(t: Tensor, dims: int) -> Tensor:
     return t.sum(between) if between else t
 
 
-class _ChannelRule(LayerRule):
-    """Affine per channel, channels on axis 1."""
-
-    def per_sample_grads(self, module: nn.Module, saved: Any, g: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        """See `LayerRule`."""
-        x_hat = self.normalised(module, saved) if "weight" in wanted else g
-        return self.affine_grads(x_hat, g, wanted)
-
-    @staticmethod
-    def affine_grads(x_hat: Tensor, g: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        """Per-sample gradients of x_hat * w + b: [B, C] each.
-
-        Args:
-            x_hat: Normalised input [B, C, ...]; not looked at unless the weight is wanted.
-            g: Gradient of the affine output.
-            wanted: `"weight"`, `"bias"` or both.
-
-        Returns:
-            {local parameter name: Tensor [B, C]}.
-        """
-        grads = {}
-        if "weight" in wanted:
-            grads["weight"] = _per_channel(g * x_hat)
-        if "bias" in wanted:
-            grads["bias"] = _per_channel(g)
-        return grads
-
-    @abstractmethod
-    def normalised(self, module: nn.Module, saved: Any) -> Tensor:
-        """x_hat [B, C, ...]."""
-
-
-@register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-class BatchNormRule(_ChannelRule):
-    """Batch statistics in train mode (or without running ones), running statistics in eval mode."""
-
-    needs_whole_batch = True
-
-    def save(self, module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The input, and a copy of the running statistics if those were used: they may change before backward."""
-        assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
-        mean, var = module.running_mean, module.running_var
-        if module.training or mean is None or var is None:
-            return x.detach(), None
-        return x.detach(), (mean.clone(), var.clone())
-
-    def normalised(self, module: nn.Module, saved: tuple[Tensor, tuple[Tensor, Tensor] | None]) -> Tensor:
-        """x_hat [B, C, ...]."""
-        assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
-        x, statistics = saved
-        if statistics is None:
-            return F.batch_norm(x, None, None, training=True, eps=module.eps)
-        mean, var = (s.to(x.dtype) for s in statistics)
-        return F.batch_norm(x, mean, var, training=False, eps=module.eps)
-
-
-@register_rule(nn.GroupNorm)
-class GroupNormRule(_ChannelRule):
-    """Statistics per sample and group."""
-
-    def normalised(self, module: nn.Module, saved: Tensor) -> Tensor:
-        """x_hat [B, C, ...]."""
-        assert isinstance(module, nn.GroupNorm)
-        return F.group_norm(saved, module.num_groups, eps=module.eps)
-
-
-@register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-class InstanceNormRule(_ChannelRule):
-    """Statistics per sample and channel; running ones only in eval mode with `track_running_stats`."""
-
-    def save(self, module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The input, and a copy of the running statistics if those were used."""
-        assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
-        mean, var = module.running_mean, module.running_var
-        if module.training or mean is None or var is None:
-            return x.detach(), None
-        return x.detach(), (mean.clone(), var.clone())
-
-    def take(self, saved: tuple[Tensor, Any], count: int) -> tuple[Tensor, Any]:
-        """The first `count` samples."""
-        return saved[0][:count], saved[1]
-
-    def normalised(self, module: nn.Module, saved: tuple[Tensor, tuple[Tensor, Tensor] | None]) -> Tensor:
-        """x_hat [B, C, ...]."""
-        assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
-        x, statistics = saved
-        if statistics is None:
-            return F.instance_norm(x, eps=module.eps)
-        mean, var = (s.to(x.dtype) for s in statistics)
-        return F.instance_norm(x, mean, var, use_input_stats=False, eps=module.eps)
-
-
 @register_rule(nn.LayerNorm, nn.RMSNorm)
 class LayerNormRule(LayerRule):
     """Statistics over the last axes, affine per element of them, shared by all axes between."""
 
+    positions_in_the_middle = True
+
     def per_sample_grads(
-        self, module: nn.Module, saved: Tensor, g: Tensor, wanted: Collection[str]
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
         assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
@@ -133,10 +117,10 @@ class LayerNormRule(LayerRule):
         grads = {}
         if "weight" in wanted:
             if isinstance(module, nn.LayerNorm):
-                x_hat = F.layer_norm(saved, shape, eps=module.eps)
+                x_hat = F.layer_norm(saved[0], shape, eps=module.eps)
             else:
-                x_hat = F.rms_norm(saved, shape, eps=module.eps)
-            grads["weight"] = _trailing(g * x_hat, len(shape))
+                x_hat = F.rms_norm(saved[0], shape, eps=module.eps)
+            grads["weight"] = _trailing(x_hat.mul_(g), len(shape))
         if "bias" in wanted:
             grads["bias"] = _trailing(g, len(shape))
         return grads

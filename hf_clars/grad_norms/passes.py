@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from hf_clars.grad_norms.adoption import Orphan
 from hf_clars.grad_norms.fallback import ModuleCall
+from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import squared_sum
 
 
@@ -20,6 +22,10 @@ class ForwardPass:
         batch_size: Samples in the pass.
         kept: How many of its first samples are measured.
         implicit: True when the pass was opened by a submodule rather than by the model's own forward.
+        captured: Modules whose calls are waiting for their gradients.
+        without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
+        orphans: Calls that wait for a module around them.
+        device: Where the first captured call took place.
         uses: How often each parameter was used by a captured module call.
         squares: {layer index: Tensor [kept]}, squared norms added up over the layer's parameters.
         pending: Per-sample gradients of parameters used more than once: those add up before they are squared.
@@ -34,6 +40,10 @@ class ForwardPass:
     batch_size: int
     kept: int
     implicit: bool = False
+    captured: set[HookedModule] = field(default_factory=set)
+    without_grad: Counter[HookedModule] = field(default_factory=Counter)
+    orphans: list[Orphan] = field(default_factory=list)
+    device: torch.device | None = None
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
     squares: dict[int, Tensor] = field(default_factory=dict)
     pending: dict[nn.Parameter, Tensor] = field(default_factory=dict)
@@ -49,6 +59,18 @@ class ForwardPass:
         for call in self.fallback_calls:
             call.edges.clear()
         self.fallback_calls.clear()
+        self.orphans.clear()
+
+    def check_adopted(self) -> None:
+        """Raise if a call was left to no one, so that its norms would be missing.
+
+        Raises:
+            BatchAxisError: Naming the module and its shapes.
+        """
+        if self.orphans:
+            error = self.orphans[0].error
+            self.orphans.clear()
+            raise error
 
     def next_call(self) -> int:
         """A number for a captured module call."""
@@ -76,6 +98,7 @@ class ForwardPass:
             Norms [K, kept], zero for layers that got no gradient; None when no layer got any.
         """
         self.closed = True
+        self.check_adopted()
         for param, grads in self.pending.items():
             self.add_squares(layer_of[param], squared_sum(grads))
         self.pending.clear()

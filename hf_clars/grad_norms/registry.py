@@ -4,45 +4,50 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
-from typing import Any
 
 from torch import Tensor, nn
+
+from hf_clars.grad_norms.norm_math import squared_sum
 
 
 class LayerRule(ABC):
     """How one family of modules turns (input, output gradient) into per-sample gradients.
 
     A rule must give `per_sample_grads`. It should give `squared_norms` too wherever the norms are cheaper than the
-    gradients themselves; the default squares the gradients.
+    gradients themselves; the default squares the gradients. A rule that also knows the gradient of the module's input
+    may offer `takes_over`: the weight gradient is then the sum of the per-sample gradients, one product for both.
     """
 
-    #: True when a sample's gradient needs the whole batch's input (batch statistics): the rule then always sees all
-    #: samples, also when only the first few are wanted.
-    needs_whole_batch: bool = False
+    #: True when all axes between the batch and the last are positions that share the weights, as in a Linear layer: a
+    #: module that is called on [B * windows, ...] is then measured as [B, windows, ...].
+    positions_in_the_middle: bool = False
 
     def applies(self, module: nn.Module) -> bool:
         """Whether the rule is right for this very module; if not, the general fallback serves. Default: yes."""
         return True
 
-    def save(self, module: nn.Module, x: Tensor) -> Any:
-        """What to keep from the forward pass for the backward pass. Default: the detached input.
+    def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
+        """What to keep from the forward pass for the backward pass. Default: the input.
 
         Args:
             module: The module that has just run.
-            x: Its input tensor, batch axis first.
+            x: Its detached input tensor, batch axis first.
+            output: What it returned.
+            wanted: Local names of the parameters that will be asked for.
 
         Returns:
-            Anything; handed to the other two methods as `saved`. When it is no tensor, it must support slicing of the
-            batch by `take`.
+            Tensors; handed to the other methods as `saved`.
         """
-        return x.detach()
+        return (x,)
 
-    def take(self, saved: Any, count: int) -> Any:
-        """Keep the first `count` samples of what `save` returned."""
-        return saved[:count]
+    def take(self, saved: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+        """Keep the first `count` samples of what `save` returned. Default: of every tensor."""
+        return tuple(t[:count] for t in saved)
 
     @abstractmethod
-    def per_sample_grads(self, module: nn.Module, saved: Any, g: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+    def per_sample_grads(
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
+    ) -> dict[str, Tensor]:
         """Each sample's gradient of the module's own parameters.
 
         Args:
@@ -55,10 +60,33 @@ class LayerRule(ABC):
             {local parameter name: Tensor [B, *parameter shape]}.
         """
 
-    def squared_norms(self, module: nn.Module, saved: Any, g: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+    def squared_norms(
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
+    ) -> dict[str, Tensor]:
         """Each sample's squared gradient norm, {local parameter name: Tensor [B]}. Arguments as above."""
-        grads = self.per_sample_grads(module, saved, g, wanted)
-        return {name: grad.flatten(1).square().sum(1) for name, grad in grads.items()}
+        return {n: squared_sum(grads) for n, grads in self.per_sample_grads(module, saved, g, wanted).items()}
+
+    def takes_over(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """Whether the weight gradient should come from the per-sample gradients of this call. Default: no.
+
+        A rule that says yes is asked for `per_sample_grads` with the module's input alone as `saved`, and for
+        `input_grad`.
+        """
+        return False
+
+    def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
+        """Gradient of the loss with respect to the module's input; only for rules that take over.
+
+        Args:
+            module: The module.
+            x: Its input.
+            weight: Its weight, in the precision that the module computed in.
+            g: Gradient of its output.
+
+        Returns:
+            The shape of `x`.
+        """
+        raise NotImplementedError
 
 
 _RULES: dict[str, LayerRule] = {}

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from hf_clars.grad_norms.normalization import BatchNormRule
 from hf_clars.grad_norms.registry import register_rule
 
-_Saved = tuple[Tensor, tuple[Tensor, Tensor] | None]
-
-
 @register_rule("timm.layers.norm_act.BatchNormAct2d")
 class BatchNormActRule(BatchNormRule):
     """act(x_hat * w + b)."""
@@ -26,13 +23,21 @@ class BatchNormActRule(BatchNormRule):
         return isinstance(getattr(module, "drop", None), nn.Identity) and isinstance(module.act, nn.Module)
 
     def per_sample_grads(
-        self, module: nn.Module, saved: _Saved, g: Tensor, wanted: Collection[str]
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
         assert isinstance(module, nn.BatchNorm2d)
-        x_hat, activation = self.normalised(module, saved), module.get_submodule("act")
+        activation = module.get_submodule("act")
+        if isinstance(activation, nn.Identity):
+            return super().per_sample_grads(module, saved, g, wanted)
+        x, mean, rstd = saved
         with torch.enable_grad():
+            x_hat = (x - mean[..., None, None]) * rstd[..., None, None]
             before = (x_hat * module.weight[:, None, None] + module.bias[:, None, None]).detach().requires_grad_()
             after = activation(before.clone())  # a clone: activations may work in place
         (g,) = torch.autograd.grad(after, before, g)
-        return self.affine_grads(x_hat, g, wanted)
+        return super().per_sample_grads(module, saved, g, wanted)
+
+    def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
+        """The input and its statistics: the activation's derivative needs them for the bias too."""
+        return super().save(module, x, output, {"weight", *wanted})

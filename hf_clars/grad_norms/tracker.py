@@ -10,13 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.accumulator import NormAccumulator
+from hf_clars.grad_norms.adoption import Orphan
 from hf_clars.grad_norms.coverage import check_coverage
-from hf_clars.grad_norms.errors import SecondBackwardError, UncoveredParameterError
+from hf_clars.grad_norms.errors import MixedDevicesError, SecondBackwardError, UncoveredParameterError
 from hf_clars.grad_norms.fallback import Fallback, ModuleCall
-from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
+from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules, folded_rows
 from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.observation import observe
+from hf_clars.grad_norms.one_product import take_over
 from hf_clars.grad_norms.passes import ForwardPass
-from hf_clars.grad_norms.registry import LayerRule
+from hf_clars.grad_norms.rule_call import RuleCall, at_least_float32
+from hf_clars.grad_norms.torch_internals import inside_backward, saved_tensors_are_packed
 from hf_clars.grad_norms.trees import map_tensors, tensors_in
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 
@@ -25,7 +30,7 @@ class PerSampleGradNorms(NormAccumulator):
     """Measure the gradient norm of each sample in each layer while `backward()` runs.
 
     Use it around any training step; the model is not wrapped, renamed or changed, and `p.grad` is what it would be
-    without it::
+    without it, up to rounding (where the weight gradient comes from the per-sample ones, it is summed in another order)::
 
         with PerSampleGradNorms(model) as norms:
             loss_fn(model(x), y).backward()
@@ -78,7 +83,10 @@ class PerSampleGradNorms(NormAccumulator):
         self._ever_captured: set[nn.Parameter] = set()
         self._hooked = find_hooked_modules(model, self._layer_of)
         for hooked in self._hooked:
-            handle = hooked.module.register_forward_hook(BoundHook(self._on_call, hooked), with_kwargs=True)
+            # Before the user's own hooks: they shall see the output that goes on.
+            handle = hooked.module.register_forward_hook(
+                BoundHook(self._on_call, hooked), with_kwargs=True, prepend=True
+            )
             self._handles.append(handle)
         self._watch_results()
 
@@ -86,7 +94,7 @@ class PerSampleGradNorms(NormAccumulator):
 
     @property
     def active(self) -> bool:
-        """False without gradients and while a module is run again by the fallback."""
+        """As the accumulator's; False also while a module is run or differentiated once more by the fallback."""
         return not self._replaying and super().active
 
     def _on_call(
@@ -96,48 +104,117 @@ class PerSampleGradNorms(NormAccumulator):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Any,
-    ) -> None:
-        if not self.active:
-            return
-        outputs = {i: t for i, t in enumerate(tensors_in(output)) if t.requires_grad and t.is_floating_point()}
+    ) -> Tensor | None:
+        """After a module's forward. A tensor that is returned takes the output's place."""
+        if self._replaying:
+            return None
+        if self._passes and not self._passes[-1].kept and not self._passes[-1].implicit:
+            return None  # enough samples are measured: the cheapest way out
         first = next((t for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
-        if not outputs or first is None:
-            return
+        if first is None:
+            return None
+        if not torch.is_grad_enabled():
+            if self._passes:
+                self._passes[-1].without_grad[hooked] += 1
+            return None
+        if inside_backward():
+            return self._on_repeated_call(hooked, first, (args, kwargs), output)
         current = self._current(first.shape[0])
-        if not current.kept:
-            return
-        # A module may use the weights of one inside it without calling it, as MultiheadAttention does with out_proj.
-        uncalled = {n: p for n, p in hooked.inner.items() if not current.uses[p]}
-        wanted = {n: p for n, p in {**hooked.params, **uncalled}.items() if p.requires_grad}
+        return self._capture(hooked, current, first, (args, kwargs), output) if current.kept else None
+
+    def _on_repeated_call(
+        self, hooked: HookedModule, first: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any
+    ) -> Tensor | None:
+        """Activation checkpointing runs the module again.
+
+        Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
+        it, and only wants the same tensors to be saved in the same order.
+        """
+        for current in reversed(self._passes):
+            if current.without_grad[hooked]:
+                current.without_grad[hooked] -= 1
+                return self._capture(hooked, current, first, call, output)
+            if hooked in current.captured and hooked.rule is not None and torch.is_tensor(output):
+                rows = hooked.rows_of(first, output, current.batch_size)
+                wanted = {n: p for n, p in hooked.params.items() if p.requires_grad}
+                if rows is None or not wanted:
+                    return None
+                repeated = RuleCall(hooked, hooked.rule, current, wanted, self._layer_of, rows, lambda: False)
+                return self._follow(repeated, first, output)
+        return None
+
+    def _capture(
+        self,
+        hooked: HookedModule,
+        current: ForwardPass,
+        first: Tensor,
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        output: Any,
+    ) -> Tensor | None:
+        """Arrange for the norms of one call."""
+        adopted = [o for o in current.orphans if hooked.contains(o.hooked)] if current.orphans else []
+        if not hooked.params and not adopted:
+            return None
+        found = list(tensors_in(output))
+        outputs = {i: t for i, t in enumerate(found) if t.requires_grad and t.is_floating_point()}
+        if found and not outputs:
+            return None
+        wanted = self._wanted(hooked, current, adopted)
         if not wanted:
-            return
+            return None
+        rows = None
+        if hooked.rule is not None and outputs:
+            rows = hooked.rows_of(first, next(iter(outputs.values())), current.batch_size)
+        elif any(t.dim() and t.shape[0] == current.batch_size for t in outputs.values()):
+            rows = 1
+        if rows is None:
+            if hooked.params:
+                current.orphans.append(_orphan(hooked, current, wanted, first, list(outputs.values())))
+            return None
+        self._check_device(hooked, current, first)
+        current.captured.add(hooked)
         current.uses.update(wanted.values())
         self._ever_captured.update(wanted.values())
         if hooked.rule is None:
-            self._watch_fallback(hooked, current, wanted, (args, kwargs), outputs)
-        else:
-            self._watch_rule(hooked, hooked.rule, current, wanted, first, next(iter(outputs.values())))
+            self._watch_fallback(hooked, current, wanted, call, outputs, adopted)
+            return None
+        ticket = current.next_call()
+        rule_call = RuleCall(
+            hooked, hooked.rule, current, wanted, self._layer_of, rows, lambda: self._arrived(hooked, current, ticket)
+        )
+        return self._follow(rule_call, first, next(iter(outputs.values())))
 
-    def _watch_rule(
-        self,
-        hooked: HookedModule,
-        rule: LayerRule,
-        current: ForwardPass,
-        wanted: dict[str, nn.Parameter],
-        x: Tensor,
-        output: Tensor,
-    ) -> None:
-        hooked.check_rule_shapes(x, output, current.batch_size)
-        saved = rule.save(hooked.module, x)
-        call = current.next_call()
+    def _wanted(
+        self, hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan]
+    ) -> dict[str, nn.Parameter]:
+        """The parameters that this call is measured for, by their name in the module."""
+        left = {p for orphan in adopted for p in orphan.params}
+        inner = {n: p for n, p in hooked.inner.items() if p in left}
+        if hooked.params:
+            # A module may use the weights of one inside without calling it, as MultiheadAttention does with out_proj.
+            inner.update((n, p) for n, p in hooked.inner.items() if not current.uses[p])
+        return {n: p for n, p in {**hooked.params, **inner}.items() if p.requires_grad}
 
-        def on_gradient(g: Tensor) -> None:
-            if self._replaying:
-                return
-            self._arrived(hooked, current, call)
-            self._measure(hooked.module, rule, current, wanted, saved, g.detach())
+    def _check_device(self, hooked: HookedModule, current: ForwardPass, x: Tensor) -> None:
+        if current.device is None:
+            current.device = x.device
+        elif current.device != x.device:
+            raise MixedDevicesError(
+                f"{hooked} runs on {x.device}, but layers before it on {current.device}: the norms of a model that is "
+                f"split over devices are not supported. Move it to one device (no device_map), or freeze the part on "
+                f"the other."
+            )
 
-        output.register_hook(on_gradient)
+    def _follow(self, call: RuleCall, x: Tensor, output: Tensor) -> Tensor | None:
+        """Take the weight gradient over, or watch the ordinary one."""
+        whole = call.rows == 1 and call.current.kept == call.current.batch_size
+        weight = call.wanted.get("weight")
+        # Weights that an engine has split or put aside are differentiated by the engine's own graph.
+        plain = weight is not None and weight.numel() > 0 and not hasattr(weight, "device_mesh")
+        if whole and plain and call.rule.takes_over(call.module, x, output):
+            return take_over(call, x, output)
+        observe(call, call.rule.save(call.module, x.detach(), output, call.wanted.keys()), output)
+        return None
 
     def _watch_fallback(
         self,
@@ -146,8 +223,12 @@ class PerSampleGradNorms(NormAccumulator):
         wanted: dict[str, nn.Parameter],
         call: tuple[tuple[Any, ...], dict[str, Any]],
         outputs: dict[int, Tensor],
+        adopted: Sequence[Orphan],
     ) -> None:
-        outputs = hooked.batch_first(outputs, current.batch_size)
+        for i, tensor in list(outputs.items()):
+            if not tensor.dim() or tensor.shape[0] != current.batch_size:
+                hooked.refuse_gradient_through(outputs.pop(i), current.batch_size)
+        self._adopt(current, adopted, list(outputs.values()))
         args, kwargs = map_tensors(lambda t: t.detach(), call)
         ticket = current.next_call()
         remembered = ModuleCall(
@@ -166,9 +247,8 @@ class PerSampleGradNorms(NormAccumulator):
         current.by_fallback.update(wanted.values())
 
         def on_gradients(grads: Sequence[Tensor | None]) -> None:
-            if self._replaying:
+            if not self._arrived(hooked, current, ticket):
                 return
-            self._arrived(hooked, current, ticket)
             self._replaying = True
             try:
                 per_sample = self._fallback.per_sample_grads(remembered, grads)
@@ -181,9 +261,23 @@ class PerSampleGradNorms(NormAccumulator):
 
         torch.autograd.graph.register_multi_grad_hook(list(outputs.values()), on_gradients, mode="all")
 
+    def _adopt(self, current: ForwardPass, adopted: Sequence[Orphan], outputs: list[Tensor]) -> None:
+        """Take calls inside over, and look whether they could do by themselves from now on."""
+        self._replaying = True
+        try:
+            for orphan in adopted:
+                current.orphans.remove(orphan)
+                if not saved_tensors_are_packed():
+                    orphan.learn(outputs, current.batch_size)
+        finally:
+            self._replaying = False
+
     # ---- backward --------------------------------------------------------------------------------------------
 
-    def _arrived(self, hooked: HookedModule, current: ForwardPass, call: int) -> None:
+    def _arrived(self, hooked: HookedModule, current: ForwardPass, call: int) -> bool:
+        """Note that a call's gradient has come; False while the fallback differentiates for itself."""
+        if self._replaying:
+            return False
         self._mark(current)
         if call in current.fired:
             raise SecondBackwardError(
@@ -191,42 +285,20 @@ class PerSampleGradNorms(NormAccumulator):
                 "that of all its losses together: add the losses and call backward() once."
             )
         current.fired.add(call)
-
-    @torch.no_grad()
-    def _measure(
-        self,
-        module: nn.Module,
-        rule: LayerRule,
-        current: ForwardPass,
-        wanted: dict[str, nn.Parameter],
-        saved: Any,
-        g: Tensor,
-    ) -> None:
-        count, whole = current.kept, current.kept == current.batch_size
-        if not whole and not rule.needs_whole_batch:
-            saved, g = rule.take(saved, count), g[:count]
-        # Norms in float32 at least, outside any autocast region that backward() may have been called in.
-        with torch.autocast(g.device.type, enabled=False):
-            saved = map_tensors(_at_least_float32, saved)
-            g = _at_least_float32(g)
-            shared = {n for n, p in wanted.items() if current.uses[p] > 1}
-            for name, grads in rule.per_sample_grads(module, saved, g, shared).items() if shared else ():
-                current.add_pending(wanted[name], grads[:count])
-            single = wanted.keys() - shared
-            for name, squares in rule.squared_norms(module, saved, g, single).items() if single else ():
-                current.add_squares(self._layer_of[wanted[name]], squares[:count])
+        return True
 
     @torch.no_grad()
     def _add_grads(self, current: ForwardPass, param: nn.Parameter, grads: Tensor) -> None:
-        grads = _at_least_float32(grads)
+        grads = at_least_float32(grads)
         if current.uses[param] > 1:
             current.add_pending(param, grads)
         else:
-            current.add_squares(self._layer_of[param], grads.flatten(1).square().sum(1))
+            current.add_squares(self._layer_of[param], squared_sum(grads))
 
     # ---- coverage --------------------------------------------------------------------------------------------
 
     def _check_first_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
+        current.check_adopted()
         if self._checked or not current.kept:
             return
         # The fallback differentiates its whole module: every use inside it is one captured use.
@@ -286,5 +358,14 @@ class PerSampleGradNorms(NormAccumulator):
         self.remove()
 
 
-def _at_least_float32(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
+def _orphan(
+    hooked: HookedModule, current: ForwardPass, wanted: dict[str, nn.Parameter], x: Tensor, outputs: list[Tensor]
+) -> Orphan:
+    """A call that its own tensors do not tell apart by sample."""
+    error = hooked.no_batch_axis(str(tuple(x.shape)), outputs, current.batch_size)
+    orphan = Orphan(hooked, tuple(wanted.values()), error)
+    rows = folded_rows(x, outputs[0], current.batch_size) if outputs and hooked.rule is not None else None
+    if rows:
+        orphan.edge = torch.autograd.graph.get_gradient_edge(outputs[0])
+        orphan.rows, orphan.row_shape = rows, tuple(x.shape[1:])
+    return orphan

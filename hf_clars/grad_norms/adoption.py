@@ -1,0 +1,77 @@
+"""Modules whose own tensors do not show which sample is which, and the modules around them that do.
+
+A position table is looked up once for the whole batch; a window attention sees [batch * windows, ...]. The gradient of
+such a call cannot be told apart by sample there, but in a module around it that takes and returns the batch as first
+axis it can: that one adopts the parameters, and the general fallback differentiates it.
+
+Where the batch is only folded with another axis, the rule could do the work if a sample's rows lie together. That is
+proven once, by a gradient that starts from one sample of the adopting module's output and must arrive in that sample's
+rows alone; from the next pass on, the rule does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from hf_clars.grad_norms.errors import BatchAxisError
+from hf_clars.grad_norms.hooked_modules import HookedModule
+
+
+@dataclass(eq=False)
+class Orphan:
+    """A call that waits for a module around it.
+
+    Attributes:
+        hooked: The module that was called.
+        params: Its parameters.
+        error: What to raise if no module around it can adopt them.
+        edge: Where its output comes from in the graph, if the batch may be folded into its first axis.
+        rows: Rows a sample then.
+        row_shape: Shape of a row of its input then.
+    """
+
+    hooked: HookedModule
+    params: tuple[nn.Parameter, ...]
+    error: BatchAxisError
+    edge: GradientEdge | None = None
+    rows: int = 0
+    row_shape: tuple[int, ...] = ()
+
+    def learn(self, outputs: Sequence[Tensor], batch_size: int) -> None:
+        """Prove, if it is so, that a sample's rows lie together, for later passes.
+
+        Args:
+            outputs: Differentiable outputs of the adopting module, batch axis first.
+            batch_size: Samples in the pass.
+        """
+        if self.edge is not None and rows_lie_together(outputs, self.edge, self.rows, batch_size):
+            self.hooked.known_rows.add((self.rows, *self.row_shape))
+
+
+def rows_lie_together(outputs: Sequence[Tensor], edge: GradientEdge, rows: int, batch_size: int) -> bool:
+    """Whether rows [i * rows, (i + 1) * rows) of an inner tensor serve sample i and no other.
+
+    Looked at for the first, a middle and the last sample.
+
+    Args:
+        outputs: Outer tensors [B, ...].
+        edge: The inner tensor's place in the graph.
+        rows: Rows a sample.
+        batch_size: B.
+    """
+    for sample in {0, batch_size // 2, batch_size - 1}:
+        starts = [torch.zeros_like(t) for t in outputs]
+        for start in starts:
+            start[sample].normal_()
+        (g,) = torch.autograd.grad(outputs, [edge], starts, retain_graph=True, allow_unused=True)
+        if g is None:
+            return False
+        touched = g.unflatten(0, (batch_size, rows)).flatten(1).ne(0).any(1)
+        if not touched[sample] or touched.sum() != 1:
+            return False
+    return True

@@ -1,0 +1,54 @@
+"""Watching a module's ordinary backward pass: what was saved meets the gradient of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_clars.grad_norms.rule_call import RuleCall
+
+
+def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> None:
+    """Measure a call when the gradient of its output comes.
+
+    Args:
+        call: The call.
+        saved: What the rule needs of the forward pass.
+        output: What the module returned.
+    """
+    held = hold(saved)
+
+    def on_gradient(g: Tensor) -> None:
+        if call.arrived():
+            call.measure(held(), g.detach())
+
+    output.register_hook(on_gradient)
+
+
+def hold(tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+    """Keep tensors the way autograd keeps them: activation checkpointing and offloading apply to them too.
+
+    Args:
+        tensors: Any number.
+
+    Returns:
+        A function that gives them back.
+    """
+    node = _Holder.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+    return lambda: node.saved_tensors
+
+
+class _Holder(torch.autograd.Function):
+    """A node beside the graph; its backward never runs."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return ticket.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
+        return (None,) * (1 + len(ctx.saved_tensors))

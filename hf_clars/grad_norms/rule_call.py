@@ -1,0 +1,122 @@
+"""One call of a module that a rule knows: from the output's gradient to the layer's squared norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_clars.grad_norms.hooked_modules import HookedModule
+from hf_clars.grad_norms.norm_math import slices_of, squared_sum
+from hf_clars.grad_norms.passes import ForwardPass
+from hf_clars.grad_norms.registry import LayerRule
+
+
+@dataclass(eq=False)
+class RuleCall:
+    """What is known when a module has run, and what to do when its gradient comes.
+
+    Attributes:
+        hooked: The module.
+        rule: Its rule.
+        current: The pass that the call belongs to.
+        wanted: Parameters to measure, by local name.
+        layer_of: Layer index of every parameter.
+        rows: Rows of the module's first axis that make up one sample; 1 unless the model folds something into it.
+        arrived: Called when the gradient comes; False says to leave it unmeasured.
+    """
+
+    hooked: HookedModule
+    rule: LayerRule
+    current: ForwardPass
+    wanted: dict[str, nn.Parameter]
+    layer_of: dict[nn.Parameter, int]
+    rows: int
+    arrived: Callable[[], bool]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.hooked.module
+
+    @property
+    def shared(self) -> set[str]:
+        """Parameters with several uses in the pass: those add up before they are squared."""
+        return {n for n, p in self.wanted.items() if self.current.uses[p] > 1}
+
+    @torch.no_grad()
+    def measure(self, saved: tuple[Tensor, ...], g: Tensor) -> None:
+        """Add the norms of an ordinary backward pass.
+
+        Args:
+            saved: What the rule saved.
+            g: Gradient of the module's output.
+        """
+        count = self.current.kept * self.rows
+        if count < g.shape[0]:
+            saved, g = self.rule.take(saved, count), g[:count]
+        # Norms in float32 at least, outside any autocast region that backward() may have been called in.
+        with torch.autocast(g.device.type, enabled=False):
+            saved, g = tuple(at_least_float32(t) for t in saved), at_least_float32(g)
+            if self.rows > 1 and self.rule.positions_in_the_middle:
+                saved = tuple(t.unflatten(0, (self.current.kept, self.rows)) for t in saved)
+                g = g.unflatten(0, (self.current.kept, self.rows))
+            self._add(saved, g)
+
+    def _add(self, saved: tuple[Tensor, ...], g: Tensor) -> None:
+        shared = self.shared
+        single = self.wanted.keys() - shared
+        if self.rows > 1 and not self.rule.positions_in_the_middle:
+            per_row = self.rule.per_sample_grads(self.module, saved, g, self.wanted.keys())
+            grads = {n: t.unflatten(0, (self.current.kept, self.rows)).sum(1) for n, t in per_row.items()}
+            for name in single:
+                self.add_squares(name, squared_sum(grads[name]))
+        else:
+            grads = self.rule.per_sample_grads(self.module, saved, g, shared) if shared else {}
+            for name, squares in self.rule.squared_norms(self.module, saved, g, single).items() if single else ():
+                self.add_squares(name, squares)
+        for name in shared:
+            self.current.add_pending(self.wanted[name], grads[name])
+
+    def add_squares(self, name: str, squares: Tensor) -> None:
+        """Add a parameter's squared norms [kept] to its layer."""
+        self.current.add_squares(self.layer_of[self.wanted[name]], squares)
+
+    def summed_grads(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        """The batch gradient as the sum of the per-sample ones, whose norms are added on the way.
+
+        Args:
+            x: Input of the module.
+            g: Gradient of its output, all samples of the pass.
+
+        Returns:
+            {local parameter name: Tensor of its shape}, in float32 at least.
+        """
+        measured = self.arrived()
+        shared = self.shared
+        sums: dict[str, Tensor] = {}
+        squares: dict[str, list[Tensor]] = {name: [] for name in self.wanted}
+        size = sum(p.numel() for p in self.wanted.values())
+        for x_part, g_part in slices_of(x, g, elements_per_sample=size):
+            grads = self.rule.per_sample_grads(self.module, (x_part,), g_part, self.wanted.keys())
+            for name, t in grads.items():
+                dtype = torch.promote_types(t.dtype, torch.float32)
+                total = t.sum(0, dtype=dtype)
+                sums[name] = sums[name] + total if name in sums else total
+                if measured:
+                    with torch.no_grad():
+                        squares[name].append(t.detach().to(dtype) if name in shared else squared_sum(t.to(dtype)))
+        for name, parts in squares.items() if measured else ():
+            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if name in shared:
+                self.current.add_pending(self.wanted[name], joined)
+            else:
+                self.add_squares(name, joined)
+        return sums
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """Floating-point tensors in float32 or better; others as they are."""
+    return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t

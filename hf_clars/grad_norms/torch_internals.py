@@ -1,0 +1,112 @@
+"""The only place that uses parts of torch without a documented Python name.
+
+Each has a slower public substitute or a plain reason, and `tests/test_torch_internals.py` fails loudly when one changes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
+_GROUP_NORM_NODES = ("NativeGroupNormBackward",)
+# Between a normalisation and its module's output stand at most a view, an activation and a dropout.
+_NODES_TO_SEARCH = 4
+
+
+def inside_backward() -> bool:
+    """Whether a backward pass is running in this thread: a forward now is activation checkpointing's recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def saved_tensors_are_packed() -> bool:
+    """Whether saved tensors go through hooks now (checkpointing, offload): then a graph's tensors must not be read."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def batch_statistics(x: Tensor, output: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / standard deviation) of each channel over a batch, [C] each.
+
+    Taken from the graph of the BatchNorm that has just run, or computed once more where that is not to be had.
+
+    Args:
+        x: The BatchNorm's input [B, C, ...].
+        output: Its output, or an activation's after it.
+        eps: Added to the variance.
+    """
+    found = _statistics_in_graph(x, output, _BATCH_NORM_NODES, (x.shape[1],))
+    if found is None:
+        _, mean, rstd = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, eps)
+        return mean, rstd
+    return found
+
+
+def group_statistics(x: Tensor, output: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / standard deviation) of each sample's channel groups, [B, groups] each; as `batch_statistics`."""
+    found = _statistics_in_graph(x, output, _GROUP_NORM_NODES, (x.shape[0], groups))
+    if found is None:
+        var, mean = torch.var_mean(x.detach().reshape(x.shape[0], groups, -1), dim=2, correction=0)
+        return mean, (var + eps).rsqrt()
+    return found
+
+
+def _statistics_in_graph(
+    x: Tensor, output: Tensor, kinds: tuple[str, ...], shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """What the normalisation of `x` saved for its own backward pass."""
+    node = output.grad_fn
+    if saved_tensors_are_packed():
+        return None
+    for _ in range(_NODES_TO_SEARCH):
+        if node is None:
+            return None
+        if node.name().startswith(kinds):
+            of, mean, rstd = (getattr(node, f"_saved_{name}", None) for name in ("input", "result1", "result2"))
+            if of is None or mean is None or rstd is None:
+                return None
+            of_x = of.data_ptr() == x.data_ptr() and of.shape == x.shape
+            if not of_x or {mean.numel(), rstd.numel()} != {math.prod(shape)}:
+                return None
+            return mean.detach().view(shape), rstd.detach().view(shape)
+        node = node.next_functions[0][0] if node.next_functions else None
+    return None
+
+
+def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over positions of g * x_hat and of g, x_hat = (x - mean) * rstd, in one pass over both tensors.
+
+    The kernel of BatchNorm's own backward does this for each channel of a batch; with every sample's channel as a
+    channel of its own it does it for each sample.
+
+    Args:
+        x: Input [B, C, ...].
+        g: Gradient [B, C, ...].
+        mean: [B, C] or [C].
+        rstd: [B, C] or [C].
+
+    Returns:
+        Two tensors [B, C].
+    """
+    channels = x.shape[:2]
+    mean, rstd = mean.expand(channels), rstd.expand(channels)
+    if x.dim() == 2:
+        return g * (x - mean) * rstd, g
+    if not (x.is_contiguous() and g.is_contiguous()) or x.numel() == 0:
+        # Channels last: no kernel to borrow; the mean goes first, for g * x - mean * g would cancel.
+        centred = (x.flatten(2) - mean.unsqueeze(2)).mul_(g.flatten(2))
+        return centred.sum(2) * rstd, g.flatten(2).sum(2)
+    _, weighted, plain = torch.ops.aten.native_batch_norm_backward(
+        g.view(1, channels.numel(), -1),
+        x.view(1, channels.numel(), -1),
+        None,
+        None,
+        None,
+        mean.reshape(-1),
+        rstd.reshape(-1),
+        True,
+        0.0,
+        [False, True, True],
+    )
+    return weighted.view(channels), plain.view(channels)
