@@ -61,6 +61,17 @@ def _use_copies(
     module.forward = forward
 
 
+def one_by_one(model: nn.Module, loss_of_sample: Callable[[nn.Module, int], Tensor], batch: int) -> dict[str, Tensor]:
+    """{parameter name: [B, *shape]}: plain gradients of each sample's own loss; for models without BatchNorm."""
+    model = copy.deepcopy(model).double()
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    rows = []
+    for i in range(batch):
+        found = torch.autograd.grad(loss_of_sample(model, i), list(named.values()), allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, named.values(), strict=True)])
+    return {n: torch.stack([row[k] for row in rows]) for k, n in enumerate(named)}
+
+
 def _pick_rows(rows):
     if isinstance(rows[0], Tensor):
         return torch.cat([r[i : i + 1] for i, r in enumerate(rows)])

@@ -233,7 +233,7 @@ def check(model, x, *, tolerance, layers="module", samples=None):
         want = value[:samples] * x.shape[0]
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * want.max().item())
     for (n, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-        # One product for norms and weight gradient sums samples in another order; a watched backward pass changes nothing.
+        # One product for norms and weight gradient sums in another order; a watched backward pass changes nothing.
         rounding = 0.0 if samples else 100 * torch.finfo(p.dtype).eps
         torch.testing.assert_close(p.grad, q.grad, rtol=rounding, atol=rounding * q.grad.abs().max().item())
         torch.testing.assert_close(oracle[n].sum(0), p.grad.double(), rtol=1e-3, atol=1e-4)

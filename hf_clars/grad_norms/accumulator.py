@@ -76,12 +76,12 @@ class NormAccumulator:
             return
         current = self._passes[-1]
         outputs = [t for t in tensors_in(output) if t.requires_grad]
-        self._check_first_result(current, outputs)
+        self._check_result(current, outputs)
         for tensor in outputs:
             tensor.register_hook(lambda _, p=current: self._mark(p))
 
-    def _check_first_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
-        """Subclasses may verify the graph of a pass here."""
+    def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
+        """Subclasses may verify a pass here."""
 
     def _mark(self, current: ForwardPass) -> None:
         """A gradient has reached this pass: it counts, also if gradients were cleared between forward and backward."""
@@ -104,13 +104,17 @@ class NormAccumulator:
         self._passes.append(opened)
         return opened
 
-    def _current(self, batch_size: int) -> ForwardPass:
-        """The pass that a submodule's call belongs to: the open one, or a new one for a model called in parts."""
+    def _current(self, batch_size: int | None) -> ForwardPass | None:
+        """The pass that a submodule's call belongs to: the open one, or a new one for a model called in parts.
+
+        Args:
+            batch_size: Of the submodule's input; None if it takes no tensor, which cannot open a pass.
+        """
         if self._passes:
             last = self._passes[-1]
             if not last.closed and not (last.implicit and last.backward_seen):
                 return last
-        return self._open(batch_size, implicit=True)
+        return None if batch_size is None else self._open(batch_size, implicit=True)
 
     def _drop_if_cleared(self) -> None:
         """Forget a batch whose gradients are gone (a skipped step, `zero_grad()` by hand).

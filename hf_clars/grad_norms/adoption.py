@@ -4,9 +4,9 @@ A position table is looked up once for the whole batch; a window attention sees 
 such a call cannot be told apart by sample there, but in a module around it that takes and returns the batch as first
 axis it can: that one adopts the parameters, and the general fallback differentiates it.
 
-Where the batch is only folded with another axis, the rule could do the work if a sample's rows lie together. That is
-proven once, by a gradient that starts from one sample of the adopting module's output and must arrive in that sample's
-rows alone; from the next pass on, the rule does it.
+Where the batch is only folded with another axis, or its length may be a coincidence, the rule could do the work if a
+sample's rows lie together. That is proven once, by a gradient that starts from one sample of the adopting module's
+output and must arrive in that sample's rows alone; from the next pass on, the rule does it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Orphan:
         error: What to raise if no module around it can adopt them.
         edge: Where its output comes from in the graph, if the batch may be folded into its first axis.
         rows: Rows a sample then.
-        row_shape: Shape of a row of its input then.
+        x: Its detached input then.
     """
 
     hooked: HookedModule
@@ -40,17 +40,22 @@ class Orphan:
     error: BatchAxisError
     edge: GradientEdge | None = None
     rows: int = 0
-    row_shape: tuple[int, ...] = ()
+    x: Tensor | None = None
 
-    def learn(self, outputs: Sequence[Tensor], batch_size: int) -> None:
+    def learn(self, outputs: Sequence[Tensor], batch_size: int) -> bool:
         """Prove, if it is so, that a sample's rows lie together, for later passes.
 
         Args:
             outputs: Differentiable outputs of the adopting module, batch axis first.
             batch_size: Samples in the pass.
+
+        Returns:
+            Whether it is so.
         """
-        if self.edge is not None and rows_lie_together(outputs, self.edge, self.rows, batch_size):
-            self.hooked.known_rows.add((self.rows, *self.row_shape))
+        if self.edge is None or self.x is None or not rows_lie_together(outputs, self.edge, self.rows, batch_size):
+            return False
+        self.hooked.learn_rows(self.rows, self.x)
+        return True
 
 
 def rows_lie_together(outputs: Sequence[Tensor], edge: GradientEdge, rows: int, batch_size: int) -> bool:

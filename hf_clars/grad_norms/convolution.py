@@ -119,7 +119,8 @@ def _is_pointwise(module: _Conv, padding: tuple[int, ...]) -> bool:
 
 def _visited(module: _Conv, x: Tensor) -> Tensor:
     """[B, T, in]: the pixels that a 1x1 kernel visits."""
-    return x[(..., *(slice(None, None, s) for s in module.stride))].flatten(2).mT
+    steps: Any = tuple(slice(None, None, int(s)) for s in module.stride)
+    return x[(..., *steps)].flatten(2).mT
 
 
 def _weight_squared_norms(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor) -> Tensor:

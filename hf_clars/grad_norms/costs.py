@@ -4,8 +4,9 @@ A weight is shared by T positions of each sample. Position t sees p inputs x_t a
 each of G groups, so that a sample's gradient is the [d, p] matrix sum_t g_t x_t^T. Three ways to its norm:
 
 - **outer** (T = 1): ||x|| ||g||.
-- **gram**: <X X^T, G G^T> of the [T, T] products of inputs and of output gradients. A convolution's patches overlap: their
-  products are sums of shifted products of single pixels, so c = p / taps values a position enter the matrix product.
+- **gram**: <X X^T, G G^T> of the [T, T] products of inputs and of output gradients. A convolution's patches overlap:
+  their products are sums of shifted products of single pixels, so c = p / taps values a position enter the matrix
+  product.
 - **product**: the gradients themselves. Their sum is the batch gradient, so that they replace the product that autograd
   would do for it ("one product"); what they cost beyond it is that they are written and read, and shorter sums.
 
@@ -95,4 +96,3 @@ def cheapest_form(use: WeightUse, device: str, *, replaces_weight_grad: bool = T
     machine = MACHINES.get(device, MACHINES["cuda"])
     product = use.product_seconds(machine, replaces_weight_grad=replaces_weight_grad)
     return "gram" if use.gram_seconds(machine) < product else "product"
-

@@ -15,6 +15,7 @@ class EmbeddingRule(LayerRule):
     """A table lookup: a row's gradient is the sum of g over the places where its token stands."""
 
     positions_in_the_middle = True
+    batch_axis_is_certain = False
 
     def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
         """Tokens [B, T], and with `scale_grad_by_freq` each token's count in the whole batch."""

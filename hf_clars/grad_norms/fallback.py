@@ -15,6 +15,7 @@ The replay is compared with the real output at the first call in each mode; wher
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,17 @@ class Fallback:
 
     def __init__(self) -> None:
         self._replays: dict[tuple[nn.Module, bool], bool] = {}
+        self._warned: set[nn.Module] = set()
+
+    def _warn_of_cost(self, call: ModuleCall) -> None:
+        if call.count > 1 and call.module not in self._warned:
+            self._warned.add(call.module)
+            warnings.warn(
+                f"{call.path}: the gradient norms of {', '.join(sorted(call.params))} need a backward pass of this "
+                "module for every sample (no rule or no batch axis inside, and samples that cannot be run apart). "
+                "This is exact but slow: register a layer rule, freeze these parameters, or measure fewer samples.",
+                stacklevel=2,
+            )
 
     def per_sample_grads(self, call: ModuleCall, grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """Differentiate a call sample by sample.
@@ -88,6 +100,7 @@ class Fallback:
                     self._replays[key] = _same(outputs, [o[: call.count] for o in call.outputs.values()])
                 if self._replays[key]:
                     return result
+        self._warn_of_cost(call)
         try:
             return _by_masks(call, grads)
         except RuntimeError as error:

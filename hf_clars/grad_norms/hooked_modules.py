@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ class HookedModule:
         rule: The rule that serves it, if any does.
         inner: Measured parameters of the modules inside, by their name relative to this one; only without a rule.
         known_rows: Layouts (rows a sample, shape of a row) whose rows were proven to lie sample by sample.
+        decisions: Whether the rule takes the weight gradient over, by shapes.
+        ever_captured: Whether a call has been captured since the hooks were placed.
     """
 
     def __init__(self, path: str, module: nn.Module, params: dict[str, nn.Parameter]) -> None:
@@ -33,6 +36,8 @@ class HookedModule:
         self.rule: LayerRule | None = find_rule(module) if params else None
         self.inner: dict[str, nn.Parameter] = {}
         self.known_rows: set[tuple[int, ...]] = set()
+        self.decisions: dict[tuple[Any, ...], bool] = {}
+        self.ever_captured = False
 
     def __str__(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__})"
@@ -41,20 +46,35 @@ class HookedModule:
         """A parameter's name in the model."""
         return f"{self.path}.{name}" if self.path else name
 
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Its own measured parameters that are not frozen now, by local name."""
+        return {n: p for n, p in self.params.items() if p.requires_grad}
+
     def contains(self, other: HookedModule) -> bool:
         """Whether the other module is inside this one."""
         return other is not self and (not self.path or other.path.startswith(f"{self.path}."))
 
-    def rows_of(self, x: Tensor, output: Tensor, batch_size: int) -> int | None:
+    def rows_of(self, x: Tensor, output: Tensor, batch_size: int, *, alone: bool = False) -> int | None:
         """Rows of the first axis that make up a sample, if that is certain: 1 where the batch is the first axis.
 
         Models fold other axes into the first (windows, frames). Whether a sample's rows then lie together is proven
         once (see `adoption.py`); until then the answer is None.
+
+        Args:
+            x: Input.
+            output: Output.
+            batch_size: Samples in the pass.
+            alone: No module is around this one that could prove anything.
         """
         if x.shape[0] == batch_size == output.shape[0]:
-            return 1
+            certain = self.rule is None or self.rule.batch_axis_is_certain or alone or batch_size == 1
+            return 1 if certain or _layout(1, x) in self.known_rows else None
         rows = folded_rows(x, output, batch_size)
-        return rows if rows and (batch_size == 1 or (rows, *x.shape[1:]) in self.known_rows) else None
+        return rows if rows and (batch_size == 1 or _layout(rows, x) in self.known_rows) else None
+
+    def learn_rows(self, rows: int, x: Tensor) -> None:
+        """Remember that in calls like this one each sample's `rows` rows lie together."""
+        self.known_rows.add(_layout(rows, x))
 
     def no_batch_axis(self, taken: str, outputs: Sequence[Tensor], batch_size: int) -> BatchAxisError:
         """The error for a call whose tensors cannot be told apart by sample.
@@ -85,9 +105,14 @@ class HookedModule:
 def folded_rows(x: Tensor, output: Tensor, batch_size: int) -> int | None:
     """How many rows of the first axis there are for each sample, if they can be evenly shared."""
     first = x.shape[0] if x.dim() else 0
-    if batch_size and first > batch_size and first % batch_size == 0 and output.dim() and output.shape[0] == first:
+    if batch_size and first >= batch_size and first % batch_size == 0 and output.dim() and output.shape[0] == first:
         return first // batch_size
     return None
+
+
+def _layout(rows: int, x: Tensor) -> tuple[int, ...]:
+    """What calls must have in common to be laid out alike: tokens of any length, but windows of one size."""
+    return (rows, x.dim()) if rows == 1 else (rows, *x.shape[1:])
 
 
 def _raise(error: Exception) -> None:

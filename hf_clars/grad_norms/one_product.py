@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.rule_call import RuleCall, no_autocast
 
 
 def take_over(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class _OneProduct(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         call: RuleCall = ctx.call
-        with torch.autocast(g.device.type, enabled=False):
+        with no_autocast(g.device.type):
             sums = call.summed_grads(x, g)
             grads = [sums.pop(n).to(call.wanted[n].dtype) for n in ctx.names]
             x_grad = None

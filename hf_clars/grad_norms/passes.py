@@ -25,6 +25,7 @@ class ForwardPass:
         captured: Modules whose calls are waiting for their gradients.
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
         orphans: Calls that wait for a module around them.
+        learned: Uses by calls that were adopted, but that the rule will measure from the next pass on.
         device: Where the first captured call took place.
         uses: How often each parameter was used by a captured module call.
         squares: {layer index: Tensor [kept]}, squared norms added up over the layer's parameters.
@@ -43,6 +44,7 @@ class ForwardPass:
     captured: set[HookedModule] = field(default_factory=set)
     without_grad: Counter[HookedModule] = field(default_factory=Counter)
     orphans: list[Orphan] = field(default_factory=list)
+    learned: Counter[nn.Parameter] = field(default_factory=Counter)
     device: torch.device | None = None
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
     squares: dict[int, Tensor] = field(default_factory=dict)

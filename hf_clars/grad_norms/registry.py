@@ -22,6 +22,10 @@ class LayerRule(ABC):
     #: module that is called on [B * windows, ...] is then measured as [B, windows, ...].
     positions_in_the_middle: bool = False
 
+    #: False when the input's first axis may have the batch's length by chance, as positions that an embedding looks up
+    #: once for all samples: it is then proven at the first call (see `adoption.py`).
+    batch_axis_is_certain: bool = True
+
     def applies(self, module: nn.Module) -> bool:
         """Whether the rule is right for this very module; if not, the general fallback serves. Default: yes."""
         return True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +59,7 @@ class RuleCall:
         count = self.current.kept * self.rows
         if count < g.shape[0]:
             saved, g = self.rule.take(saved, count), g[:count]
-        # Norms in float32 at least, outside any autocast region that backward() may have been called in.
-        with torch.autocast(g.device.type, enabled=False):
+        with no_autocast(g.device.type):
             saved, g = tuple(at_least_float32(t) for t in saved), at_least_float32(g)
             if self.rows > 1 and self.rule.positions_in_the_middle:
                 saved = tuple(t.unflatten(0, (self.current.kept, self.rows)) for t in saved)
@@ -102,12 +103,11 @@ class RuleCall:
         for x_part, g_part in slices_of(x, g, elements_per_sample=size):
             grads = self.rule.per_sample_grads(self.module, (x_part,), g_part, self.wanted.keys())
             for name, t in grads.items():
-                dtype = torch.promote_types(t.dtype, torch.float32)
-                total = t.sum(0, dtype=dtype)
-                sums[name] = sums[name] + total if name in sums else total
+                t = at_least_float32(t)
+                sums[name] = sums[name] + t.sum(0) if name in sums else t.sum(0)
                 if measured:
-                    with torch.no_grad():
-                        squares[name].append(t.detach().to(dtype) if name in shared else squared_sum(t.to(dtype)))
+                    t = t.detach()
+                    squares[name].append(t if name in shared else squared_sum(t))
         for name, parts in squares.items() if measured else ():
             joined = parts[0] if len(parts) == 1 else torch.cat(parts)
             if name in shared:
@@ -117,6 +117,11 @@ class RuleCall:
         return sums
 
 
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def at_least_float32(t: Tensor) -> Tensor:
     """Floating-point tensors in float32 or better; others as they are."""
-    return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

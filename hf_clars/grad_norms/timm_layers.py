@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_clars.grad_norms.normalization import BatchNormRule
 from hf_clars.grad_norms.registry import register_rule
 
+
 @register_rule("timm.layers.norm_act.BatchNormAct2d")
 class BatchNormActRule(BatchNormRule):
     """act(x_hat * w + b)."""

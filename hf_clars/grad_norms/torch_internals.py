@@ -1,6 +1,7 @@
 """The only place that uses parts of torch without a documented Python name.
 
-Each has a slower public substitute or a plain reason, and `tests/test_torch_internals.py` fails loudly when one changes.
+Each has a slower public substitute or a plain reason, and `tests/test_torch_internals.py` fails loudly when one
+changes.
 """
 
 from __future__ import annotations

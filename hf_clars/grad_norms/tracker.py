@@ -25,12 +25,16 @@ from hf_clars.grad_norms.torch_internals import inside_backward, saved_tensors_a
 from hf_clars.grad_norms.trees import map_tensors, tensors_in
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 
+# Stands for the input of a module that takes no tensor, such as a table of position biases.
+_NO_INPUT = torch.empty(0)
+
 
 class PerSampleGradNorms(NormAccumulator):
     """Measure the gradient norm of each sample in each layer while `backward()` runs.
 
     Use it around any training step; the model is not wrapped, renamed or changed, and `p.grad` is what it would be
-    without it, up to rounding (where the weight gradient comes from the per-sample ones, it is summed in another order)::
+    without it, up to rounding (where the weight gradient comes from the per-sample ones, it is summed in another
+    order)::
 
         with PerSampleGradNorms(model) as norms:
             loss_fn(model(x), y).backward()
@@ -77,7 +81,7 @@ class PerSampleGradNorms(NormAccumulator):
         partition = param_layers(model, layers=layers) if isinstance(layers, str) else layers
         super().__init__(model, partition, samples=samples, keep_per_sample=keep_per_sample)
         self.loss_reduction = loss_reduction
-        self._checked = False
+        self._unchecked = set(self._layer_of)
         self._replaying = False
         self._fallback = Fallback()
         self._ever_captured: set[nn.Parameter] = set()
@@ -85,7 +89,9 @@ class PerSampleGradNorms(NormAccumulator):
         for hooked in self._hooked:
             # Before the user's own hooks: they shall see the output that goes on.
             handle = hooked.module.register_forward_hook(
-                BoundHook(self._on_call, hooked), with_kwargs=True, prepend=True
+                BoundHook(self._on_call if hooked.params else self._on_container_call, hooked),
+                with_kwargs=True,
+                prepend=True,
             )
             self._handles.append(handle)
         self._watch_results()
@@ -97,33 +103,36 @@ class PerSampleGradNorms(NormAccumulator):
         """As the accumulator's; False also while a module is run or differentiated once more by the fallback."""
         return not self._replaying and super().active
 
+    def _on_container_call(
+        self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """A module without parameters of its own matters only when one inside waits to be adopted."""
+        if self._passes and self._passes[-1].orphans:
+            self._on_call(hooked, module, args, kwargs, output)
+
     def _on_call(
-        self,
-        hooked: HookedModule,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
+        self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
         """After a module's forward. A tensor that is returned takes the output's place."""
-        if self._replaying:
-            return None
-        if self._passes and not self._passes[-1].kept and not self._passes[-1].implicit:
-            return None  # enough samples are measured: the cheapest way out
-        first = next((t for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
-        if first is None:
-            return None
+        last = self._passes[-1] if self._passes else None
+        if self._replaying or (last is not None and not last.kept and not last.implicit):
+            return None  # also the cheapest way out when enough samples are measured
+        x = args[0] if args and isinstance(args[0], Tensor) else next(tensors_in((args, kwargs)), None)
+        if x is None or x.dim() == 0:
+            x = _NO_INPUT
         if not torch.is_grad_enabled():
-            if self._passes:
-                self._passes[-1].without_grad[hooked] += 1
+            if last is not None:
+                last.without_grad[hooked] += 1
             return None
         if inside_backward():
-            return self._on_repeated_call(hooked, first, (args, kwargs), output)
-        current = self._current(first.shape[0])
-        return self._capture(hooked, current, first, (args, kwargs), output) if current.kept else None
+            return self._on_repeated_call(hooked, x, (args, kwargs), output)
+        current = self._current(None if x is _NO_INPUT else x.shape[0])
+        if current is None:
+            return None
+        return self._capture(hooked, current, x, (args, kwargs), output) if current.kept else None
 
     def _on_repeated_call(
-        self, hooked: HookedModule, first: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any
+        self, hooked: HookedModule, x: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any
     ) -> Tensor | None:
         """Activation checkpointing runs the module again.
 
@@ -133,60 +142,94 @@ class PerSampleGradNorms(NormAccumulator):
         for current in reversed(self._passes):
             if current.without_grad[hooked]:
                 current.without_grad[hooked] -= 1
-                return self._capture(hooked, current, first, call, output)
-            if hooked in current.captured and hooked.rule is not None and torch.is_tensor(output):
-                rows = hooked.rows_of(first, output, current.batch_size)
-                wanted = {n: p for n, p in hooked.params.items() if p.requires_grad}
+                return self._capture(hooked, current, x, call, output)
+            if hooked in current.captured and hooked.rule is not None:
+                rows = hooked.rows_of(x, output, current.batch_size)
+                wanted = hooked.trainable()
                 if rows is None or not wanted:
                     return None
                 repeated = RuleCall(hooked, hooked.rule, current, wanted, self._layer_of, rows, lambda: False)
-                return self._follow(repeated, first, output)
+                return self._follow(repeated, x, output)
         return None
 
     def _capture(
         self,
         hooked: HookedModule,
         current: ForwardPass,
-        first: Tensor,
+        x: Tensor,
         call: tuple[tuple[Any, ...], dict[str, Any]],
         output: Any,
     ) -> Tensor | None:
         """Arrange for the norms of one call."""
-        adopted = [o for o in current.orphans if hooked.contains(o.hooked)] if current.orphans else []
-        if not hooked.params and not adopted:
-            return None
-        found = list(tensors_in(output))
-        outputs = {i: t for i, t in enumerate(found) if t.requires_grad and t.is_floating_point()}
-        if found and not outputs:
-            return None
-        wanted = self._wanted(hooked, current, adopted)
-        if not wanted:
-            return None
-        rows = None
-        if hooked.rule is not None and outputs:
-            rows = hooked.rows_of(first, next(iter(outputs.values())), current.batch_size)
-        elif any(t.dim() and t.shape[0] == current.batch_size for t in outputs.values()):
-            rows = 1
-        if rows is None:
-            if hooked.params:
-                current.orphans.append(_orphan(hooked, current, wanted, first, list(outputs.values())))
-            return None
-        self._check_device(hooked, current, first)
-        current.captured.add(hooked)
-        current.uses.update(wanted.values())
-        self._ever_captured.update(wanted.values())
         if hooked.rule is None:
-            self._watch_fallback(hooked, current, wanted, call, outputs, adopted)
+            self._capture_without_rule(hooked, current, x, call, output)
             return None
-        ticket = current.next_call()
+        wanted = hooked.trainable()
+        if not wanted or not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        alone = current.implicit or not hooked.path
+        rows = hooked.rows_of(x, output, current.batch_size, alone=alone)
+        if rows is None:
+            current.orphans.append(_orphan(hooked, current, wanted, x, [output]))
+            return None
+        ticket = self._captured(hooked, current, wanted, x)
         rule_call = RuleCall(
             hooked, hooked.rule, current, wanted, self._layer_of, rows, lambda: self._arrived(hooked, current, ticket)
         )
-        return self._follow(rule_call, first, next(iter(outputs.values())))
+        return self._follow(rule_call, x, output)
 
-    def _wanted(
-        self, hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan]
-    ) -> dict[str, nn.Parameter]:
+    def _captured(self, hooked: HookedModule, current: ForwardPass, wanted: dict[str, nn.Parameter], x: Tensor) -> int:
+        """Take note of a call that will be measured; returns its number in the pass."""
+        if current.device is None and x is not _NO_INPUT:
+            current.device = x.device
+        elif x is not _NO_INPUT and current.device != x.device:
+            raise MixedDevicesError(
+                f"{hooked} runs on {x.device}, but layers before it on {current.device}: the norms of a model that is "
+                f"split over devices are not supported. Move it to one device (no device_map), or freeze the part on "
+                f"the other."
+            )
+        current.captured.add(hooked)
+        for param in wanted.values():
+            current.uses[param] += 1
+        if not hooked.ever_captured:
+            hooked.ever_captured = True
+            self._ever_captured.update(wanted.values())
+        return current.next_call()
+
+    def _follow(self, call: RuleCall, x: Tensor, output: Tensor) -> Tensor | None:
+        """Take the weight gradient over, or watch the ordinary one."""
+        if call.current.kept == call.current.batch_size and call.rows == 1 and _may_take_over(call, x, output):
+            return take_over(call, x, output)
+        observe(call, call.rule.save(call.module, x.detach(), output, call.wanted.keys()), output)
+        return None
+
+    # ---- forward of modules without a rule -------------------------------------------------------------------
+
+    def _capture_without_rule(
+        self,
+        hooked: HookedModule,
+        current: ForwardPass,
+        x: Tensor,
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        output: Any,
+    ) -> None:
+        """Hand a call to the fallback, with the calls inside that could not be told apart by sample."""
+        adopted = [o for o in current.orphans if hooked.contains(o.hooked)]
+        found = list(tensors_in(output))
+        outputs = {i: t for i, t in enumerate(found) if t.requires_grad and t.is_floating_point()}
+        wanted = self._wanted(hooked, current, adopted)
+        if (found and not outputs) or not wanted:
+            return
+        batch_first = any(t.dim() and t.shape[0] == current.batch_size for t in outputs.values())
+        if not batch_first or (x is _NO_INPUT and current.batch_size > 1):
+            if hooked.params:
+                current.orphans.append(_orphan(hooked, current, wanted, x, list(outputs.values())))
+            return
+        ticket = self._captured(hooked, current, wanted, x)
+        self._ever_captured.update(wanted.values())
+        self._watch_fallback(hooked, current, wanted, call, outputs, adopted, ticket)
+
+    def _wanted(self, hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan]) -> dict[str, nn.Parameter]:
         """The parameters that this call is measured for, by their name in the module."""
         left = {p for orphan in adopted for p in orphan.params}
         inner = {n: p for n, p in hooked.inner.items() if p in left}
@@ -194,27 +237,6 @@ class PerSampleGradNorms(NormAccumulator):
             # A module may use the weights of one inside without calling it, as MultiheadAttention does with out_proj.
             inner.update((n, p) for n, p in hooked.inner.items() if not current.uses[p])
         return {n: p for n, p in {**hooked.params, **inner}.items() if p.requires_grad}
-
-    def _check_device(self, hooked: HookedModule, current: ForwardPass, x: Tensor) -> None:
-        if current.device is None:
-            current.device = x.device
-        elif current.device != x.device:
-            raise MixedDevicesError(
-                f"{hooked} runs on {x.device}, but layers before it on {current.device}: the norms of a model that is "
-                f"split over devices are not supported. Move it to one device (no device_map), or freeze the part on "
-                f"the other."
-            )
-
-    def _follow(self, call: RuleCall, x: Tensor, output: Tensor) -> Tensor | None:
-        """Take the weight gradient over, or watch the ordinary one."""
-        whole = call.rows == 1 and call.current.kept == call.current.batch_size
-        weight = call.wanted.get("weight")
-        # Weights that an engine has split or put aside are differentiated by the engine's own graph.
-        plain = weight is not None and weight.numel() > 0 and not hasattr(weight, "device_mesh")
-        if whole and plain and call.rule.takes_over(call.module, x, output):
-            return take_over(call, x, output)
-        observe(call, call.rule.save(call.module, x.detach(), output, call.wanted.keys()), output)
-        return None
 
     def _watch_fallback(
         self,
@@ -224,13 +246,13 @@ class PerSampleGradNorms(NormAccumulator):
         call: tuple[tuple[Any, ...], dict[str, Any]],
         outputs: dict[int, Tensor],
         adopted: Sequence[Orphan],
+        ticket: int,
     ) -> None:
         for i, tensor in list(outputs.items()):
             if not tensor.dim() or tensor.shape[0] != current.batch_size:
                 hooked.refuse_gradient_through(outputs.pop(i), current.batch_size)
         self._adopt(current, adopted, list(outputs.values()))
         args, kwargs = map_tensors(lambda t: t.detach(), call)
-        ticket = current.next_call()
         remembered = ModuleCall(
             module=hooked.module,
             path=str(hooked),
@@ -267,8 +289,8 @@ class PerSampleGradNorms(NormAccumulator):
         try:
             for orphan in adopted:
                 current.orphans.remove(orphan)
-                if not saved_tensors_are_packed():
-                    orphan.learn(outputs, current.batch_size)
+                if not saved_tensors_are_packed() and orphan.learn(outputs, current.batch_size):
+                    current.learned.update(orphan.params)
         finally:
             self._replaying = False
 
@@ -297,19 +319,20 @@ class PerSampleGradNorms(NormAccumulator):
 
     # ---- coverage --------------------------------------------------------------------------------------------
 
-    def _check_first_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
+    def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
         current.check_adopted()
-        if self._checked or not current.kept:
-            return
         # The fallback differentiates its whole module: every use inside it is one captured use.
+        unchecked = self._unchecked - (current.by_fallback - current.learned.keys()) if self._unchecked else None
+        if not unchecked or not current.kept:
+            return
         names = {
             param: hooked.full_name(name)
             for hooked in self._hooked
             for name, param in hooked.params.items()
-            if param not in current.by_fallback
+            if param in unchecked
         }
-        check_coverage(outputs, current.uses, names)
-        self._checked = True
+        check_coverage(outputs, {**current.uses, **current.learned}, names)
+        self._unchecked -= unchecked
 
     def check_all_captured(self) -> None:
         """Raise if a parameter has a gradient that no hook has ever seen.
@@ -358,14 +381,29 @@ class PerSampleGradNorms(NormAccumulator):
         self.remove()
 
 
+def _may_take_over(call: RuleCall, x: Tensor, output: Tensor) -> bool:
+    """Whether the weight gradient should, and can, come from the per-sample gradients of this call."""
+    weight = call.wanted.get("weight")
+    # Weights that an engine has split or put aside are differentiated by the engine's own graph.
+    if weight is None or weight.numel() == 0 or hasattr(weight, "device_mesh"):
+        return False
+    decisions = call.hooked.decisions
+    key = (x.shape, output.shape, output.dtype)
+    decision = decisions.get(key)
+    if decision is None:
+        decision = decisions[key] = call.rule.takes_over(call.module, x, output)
+    return decision
+
+
 def _orphan(
     hooked: HookedModule, current: ForwardPass, wanted: dict[str, nn.Parameter], x: Tensor, outputs: list[Tensor]
 ) -> Orphan:
     """A call that its own tensors do not tell apart by sample."""
-    error = hooked.no_batch_axis(str(tuple(x.shape)), outputs, current.batch_size)
+    taken = "no tensor" if x is _NO_INPUT else str(tuple(x.shape))
+    error = hooked.no_batch_axis(taken, outputs, current.batch_size)
     orphan = Orphan(hooked, tuple(wanted.values()), error)
     rows = folded_rows(x, outputs[0], current.batch_size) if outputs and hooked.rule is not None else None
     if rows:
         orphan.edge = torch.autograd.graph.get_gradient_edge(outputs[0])
-        orphan.rows, orphan.row_shape = rows, tuple(x.shape[1:])
+        orphan.rows, orphan.x = rows, x.detach()
     return orphan

@@ -1,0 +1,139 @@
+"""The pages of the benchmark: each measures, prints its table, and leaves its raw figures and its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_clars.bench import growth
+from hf_clars.bench.cost import measure_cost, measure_memory
+from hf_clars.bench.figures import save_cost_page, save_growth_page
+from hf_clars.bench.networks import NETWORKS, Network
+from hf_clars.bench.optimizer_step import measure_optimizers
+from hf_clars.bench.report import Rows, milliseconds, ratio_or_note, save_json, text_table
+from hf_clars.bench.subset import measure_subset
+
+QUICK_SIZE, QUICK_BATCH = 32, 2
+
+Columns = dict[str, Callable[[Any], object]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides.
+
+    Attributes:
+        networks: Names of `NETWORKS`, for the pages that compare ways.
+        rounds: How often each thing is timed.
+        threads: Threads of torch.
+        output: Folder of the JSON and the pictures.
+        quick: Tiny sizes, to see whether everything runs; the figures then mean nothing.
+    """
+
+    networks: tuple[str, ...]
+    rounds: int
+    threads: int
+    output: Path
+    quick: bool = False
+
+    def network(self, name: str) -> Network:
+        """A network with the batch that is measured."""
+        network = NETWORKS[name]
+        return network.resized(image_size=QUICK_SIZE, batch=QUICK_BATCH) if self.quick else network
+
+
+def run_cost(settings: Settings) -> None:
+    """Time of every way."""
+    rows = [row for name in settings.networks for row in measure_cost(settings.network(name), settings.rounds)]
+    columns: Columns = {
+        "network": lambda row: row.network,
+        "batch": lambda row: row.batch,
+        "pixels": lambda row: row.image_size,
+        "way": lambda row: row.way,
+        "ms a step": lambda row: milliseconds(row.seconds),
+        "times the plain step (quartiles)": lambda row: ratio_or_note(row.ratio, row.note),
+    }
+    _finish(settings, "cost", "Time of gradient and per-sample norms", rows, columns)
+    print(save_cost_page(rows, settings.output / "cost.png"))
+
+
+def run_memory(settings: Settings) -> None:
+    """Peak memory of every way."""
+    rows = [row for name in settings.networks for row in measure_memory(settings.network(name), settings.threads)]
+    columns: Columns = {
+        "network": lambda row: row.network,
+        "batch": lambda row: row.batch,
+        "pixels": lambda row: row.image_size,
+        "way": lambda row: row.way,
+        "peak MiB": lambda row: row.mebibytes.get("peak"),
+        "times the plain step's": lambda row: ratio_or_note(row.ratio, row.note),
+    }
+    title = "Peak memory of three steps, above what the imported program holds (weights and activations included)"
+    _finish(settings, "memory", title, rows, columns)
+
+
+def run_optimizer(settings: Settings) -> None:
+    """Time of the optimizer step alone."""
+    network = NETWORKS["resnet20" if settings.quick else "resnet-50"].resized(image_size=32, batch=2)
+    rows = measure_optimizers(network, settings.rounds)
+    columns: Columns = {
+        "optimizer": lambda row: row.optimizer,
+        "ms a step": lambda row: milliseconds(row.seconds),
+        "numbers kept a weight": lambda row: row.numbers_per_weight,
+        "times SGD (quartiles)": lambda row: ratio_or_note(row.ratio, row.note),
+    }
+    title = f"The optimizer step alone: {network.name}, {rows[0].tensors} tensors, gradients and norms ready"
+    _finish(settings, "optimizer", title, rows, columns)
+
+
+def run_subset(settings: Settings) -> None:
+    """Cost of measuring some samples of an accumulated batch."""
+    sizes = {"total": 64, "micro": 8, "samples": 16} if settings.quick else {}
+    rows = [measure_subset(NETWORKS["resnet20"], settings.rounds, **sizes)]
+    columns: Columns = {
+        "network": lambda row: row.network,
+        "accumulated batch": lambda row: row.total,
+        "micro-batch": lambda row: row.micro,
+        "measured": lambda row: row.samples,
+        "ms plain": lambda row: milliseconds(row.plain_seconds),
+        "ms with norms": lambda row: milliseconds(row.seconds),
+        "times plain (quartiles)": lambda row: row.ratio,
+    }
+    _finish(settings, "subset", "Norms of some samples of an accumulated batch", rows, columns)
+
+
+def run_growth(settings: Settings) -> None:
+    """How the cost changes with size."""
+    axes, base = (growth.TINY_AXES, growth.TINY_BASE) if settings.quick else (growth.AXES, growth.BASE)
+    rows = growth.measure_growth(settings.rounds, axes, base)
+    columns: Columns = {
+        "varied": lambda row: growth.UNITS[row.axis],
+        "value": lambda row: row.value,
+        "ms plain": lambda row: milliseconds(row.plain_seconds),
+        "ms with norms": lambda row: milliseconds(row.seconds),
+        "times plain (quartiles)": lambda row: row.ratio,
+    }
+    fixed = ", ".join(f"{axis} {value}" for axis, value in base.items())
+    _finish(settings, "growth", f"Cost against size (otherwise: {fixed})", rows, columns)
+    print(save_growth_page(rows, settings.output / "growth.png"))
+
+
+PAGES: dict[str, Callable[[Settings], None]] = {
+    "cost": run_cost,
+    "memory": run_memory,
+    "optimizer": run_optimizer,
+    "subset": run_subset,
+    "growth": run_growth,
+    # "layers": run_layers belongs here, when one layer at a time is measured.
+}
+"""What `--pages` can name."""
+
+
+def _finish(settings: Settings, page: str, title: str, rows: Rows, columns: Columns) -> None:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"\n## {title}\n\nOn {device}:\n\n{text_table(rows, columns)}")
+    print(f"\n{save_json(settings.output, page, rows)}")
