@@ -15,6 +15,9 @@ from hf_clars.grad_norms.costs import WeightUse, cheapest_form
 from hf_clars.grad_norms.linear import linear_squared_norm
 from hf_clars.grad_norms.registry import LayerRule, register_rule
 
+# Up to so many inputs an output (an RGB image's first 3x3 convolution has 27) patches are cheap to write out.
+_THIN = 32
+
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -48,15 +51,16 @@ def _padded_input(module: _Conv, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return F.pad(x, pads, mode=mode), none
 
 
-def convolution_use(module: _Conv, batch: int, output: Tensor) -> WeightUse:
-    """The shapes of a call on `batch` samples."""
+def convolution_use(module: _Conv, x: Tensor, output: Tensor) -> WeightUse:
+    """The shapes of a call."""
     return WeightUse(
-        samples=batch,
+        samples=x.shape[0],
         positions=math.prod(output.shape[2:]),
         width_in=module.in_channels // module.groups,
         width_out=module.out_channels // module.groups,
         groups=module.groups,
-        taps=math.prod(module.kernel_size),
+        pixels=math.prod(x.shape[2:]),
+        kernel=tuple(module.kernel_size),
         element_size=output.element_size(),
     )
 
@@ -92,7 +96,7 @@ class ConvolutionRule(LayerRule):
     def takes_over(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """Where the per-sample product is the cheapest form, and the padding is plain."""
         assert isinstance(module, _Conv)
-        use = convolution_use(module, x.shape[0], output)
+        use = convolution_use(module, x, output)
         return _zeros_only(module) and cheapest_form(use, x.device.type) in ("product", "outer")
 
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ def _visited(module: _Conv, x: Tensor) -> Tensor:
 def _weight_squared_norms(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor) -> Tensor:
     if _is_pointwise(module, padding):
         return linear_squared_norm(_visited(module, x), g.flatten(2).mT)
-    use = convolution_use(module, x.shape[0], g)
+    use = convolution_use(module, x, g)
     if cheapest_form(use, x.device.type, replaces_weight_grad=False) == "gram":
         return norm_math.convolution_gram_squared_norm(
             x, g, kernel=tuple(module.kernel_size), **_settings(module, padding)
@@ -143,6 +147,9 @@ def _weight_grads(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor)
     shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
     if _is_pointwise(module, padding):
         return norm_math.linear_weight_grads(_visited(module, x), g.flatten(2).mT).view(-1, *shape)
+    settings = _settings(module, padding)
+    if len(shape) == 4 and settings.pop("groups") == 1 and math.prod(shape[1:]) <= _THIN:
+        return norm_math.thin_convolution_weight_grads(x, g, kernel_shape=shape, **settings)
     return norm_math.convolution_weight_grads(x, g, kernel_shape=shape, **_settings(module, padding))
 
 

@@ -5,8 +5,8 @@ each of G groups, so that a sample's gradient is the [d, p] matrix sum_t g_t x_t
 
 - **outer** (T = 1): ||x|| ||g||.
 - **gram**: <X X^T, G G^T> of the [T, T] products of inputs and of output gradients. A convolution's patches overlap:
-  their products are sums of shifted products of single pixels, so c = p / taps values a position enter the matrix
-  product.
+  their products are sums of shifted products of single pixels, so only the c = p / taps values of a pixel enter the
+  matrix product, and the sum over taps is taken axis by axis.
 - **product**: the gradients themselves. Their sum is the batch gradient, so that they replace the product that autograd
   would do for it ("one product"); what they cost beyond it is that they are written and read, and shorter sums.
 
@@ -16,6 +16,7 @@ Times are counted as arithmetic / speed + traffic / bandwidth, and only the rati
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,7 +57,8 @@ class WeightUse:
         width_in: c, inputs of one pixel or token that a group sees.
         width_out: d, outputs of a group.
         groups: G.
-        taps: Kernel positions; p = taps * width_in.
+        pixels: Input positions, between which products are taken; T unless a convolution strides or pads.
+        kernel: Kernel size along each axis; p = width_in * their product.
         element_size: Bytes a number.
     """
 
@@ -65,19 +67,22 @@ class WeightUse:
     width_in: int
     width_out: int
     groups: int = 1
-    taps: int = 1
+    pixels: int = 0
+    kernel: tuple[int, ...] = ()
     element_size: int = 4
 
     def gram_seconds(self, machine: Machine) -> float:
         """Time of the Gram form; it comes on top of the ordinary weight gradient."""
-        matrices = self.samples * self.groups * self.positions**2
-        flops = 2 * matrices * (self.width_in + self.width_out)
-        passes = 2 + _TAP_PASSES * (self.taps if self.taps > 1 else 0)
-        return flops / machine.flops + passes * matrices * self.element_size / machine.bandwidth
+        pixels, batch = self.pixels or self.positions, self.samples * self.groups
+        inputs, outputs, between = pixels**2, self.positions**2, pixels * self.positions
+        flops = 2 * batch * (inputs * self.width_in + outputs * self.width_out)
+        taps = sum(k for k in self.kernel if k > 1)
+        traffic = batch * self.element_size * (inputs + outputs + _TAP_PASSES * taps * between)
+        return flops / machine.flops + traffic / machine.bandwidth
 
     def product_seconds(self, machine: Machine, *, replaces_weight_grad: bool = True) -> float:
         """Time of the per-sample gradients, beyond the ordinary weight gradient if they replace it."""
-        elements = self.samples * self.groups * self.taps * self.width_in * self.width_out
+        elements = self.samples * self.groups * math.prod(self.kernel) * self.width_in * self.width_out
         sum_length = _HALF_SPEED_POSITIONS + (0 if replaces_weight_grad else self.positions)
         flops = 2 * elements * sum_length
         return flops / machine.flops + _PRODUCT_PASSES * elements * self.element_size / machine.bandwidth

@@ -9,12 +9,12 @@ form for T > 1 is Rochette, Manoel and Tramel (2019), also Li et al., "ghost cli
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import unfold
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 # What is made per sample (gradients, Gram matrices) exists for at most this many elements at once: 64 MiB in float32.
@@ -87,6 +87,20 @@ def convolution_weight_grads(
     return grads.reshape(batch, *kernel_shape)
 
 
+def thin_convolution_weight_grads(
+    x: Tensor,
+    g: Tensor,
+    *,
+    kernel_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """`convolution_weight_grads` of a 2-D convolution without groups by written-out patches: for very few inputs."""
+    patches = unfold(x, kernel_shape[2:], dilation, padding, stride)
+    return (g.flatten(2) @ patches.mT).view(-1, *kernel_shape)
+
+
 def convolution_gram_squared_norm(
     x: Tensor,
     g: Tensor,
@@ -115,7 +129,13 @@ def convolution_gram_squared_norm(
     Returns:
         [B].
     """
-    size, out_size = tuple(x.shape[2:]), tuple(g.shape[2:])
+    overlaps = [
+        [
+            _tap_overlap(t * dilation[i] - padding[i], stride[i], x.shape[2 + i], g.shape[2 + i])
+            for t in range(kernel[i])
+        ]
+        for i in dims
+    ]
 
     def pixel_products(t: Tensor) -> Tensor:
         """[b, groups, *space, *space]: products of all pairs of pixels."""
@@ -123,26 +143,39 @@ def convolution_gram_squared_norm(
         return (flat.mT @ flat).view(t.shape[0], groups, *t.shape[2:], *t.shape[2:])
 
     def squared_norms(x: Tensor, g: Tensor) -> Tensor:
-        pixels, outputs = pixel_products(x), pixel_products(g)
-        patches = torch.zeros_like(outputs)
-        for tap in itertools.product(*(range(k) for k in kernel)):
-            there, here = zip(
-                *(_tap_overlap(*one) for one in zip(tap, dilation, padding, stride, size, out_size, strict=True)),
-                strict=True,
-            )
-            patches[(..., *here, *here)] += pixels[(..., *there, *there)]
+        patches, outputs = pixel_products(x), pixel_products(g)
+        for i in range(len(kernel)):  # a sum over the kernel's rows, then one over its columns
+            patches = _sum_over_taps(patches, (2 + i, 2 + len(kernel) + i), g.shape[2 + i], overlaps[i])
         return torch.linalg.vecdot(patches.flatten(1), outputs.flatten(1))
 
-    pairs = groups * (math.prod(size) ** 2 + 2 * math.prod(out_size) ** 2)
+    pairs = groups * (2 * math.prod(x.shape[2:]) ** 2 + 2 * math.prod(g.shape[2:]) ** 2)
     return in_slices(squared_norms, x, g, elements_per_sample=pairs)
 
 
-def _tap_overlap(tap: int, dilation: int, padding: int, stride: int, size: int, out_size: int) -> tuple[slice, slice]:
-    """Pixels that a kernel tap sees along one axis, and the outputs that see them: the rest falls on padding."""
-    shift = tap * dilation - padding  # output i sees pixel i * stride + shift
+def _sum_over_taps(
+    pairs: Tensor, axes: tuple[int, int], out_size: int, overlaps: Sequence[tuple[slice, slice]]
+) -> Tensor:
+    """Products of pixels -> products of one-dimensional patches, along one spatial axis of both members of a pair."""
+    shape = list(pairs.shape)
+    everything: list[slice] = [slice(None)] * pairs.dim()
+    for axis in axes:
+        shape[axis] = out_size
+    total = pairs.new_zeros(shape)
+    for there, here in overlaps:
+        source, target = list(everything), list(everything)
+        for axis in axes:
+            source[axis], target[axis] = there, here
+        total[tuple(target)] += pairs[tuple(source)]
+    return total
+
+
+def _tap_overlap(shift: int, stride: int, size: int, out_size: int) -> tuple[slice, slice]:
+    """Pixels that a kernel tap sees along one axis, and the outputs that see them: the rest falls on padding.
+
+    Output i sees pixel i * stride + shift.
+    """
     first = max(0, -(shift // stride))
-    last = min(out_size - 1, (size - 1 - shift) // stride)
-    count = max(0, last - first + 1)
+    count = max(0, min(out_size - 1, (size - 1 - shift) // stride) - first + 1)
     start = first * stride + shift
     return slice(start, start + (count - 1) * stride + 1 if count else start, stride), slice(first, first + count)
 

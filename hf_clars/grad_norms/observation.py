@@ -19,11 +19,12 @@ def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> None:
         saved: What the rule needs of the forward pass.
         output: What the module returned.
     """
-    held = hold(saved)
+    held = [hold(saved)]
 
     def on_gradient(g: Tensor) -> None:
         if call.arrived():
-            call.measure(held(), g.detach())
+            # Let go at once, as autograd does with what it saved, and not when the whole graph goes.
+            call.measure(held.pop()(), g.detach())
 
     output.register_hook(on_gradient)
 
