@@ -59,7 +59,7 @@ def convolution_use(module: _Conv, x: Tensor, output: Tensor) -> WeightUse:
         width_in=module.in_channels // module.groups,
         width_out=module.out_channels // module.groups,
         groups=module.groups,
-        pixels=math.prod(x.shape[2:]),
+        pixels=math.prod(x.shape[2:]) if math.prod(module.kernel_size) > 1 else 0,  # a 1x1 kernel visits T of them
         kernel=tuple(module.kernel_size),
         element_size=output.element_size(),
     )

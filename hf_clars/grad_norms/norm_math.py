@@ -130,11 +130,8 @@ def convolution_gram_squared_norm(
         [B].
     """
     overlaps = [
-        [
-            _tap_overlap(t * dilation[i] - padding[i], stride[i], x.shape[2 + i], g.shape[2 + i])
-            for t in range(kernel[i])
-        ]
-        for i in dims
+        [_tap_overlap(tap * d - pad, s, x.shape[2 + i], g.shape[2 + i]) for tap in range(k)]
+        for i, (k, s, pad, d) in enumerate(zip(kernel, stride, padding, dilation, strict=True))
     ]
 
     def pixel_products(t: Tensor) -> Tensor:
