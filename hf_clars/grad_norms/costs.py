@@ -22,8 +22,9 @@ from typing import Literal
 
 Form = Literal["outer", "gram", "product"]
 
-#: Matrix products with short sums run below full speed: at half of it for sums over this many positions.
-_HALF_SPEED_POSITIONS = 64
+#: Products with short sums run below full speed: at half of it for sums over this many positions. A batched matrix
+#: product (Linear layers, 1x1 kernels) minds little, a convolution with the samples as groups minds more.
+_HALF_SPEED_MATRIX, _HALF_SPEED_CONVOLUTION = 8, 64
 #: Passes over memory: a gradient is written, and read for its square and for the sum.
 _PRODUCT_PASSES = 3
 #: A tap of a convolution's Gram form reads two [T, T] matrices and writes one.
@@ -43,8 +44,9 @@ class Machine:
     bandwidth: float
 
 
-#: "cpu" was measured on two cores of a server (AVX-512, float32); others are orders of magnitude from data sheets.
-MACHINES = {"cpu": Machine(1.2e11, 1.2e10), "cuda": Machine(1e14, 2.5e12)}
+#: "cpu" was measured on two cores of a server (AVX-512, float32, temporaries in cache); "cuda" is an order of magnitude
+#: from data sheets and was not measured.
+MACHINES = {"cpu": Machine(1.2e11, 4e10), "cuda": Machine(1e14, 2.5e12)}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class WeightUse:
     def product_seconds(self, machine: Machine, *, replaces_weight_grad: bool = True) -> float:
         """Time of the per-sample gradients, beyond the ordinary weight gradient if they replace it."""
         elements = self.samples * self.groups * math.prod(self.kernel) * self.width_in * self.width_out
-        sum_length = _HALF_SPEED_POSITIONS + (0 if replaces_weight_grad else self.positions)
+        half_speed = _HALF_SPEED_CONVOLUTION if math.prod(self.kernel) > 1 else _HALF_SPEED_MATRIX
+        sum_length = half_speed + (0 if replaces_weight_grad else self.positions)
         flops = 2 * elements * sum_length
         return flops / machine.flops + _PRODUCT_PASSES * elements * self.element_size / machine.bandwidth
 

@@ -28,6 +28,7 @@ class ForwardPass:
         learned: Uses by calls that were adopted, but that the rule will measure from the next pass on.
         device: Where the first captured call took place.
         uses: How often each parameter was used by a captured module call.
+        several: Parameters with more than one use.
         squares: {layer index: Tensor [kept]}, squared norms added up over the layer's parameters.
         pending: Per-sample gradients of parameters used more than once: those add up before they are squared.
         fallback_calls: Calls remembered for the fallback; each holds on to its graph until its gradient has come.
@@ -47,6 +48,7 @@ class ForwardPass:
     learned: Counter[nn.Parameter] = field(default_factory=Counter)
     device: torch.device | None = None
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
+    several: set[nn.Parameter] = field(default_factory=set)
     squares: dict[int, Tensor] = field(default_factory=dict)
     pending: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     fallback_calls: list[ModuleCall] = field(default_factory=list)
@@ -78,6 +80,12 @@ class ForwardPass:
         """A number for a captured module call."""
         self.calls += 1
         return self.calls
+
+    def add_use(self, param: nn.Parameter) -> None:
+        """Count a captured use of a parameter."""
+        self.uses[param] += 1
+        if self.uses[param] > 1:
+            self.several.add(param)
 
     def add_squares(self, layer: int, squares: Tensor) -> None:
         """Add one parameter's squared norms [kept] to its layer."""

@@ -46,7 +46,8 @@ class RuleCall:
     @property
     def shared(self) -> set[str]:
         """Parameters with several uses in the pass: those add up before they are squared."""
-        return {n for n, p in self.wanted.items() if self.current.uses[p] > 1}
+        several = self.current.several
+        return {n for n, p in self.wanted.items() if p in several} if several else set()
 
     @torch.no_grad()
     def measure(self, saved: tuple[Tensor, ...], g: Tensor) -> None:

@@ -91,12 +91,11 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
         Two tensors [B, C].
     """
     channels = x.shape[:2]
-    mean, rstd = mean.expand(channels), rstd.expand(channels)
     if x.dim() == 2:
         return g * (x - mean) * rstd, g
     if not (x.is_contiguous() and g.is_contiguous()) or x.numel() == 0:
         # Channels last: no kernel to borrow; the mean goes first, for g * x - mean * g would cancel.
-        centred = (x.flatten(2) - mean.unsqueeze(2)).mul_(g.flatten(2))
+        centred = (x.flatten(2) - mean.unsqueeze(-1)).mul_(g.flatten(2))
         return centred.sum(2) * rstd, g.flatten(2).sum(2)
     _, weighted, plain = torch.ops.aten.native_batch_norm_backward(
         g.view(1, channels.numel(), -1),
@@ -104,8 +103,8 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
         None,
         None,
         None,
-        mean.reshape(-1),
-        rstd.reshape(-1),
+        mean.expand(channels).reshape(-1),
+        rstd.expand(channels).reshape(-1),
         True,
         0.0,
         [False, True, True],

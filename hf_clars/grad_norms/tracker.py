@@ -190,7 +190,7 @@ class PerSampleGradNorms(NormAccumulator):
             )
         current.captured.add(hooked)
         for param in wanted.values():
-            current.uses[param] += 1
+            current.add_use(param)
         if not hooked.ever_captured:
             hooked.ever_captured = True
             self._ever_captured.update(wanted.values())
@@ -312,7 +312,7 @@ class PerSampleGradNorms(NormAccumulator):
     @torch.no_grad()
     def _add_grads(self, current: ForwardPass, param: nn.Parameter, grads: Tensor) -> None:
         grads = at_least_float32(grads)
-        if current.uses[param] > 1:
+        if param in current.several:
             current.add_pending(param, grads)
         else:
             current.add_squares(self._layer_of[param], squared_sum(grads))
