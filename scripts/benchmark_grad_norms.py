@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -20,12 +21,24 @@ pages:
   memory     peak memory of every way, each in a process of its own
   optimizer  the optimizer step alone, on resnet-50, against torch's SGD
   subset     norms of the first 512 samples of an accumulated batch of 16384 (resnet20)
-  growth     the time ratio of hf_clars against batch, image size, width and depth
+  growth     the time ratio of hf_clars against batch, image size, width and depth, and where each form wins
+  layers     the cost model: predicted and measured time of the forms, for every layer
 
 Networks whose name ends in -gn have GroupNorm for BatchNorm, which other libraries do not support.
 Tables go to standard output, raw figures and pictures to the output folder; pages measured earlier stay in its JSON.
 For other libraries: pip install opacus backpack-for-pytorch timm pytorch_optimizer
 """
+
+
+# glibc gives freed memory back to the system and takes it anew, page by page, whenever it likes; which of two ways pays
+# for that is chance, and on a virtual machine it can be a third of a step. All ways alike keep what they freed instead.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
+
+
+def keep_freed_memory() -> None:
+    """Start once more with an allocator that keeps freed memory; it reads its settings only at start-up."""
+    if sys.platform == "linux" and not any(name in os.environ for name in KEEP_MEMORY):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_MEMORY})
 
 
 def parse() -> tuple[Settings, list[str]]:
@@ -53,6 +66,7 @@ def parse() -> tuple[Settings, list[str]]:
 def main() -> None:
     """Print the machine, then every page."""
     settings, pages = parse()
+    keep_freed_memory()
     torch.set_num_threads(settings.threads)
     print("# What per-sample gradient norms cost\n")
     for name, value in machine().items():

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,9 +15,17 @@ from matplotlib.figure import Figure
 from hf_clars.bench.cost import CostRow
 from hf_clars.bench.growth import UNITS, GrowthRow
 from hf_clars.bench.ways import HfClars, Plain
+from hf_clars.grad_norms.costs import Form, WeightUse, cheapest_form
 
 TARGET = 1.25
 """The cost that this package is to stay below."""
+
+FORMS: dict[Form, tuple[str, str]] = {
+    "outer": ("#009e73", "^"),
+    "gram": ("#0072b2", "o"),
+    "product": ("#e69f00", "s"),
+}
+"""Colour and marker of each form."""
 
 OURS, OTHERS, LIMIT = "#0072b2", "#e69f00", "#d55e00"
 """Of Okabe and Ito's colours; position and text tell the same as the colours."""
@@ -71,7 +80,7 @@ def _draw_bars(axes: Axes, rows: Sequence[CostRow]) -> None:
 
 
 def save_growth_page(rows: Sequence[GrowthRow], path: Path) -> Path:
-    """Four panels: the ratio against batch, image size, width and depth.
+    """The ratio against batch, image size, width and depth; and where each form of the norms is cheapest.
 
     Args:
         rows: Of any axes.
@@ -80,19 +89,44 @@ def save_growth_page(rows: Sequence[GrowthRow], path: Path) -> Path:
     Returns:
         The path.
     """
-    figure = _new_figure(11, 7.5)
+    figure = _new_figure(15, 7.5)
     high = 1.05 * max([TARGET, *(row.ratio.high for row in rows)])
     low = 0.97 * min([1.0, *(row.ratio.low for row in rows)])
     for index, axis in enumerate(UNITS):
-        axes = figure.add_subplot(2, 2, index + 1)
+        axes = figure.add_subplot(2, 3, index + 1 + index // 2)
         _draw_line(axes, [row for row in rows if row.axis == axis])
         axes.set_xlabel(UNITS[axis])
         axes.set_ylim(low, high)
+    for place, side in ((3, 1), (6, 3)):
+        _draw_forms(figure.add_subplot(2, 3, place), side)
     figure.suptitle(
         f"Cost of per-sample gradient norms with hf_clars: time / time of the plain step\n"
         f"(points: median; bars: quartiles over rounds; dotted: the plain step; dashed: target {TARGET})"
     )
     return _save(figure, path)
+
+
+def _draw_forms(axes: Axes, side: int) -> None:
+    """Where the cost model takes which form: channels against positions, for kernels of one size."""
+    positions = [n**2 for n in (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)]
+    channels = [2**k for k in range(3, 13)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for form, (colour, marker) in FORMS.items():
+        points = [
+            (c, t)
+            for c in channels
+            for t in positions
+            if cheapest_form(WeightUse(16, t, c, c, pixels=t, kernel=(side, side)), device) == form
+        ]
+        if points:
+            across, up = zip(*points, strict=True)
+            axes.scatter(across, up, c=colour, marker=marker, s=26, label=form)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel("channels, in and out")
+    axes.set_ylabel("positions of the output (pixels)")
+    axes.set_title(f"Form taken for {side}x{side} kernels ({device}, B = 16)", fontsize=10.5)
+    axes.legend(loc="upper right", fontsize=8.5, framealpha=1)
 
 
 def _draw_line(axes: Axes, rows: Sequence[GrowthRow]) -> None:

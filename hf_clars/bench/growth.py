@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_clars.bench.layers import chosen_forms
 from hf_clars.bench.networks import Network
 from hf_clars.bench.timing import Ratio, alternate, ratio
 from hf_clars.bench.ways import HfClars, Plain
+from hf_clars.grad_norms.costs import Form
 from hf_clars.models import CifarResNetConfig, CifarResNetForImageClassification
 
 AXES: dict[str, tuple[int, ...]] = {
@@ -50,6 +52,7 @@ class GrowthRow:
         plain_seconds: Of each plain step.
         seconds: Of each step with norms.
         ratio: Of the two.
+        forms: How many layers' norms took each form.
     """
 
     axis: str
@@ -57,6 +60,7 @@ class GrowthRow:
     plain_seconds: list[float]
     seconds: list[float]
     ratio: Ratio
+    forms: dict[Form, int]
 
 
 def measure_growth(
@@ -89,4 +93,4 @@ def _measure_point(rounds: int, axis: str, value: int, shape: Mapping[str, int])
     for way in ways:
         way.close()
     plain, own = seconds[Plain.name], seconds[HfClars.name]
-    return GrowthRow(axis, value, plain, own, ratio(own, plain))
+    return GrowthRow(axis, value, plain, own, ratio(own, plain), chosen_forms(network))

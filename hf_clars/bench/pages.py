@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from hf_clars.bench import growth
 from hf_clars.bench.cost import measure_cost, measure_memory
 from hf_clars.bench.figures import save_cost_page, save_growth_page
-from hf_clars.bench.networks import NETWORKS, Network
+from hf_clars.bench.layers import LayerRow, measure_layers
+from hf_clars.bench.networks import GROUP_NORM_SUFFIX, NETWORKS, Network
 from hf_clars.bench.optimizer_step import measure_optimizers
 from hf_clars.bench.report import Rows, milliseconds, ratio_or_note, save_json, text_table
 from hf_clars.bench.subset import measure_subset
@@ -115,11 +117,40 @@ def run_growth(settings: Settings) -> None:
         "value": lambda row: row.value,
         "ms plain": lambda row: milliseconds(row.plain_seconds),
         "ms with norms": lambda row: milliseconds(row.seconds),
+        "outer / gram / product": lambda row: " / ".join(str(n) for n in row.forms.values()),
         "times plain (quartiles)": lambda row: row.ratio,
     }
     fixed = ", ".join(f"{axis} {value}" for axis, value in base.items())
     _finish(settings, "growth", f"Cost against size (otherwise: {fixed})", rows, columns)
     print(save_growth_page(rows, settings.output / "growth.png"))
+
+
+def run_layers(settings: Settings) -> None:
+    """The cost model against the clock."""
+    names = [name for name in settings.networks if not name.endswith(GROUP_NORM_SUFFIX)]
+    rows = [row for name in names for row in measure_layers(settings.network(name), settings.rounds)]
+
+    def milliseconds_of(seconds: Callable[[LayerRow], dict[str, float]], form: str) -> Callable[[Any], object]:
+        return lambda row: seconds(row).get(form, float("nan")) * 1e3
+
+    columns: Columns = {
+        "network": lambda row: row.network,
+        "layer": lambda row: row.layer,
+        "alike": lambda row: row.count,
+        "B": lambda row: row.use.samples,
+        "T": lambda row: row.use.positions,
+        "p": lambda row: row.use.width_in * math.prod(row.use.kernel),
+        "d": lambda row: row.use.width_out,
+        "G": lambda row: row.use.groups,
+        "weight grad, ms": lambda row: row.weight_grad * 1e3,
+        "gram, predicted": milliseconds_of(lambda row: row.predicted, "gram"),
+        "measured": milliseconds_of(lambda row: row.measured, "gram"),
+        "product, predicted": milliseconds_of(lambda row: row.predicted, "product"),
+        "measured ": milliseconds_of(lambda row: row.measured, "product"),
+        "taken": lambda row: row.form,
+    }
+    title = "The cost model, layer by layer: milliseconds beyond the ordinary weight gradient (nan: not timed)"
+    _finish(settings, "layers", title, rows, columns)
 
 
 PAGES: dict[str, Callable[[Settings], None]] = {
@@ -128,7 +159,7 @@ PAGES: dict[str, Callable[[Settings], None]] = {
     "optimizer": run_optimizer,
     "subset": run_subset,
     "growth": run_growth,
-    # "layers": run_layers belongs here, when one layer at a time is measured.
+    "layers": run_layers,
 }
 """What `--pages` can name."""
 

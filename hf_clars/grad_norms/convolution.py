@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from hf_clars.grad_norms import norm_math
-from hf_clars.grad_norms.costs import WeightUse, cheapest_form
+from hf_clars.grad_norms.costs import Form, WeightUse, cheapest_form
 from hf_clars.grad_norms.linear import linear_squared_norm
 from hf_clars.grad_norms.registry import LayerRule, register_rule
 
@@ -88,7 +88,8 @@ class ConvolutionRule(LayerRule):
         assert isinstance(module, _Conv)
         squares = {}
         if "weight" in wanted:
-            squares["weight"] = _weight_squared_norms(module, *_padded_input(module, saved[0]), g)
+            form = cheapest_form(convolution_use(module, saved[0], g), g.device.type, replaces_weight_grad=False)
+            squares["weight"] = convolution_squared_norm(module, saved[0], g, form)
         if "bias" in wanted:
             squares["bias"] = norm_math.squared_sum(g.flatten(2).sum(2))
         return squares
@@ -127,11 +128,19 @@ def _visited(module: _Conv, x: Tensor) -> Tensor:
     return x[(..., *steps)].flatten(2).mT
 
 
-def _weight_squared_norms(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor) -> Tensor:
+def convolution_squared_norm(module: _Conv, x: Tensor, g: Tensor, form: Form) -> Tensor:
+    """Squared norm of each sample's weight gradient in a given form, [B].
+
+    Args:
+        module: The convolution.
+        x: Its input [B, in, *space].
+        g: Gradient of its output [B, out, *space'].
+        form: Of the forms for `convolution_use(module, x, g)`.
+    """
+    x, padding = _padded_input(module, x)
     if _is_pointwise(module, padding):
-        return linear_squared_norm(_visited(module, x), g.flatten(2).mT)
-    use = convolution_use(module, x, g)
-    if cheapest_form(use, x.device.type, replaces_weight_grad=False) == "gram":
+        return linear_squared_norm(_visited(module, x), g.flatten(2).mT, form)
+    if form == "gram":
         return norm_math.convolution_gram_squared_norm(
             x, g, kernel=tuple(module.kernel_size), **_settings(module, padding)
         )

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
-from hf_clars.grad_norms.costs import WeightUse, cheapest_form
+from hf_clars.grad_norms.costs import Form, WeightUse, cheapest_form
 from hf_clars.grad_norms.registry import LayerRule, register_rule
 
 
@@ -46,7 +46,8 @@ class LinearRule(LayerRule):
         x, g = _positions(saved[0]), _positions(g)
         squares = {}
         if "weight" in wanted:
-            squares["weight"] = linear_squared_norm(x, g)
+            form = cheapest_form(linear_use(x, g), x.device.type, replaces_weight_grad=False)
+            squares["weight"] = linear_squared_norm(x, g, form)
         if "bias" in wanted:
             # positions add up before they are squared: the bias is shared by all of them
             squares["bias"] = norm_math.squared_sum(g.sum(1))
@@ -61,9 +62,8 @@ class LinearRule(LayerRule):
         return g @ weight
 
 
-def linear_squared_norm(x: Tensor, g: Tensor) -> Tensor:
-    """Squared norm of each sample's weight gradient in the cheapest form: x [B, T, in], g [B, T, out] -> [B]."""
-    form = cheapest_form(linear_use(x, g), x.device.type, replaces_weight_grad=False)
+def linear_squared_norm(x: Tensor, g: Tensor, form: Form) -> Tensor:
+    """Squared norm of each sample's weight gradient in a given form: x [B, T, in], g [B, T, out] -> [B]."""
     if form == "outer":
         return norm_math.outer_squared_norm(x[:, 0], g[:, 0])
     if form == "gram":
