@@ -26,7 +26,7 @@ def schedule(step, method):
     return base * (1.5 + torch.sin(torch.tensor(float(step))).item())
 
 
-@pytest.mark.parametrize("foreach", [True, False], ids=["multi-tensor", "single-tensor"])
+@pytest.mark.parametrize("foreach", [True, False, None], ids=["multi-tensor", "single-tensor", "default"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)], ids=["f64", "f32"])
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_its_literal_twin(method, dtype, tolerance, foreach):
@@ -51,7 +51,7 @@ def test_equals_its_literal_twin(method, dtype, tolerance, foreach):
         torch.testing.assert_close(p.double(), q, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("foreach", [True, False, None])
 def test_nag_at_a_constant_rate_is_torchs_nesterov_sgd(foreach):
     model, other = small_model().double(), small_model().double()
     ours = NAG(model, 0.05, momentum=0.9, weight_decay=1e-3, foreach=foreach)

@@ -120,7 +120,8 @@ class RuleCall:
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def at_least_float32(t: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class LayerwiseOptimizer(Optimizer):
             model, layers=layers, params=params, scale_norm_and_bias=scale_norm_and_bias
         )
         self.momentum_form = momentum_form
-        self.foreach = True if foreach is None else foreach
+        self.foreach = foreach
         self.last_step: LayerMeasures | None = None
         self._layer_index: dict[tuple[int, ...], Tensor] = {}
         super().__init__(groups, {ADAPTIVE: True, FROZEN: False, **defaults})
@@ -180,12 +180,14 @@ class LayerwiseOptimizer(Optimizer):
 
     def _update(self, tensors: _StepTensors, rates: Tensor) -> None:
         """Apply the update, once for each pair of (momentum, weight decay) among the groups."""
-        per_layer = rates.unbind()
+        # On the CPU each weight is updated at one go, while it is in cache; a rate is read there without waiting.
+        on_host = self.foreach is None and rates.device.type == "cpu"
+        per_layer: Sequence[Any] = rates.tolist() if on_host else rates.unbind()
         buckets: dict[tuple[float, float], list[int]] = {}
         for i, k in enumerate(tensors.layer):
             group = self.param_groups[k]
             buckets.setdefault((group["momentum"], group["weight_decay"]), []).append(i)
-        update = multi_tensor_update if self.foreach else single_tensor_update
+        update: Callable[..., None] = single_tensor_update if on_host or self.foreach is False else multi_tensor_update
         for (momentum, weight_decay), members in buckets.items():
             update(
                 [tensors.params[i] for i in members],
@@ -210,7 +212,7 @@ class LayerwiseOptimizer(Optimizer):
         return weight_norm, self._per_layer(tensors.grads, tensors.layer)
 
     def _per_layer(self, tensors: list[Tensor], layer: Sequence[int]) -> Tensor:
-        norms = tensor_norms(tensors, foreach=self.foreach)
+        norms = tensor_norms(tensors, foreach=self.foreach is not False)
         layers = len(self.param_groups)
         if list(layer) == list(range(layers)):
             return norms

@@ -54,7 +54,7 @@ class CLARS(LARS):
         params: Groups of the model's parameters with their own `lr`, `eta`, `momentum`, `weight_decay`, `trust_clip`.
         decay_in_norm: With `estimator="microbatch"`, measure the norm of g + weight_decay * w. Default False.
         momentum_form: `"nesterov"` (default) or `"heavy_ball"`.
-        foreach: Use the multi-tensor path. Default: yes.
+        foreach: Use the multi-tensor path. Default: on the CPU no, elsewhere yes, whichever is faster.
 
     A layer whose weights have norm zero, or that no sample has a gradient for, takes the ratio 1.
 

@@ -31,7 +31,7 @@ class LARS(LayerwiseOptimizer):
         scale_norm_and_bias: False trains biases and normalisation weights at `lr` itself. Default True.
         params: Groups of the model's parameters with their own `lr`, `eta`, `momentum`, `weight_decay`, `trust_clip`.
         momentum_form: `"nesterov"` (default) or `"heavy_ball"`.
-        foreach: Use the multi-tensor path. Default: yes.
+        foreach: Use the multi-tensor path. Default: on the CPU no, elsewhere yes, whichever is faster.
 
     A layer whose weights or gradient have norm zero takes the ratio 1: a plain step of rate lr * eta.
 

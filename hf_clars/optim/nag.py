@@ -29,7 +29,7 @@ class NAG(LayerwiseOptimizer):
         params: Groups of the model's parameters with their own `lr`, `momentum` or `weight_decay`.
         measure: Measure ||w_k|| and ||g_k|| at every step (`last_step`). Default False: only the rate.
         momentum_form: `"nesterov"` (default) or `"heavy_ball"`, see `hf_clars.optim.update`.
-        foreach: Use the multi-tensor path. Default: yes.
+        foreach: Use the multi-tensor path. Default: on the CPU no, elsewhere yes, whichever is faster.
 
     Raises:
         ValueError: For settings out of range.

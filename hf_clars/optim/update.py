@@ -8,6 +8,7 @@ m <- beta m + g and w <- w - gamma m, the rate outside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,19 +21,19 @@ def single_tensor_update(
     params: list[Tensor],
     grads: list[Tensor],
     buffers: list[Tensor],
-    rates: list[Tensor],
+    rates: Sequence[Tensor | float],
     *,
     momentum: float,
     weight_decay: float,
     form: MomentumForm,
 ) -> None:
-    """Update each weight and its buffer in place; `grads` are left as they are.
+    """Update each weight and its buffer in place, one after the other; `grads` are left as they are.
 
     Args:
         params: Weights.
         grads: Their gradients.
         buffers: Their momentum buffers, zero before the first step.
-        rates: gamma of each weight's layer, 0-dim tensors.
+        rates: gamma of each weight's layer: 0-dim tensors, or numbers where reading them makes no device wait.
         momentum: beta in [0, 1).
         weight_decay: Coupled: g + weight_decay * w is applied.
         form: `"nesterov"` or `"heavy_ball"`.
@@ -40,12 +41,13 @@ def single_tensor_update(
     for w, g, m, rate in zip(params, grads, buffers, rates, strict=True):
         decayed = g.add(w, alpha=weight_decay) if weight_decay else g
         if form == "nesterov":
-            step = decayed * rate
-            m.mul_(momentum).sub_(step)
-            w.add_(m, alpha=momentum).sub_(step)
+            step, scale = (decayed * rate, 1.0) if isinstance(rate, Tensor) else (decayed, rate)
+            m.mul_(momentum).sub_(step, alpha=scale)
+            w.add_(m, alpha=momentum).sub_(step, alpha=scale)
         else:
             m.mul_(momentum).add_(decayed)
-            w.sub_(m * rate)
+            step, scale = (m * rate, 1.0) if isinstance(rate, Tensor) else (m, rate)
+            w.sub_(step, alpha=scale)
 
 
 def multi_tensor_update(
@@ -58,7 +60,7 @@ def multi_tensor_update(
     weight_decay: float,
     form: MomentumForm,
 ) -> None:
-    """The same update by torch's foreach functions. Arguments as in `single_tensor_update`."""
+    """The same update by torch's foreach functions. Arguments as in `single_tensor_update`, rates as tensors."""
     if weight_decay:
         grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
     if form == "nesterov":

@@ -1,0 +1,201 @@
+"""Promise: a module that does not show which sample is which is measured right all the same, or refused by name."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_clars.grad_norms import BatchAxisError, MixedDevicesError, PerSampleGradNorms
+from tests.oracle import layer_norms, one_by_one
+
+
+class Windows(nn.Module):
+    """Folds windows into the batch axis, as Swin does; or the batch into the windows, with `mixed`."""
+
+    def __init__(self, mixed=False, inner=None):
+        super().__init__()
+        self.mixed, self.inner = mixed, inner or nn.Linear(4, 3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):  # [B, windows, tokens, 4]
+        b, w = x.shape[:2]
+        folded = (x.transpose(0, 1) if self.mixed else x).flatten(0, 1)
+        y = self.inner(folded)
+        y = y.view(w, b, *y.shape[1:]).transpose(0, 1) if self.mixed else y.view(b, w, *y.shape[1:])
+        return self.head(torch.tanh(y).flatten(1, -2).mean(1))
+
+
+class Video(nn.Module):
+    """Frames folded into the batch of a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.Linear(3, 2)
+
+    def forward(self, x):  # [B, frames, 2, 5, 5]
+        y = self.norm(self.conv(x.flatten(0, 1)))
+        return self.head(torch.tanh(y).mean((2, 3)).view(*x.shape[:2], 3).mean(1))
+
+
+class Positions(nn.Module):
+    """A position table that is looked up once for all samples."""
+
+    def __init__(self, leading_one):
+        super().__init__()
+        self.leading_one = leading_one
+        self.words, self.positions, self.head = nn.Embedding(7, 4), nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens):
+        places = torch.arange(tokens.shape[1])
+        places = places.unsqueeze(0) if self.leading_one else places
+        return self.head(torch.tanh(self.words(tokens) + self.positions(places)).mean(1))
+
+
+class Bias(nn.Module):
+    """Owns a table and takes no input."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self):
+        return self.table
+
+
+class Biased(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias, self.head = Bias(), nn.Linear(4, 2)
+
+    def forward(self, x):  # [B, 5, 4]
+        return self.head(torch.tanh(x + self.bias()).mean(1))
+
+
+def check(model, x, passes=3):
+    """Several passes: the first proves, later ones may use what was proven."""
+
+    def loss_of(m, rows):
+        data = x[rows].to(next(m.parameters()).dtype) if x.is_floating_point() else x[rows]
+        return m(data).square().sum(1).mean()
+
+    expected = one_by_one(model, lambda m, i: loss_of(m, slice(i, i + 1)), len(x))
+    with PerSampleGradNorms(model) as norms:
+        for _ in range(passes):
+            model.zero_grad()
+            loss_of(model, slice(None)).backward()
+            for name, want in layer_norms(expected, norms.layers).items():
+                torch.testing.assert_close(norms.per_sample[name].double(), want, rtol=1e-4, atol=1e-6, msg=name)
+    return norms
+
+
+CASES = {
+    "windows": (Windows, lambda: torch.randn(3, 2, 5, 4)),
+    "windows of one token": (Windows, lambda: torch.randn(3, 2, 1, 4)),
+    "windows, another order": (lambda: Windows(mixed=True), lambda: torch.randn(3, 2, 5, 4)),
+    "windows of a LayerNorm": (
+        lambda: Windows(inner=nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))),
+        lambda: torch.randn(3, 2, 5, 4),
+    ),
+    "one sample": (Windows, lambda: torch.randn(1, 2, 5, 4)),
+    "frames": (Video, lambda: torch.randn(3, 2, 2, 5, 5)),
+    "positions": (lambda: Positions(True), lambda: torch.randint(0, 7, (3, 5))),
+    "positions without a leading one": (lambda: Positions(False), lambda: torch.randint(0, 7, (3, 5))),
+    "as many positions as samples": (lambda: Positions(False), lambda: torch.randint(0, 7, (5, 5))),
+    "a table from no input": (Biased, lambda: torch.randn(3, 5, 4)),
+    "a table as long as the batch": (Biased, lambda: torch.randn(5, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_exact(case):
+    torch.manual_seed(0)
+    build, data = CASES[case]
+    check(build(), data())
+
+
+def test_what_was_proven_is_used():
+    """The fallback serves the first pass, the rule those after it."""
+    model, x = Windows(), torch.randn(3, 2, 5, 4)
+    with PerSampleGradNorms(model) as norms:
+        for uses_fallback in (True, False, False):
+            model(x).sum().backward()
+            assert bool(norms._passes[-1].by_fallback) == uses_fallback
+            norms.reset()
+        mixed = Windows(mixed=True)
+        with PerSampleGradNorms(mixed) as other:
+            for _ in range(2):
+                mixed(x).sum().backward()
+                assert other._passes[-1].by_fallback
+                other.reset()
+
+
+def test_changing_batch_sizes():
+    model = Positions(False)
+    with PerSampleGradNorms(model) as norms:
+        for size in (5, 3, 5, 1, 5):
+            torch.manual_seed(size)
+            x = torch.randint(0, 7, (size, 5))
+            model.zero_grad()
+            model(x).square().sum(1).mean().backward()
+            expected = one_by_one(model, lambda m, i, x=x: m(x[i : i + 1]).square().sum(), size)
+            for name, want in layer_norms(expected, norms.layers).items():
+                torch.testing.assert_close(norms.per_sample[name].double(), want, rtol=1e-4, atol=1e-6)
+
+
+class Opaque:
+    def __init__(self, value):
+        self.value = value
+
+
+class ReturnsAnObject(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return Opaque(x * self.gain)
+
+
+def test_a_module_that_returns_no_tensor_is_served_by_one_around_it():
+    class Unwraps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = ReturnsAnObject()
+
+        def forward(self, x):
+            return self.inner(x).value
+
+    check(Unwraps(), torch.randn(3, 4))
+
+
+def test_a_module_that_returns_no_tensor_is_refused_by_name_if_there_is_none():
+    model = ReturnsAnObject()
+    with PerSampleGradNorms(model), pytest.raises(BatchAxisError, match=r"ReturnsAnObject.*\(3, 4\).*no tensor"):
+        model(torch.randn(3, 4))
+
+
+def test_layers_on_two_devices_are_refused_by_name():
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2, device="meta")
+
+        def forward(self, x):
+            return self.b(self.a(x).to("meta"))
+
+    model = Split()
+    with PerSampleGradNorms(model), pytest.raises(MixedDevicesError, match=r"b \(Linear\) runs on meta.*on cpu"):
+        model(torch.randn(3, 4))
+
+
+def test_an_exact_but_slow_way_is_announced():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5) * self.gain
+
+    model = nn.Sequential(Noisy())
+    with PerSampleGradNorms(model), pytest.warns(UserWarning, match=r"0 \(Noisy\).*gain.*every sample"):
+        model(torch.randn(3, 4)).sum().backward()

@@ -1,0 +1,86 @@
+"""Promise: the parts of torch without a documented name do what we rely on; this fails loudly when one changes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_clars.grad_norms import torch_internals as internals
+
+
+def test_a_running_backward_pass_is_seen():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = 2 * x
+    y.register_hook(lambda g: seen.append(internals.inside_backward()))
+    assert not internals.inside_backward()
+    y.sum().backward()
+    assert seen == [True]
+    assert not internals.inside_backward()
+
+
+def test_packing_of_saved_tensors_is_seen():
+    seen = []
+
+    def body(x):
+        seen.append(internals.saved_tensors_are_packed())
+        return x * x
+
+    assert not internals.saved_tensors_are_packed()
+    checkpoint(body, torch.ones(2, requires_grad=True), use_reentrant=False)
+    with torch.autograd.graph.save_on_cpu():
+        assert internals.saved_tensors_are_packed()
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.SiLU(), nn.Hardswish()])
+def test_batch_statistics_come_from_the_graph(activation, monkeypatch):
+    norm, x = nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5, requires_grad=True)
+    output = activation(norm(x))
+    slow = internals.batch_statistics(x, torch.ones(1), norm.eps)
+    monkeypatch.delattr(torch, "native_batch_norm")  # the slow way would fail now
+    for found, want in zip(internals.batch_statistics(x, output, norm.eps), slow, strict=True):
+        torch.testing.assert_close(found, want)
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    torch.testing.assert_close(slow[0], mean)
+    torch.testing.assert_close(slow[1], (var + norm.eps).rsqrt())
+
+
+def test_group_statistics_come_from_the_graph(monkeypatch):
+    norm, x = nn.GroupNorm(2, 4), torch.randn(3, 4, 5, 5, requires_grad=True)
+    output = norm(x)
+    slow = internals.group_statistics(x, torch.ones(1), 2, norm.eps)
+    monkeypatch.delattr(torch, "var_mean")
+    for found, want in zip(internals.group_statistics(x, output, 2, norm.eps), slow, strict=True):
+        torch.testing.assert_close(found, want)
+
+
+def test_another_layers_statistics_are_not_taken():
+    """An unknown normalisation after a known one must not be given the known one's."""
+    before, x = nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5, requires_grad=True)
+    between = 3 * before(x) + 1
+    output = between * 2
+    mean, _ = internals.batch_statistics(between, output, 1e-5)
+    torch.testing.assert_close(mean, between.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3, 5)])
+def test_affine_sums(layout, shape):
+    x, g = torch.randn(shape), torch.randn(shape)
+    if len(shape) == 4:
+        x, g = x.to(memory_format=layout), g.to(memory_format=layout)
+    mean, rstd = torch.randn(1, 6), torch.rand(1, 6) + 0.5
+    x_hat = (x.flatten(2) if len(shape) == 4 else x.unsqueeze(2)).sub(mean.unsqueeze(2)).mul(rstd.unsqueeze(2))
+    flat = g.flatten(2) if len(shape) == 4 else g.unsqueeze(2)
+    weighted, plain = internals.affine_sums(x, g, mean, rstd)
+    torch.testing.assert_close(weighted, (x_hat * flat).sum(2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain, flat.sum(2), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_far_from_zero_costs_no_digits():
+    x, g = torch.randn(4, 3, 8, 8) + 1000, torch.randn(4, 3, 8, 8)
+    mean, rstd = x.mean((0, 2, 3)), torch.ones(3)
+    weighted, _ = internals.affine_sums(x, g, mean, rstd)
+    exact = ((x.double() - mean[:, None, None].double()) * g.double()).sum((2, 3))
+    torch.testing.assert_close(weighted.double(), exact, rtol=1e-4, atol=1e-3)
