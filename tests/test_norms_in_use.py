@@ -183,6 +183,7 @@ def test_an_empty_batch_and_a_batch_of_one_work(size):
     x, y = batch(0, size)
     with PerSampleGradNorms(model) as norms:
         nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
+    assert list(norms.per_sample) == ["0", "1", "4", "5", "6"]
     assert all(v.shape == (size,) for v in norms.per_sample.values())
 
 

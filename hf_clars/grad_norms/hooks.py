@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 class InertHook:
     """What a `BoundHook` is in a copy of its model: it does nothing."""
@@ -35,8 +37,16 @@ class BoundHook:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method, if its owner is there."""
+        return self._outside(args, kwargs) if torch.compiler.is_compiling() else self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         method = self.method()
         return None if method is None else method(*self.first, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A compiled model calls its hooks between two pieces of compiled code."""
+        return self._call(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InertHook:
         return InertHook()

@@ -82,6 +82,7 @@ class PerSampleGradNorms(NormAccumulator):
         super().__init__(model, partition, samples=samples, keep_per_sample=keep_per_sample)
         self.loss_reduction = loss_reduction
         self._unchecked = set(self._layer_of)
+        self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
         self._replaying = False
         self._fallback = Fallback()
         self._ever_captured: set[nn.Parameter] = set()
@@ -341,7 +342,8 @@ class PerSampleGradNorms(NormAccumulator):
             UncoveredParameterError: Naming the parameters.
         """
         names = {p: n for layer in self.layers for p, n in zip(layer.params, layer.param_names, strict=True)}
-        missed = [n for p, n in names.items() if p.grad is not None and p not in self._ever_captured]
+        unseen = (p for p in names if p.grad is not None and p not in self._ever_captured)
+        missed = [names[p] for p in unseen if _state_of_grad(p) != self._old_grads[p]]
         if missed:
             raise UncoveredParameterError(
                 f"{', '.join(missed)}: has a gradient, but its module was never called with gradients enabled since "
@@ -358,9 +360,11 @@ class PerSampleGradNorms(NormAccumulator):
         if not self._keep:
             raise RuntimeError("per_sample was not kept: create PerSampleGradNorms with keep_per_sample=True.")
         self._close()
-        if not self._kept:
+        if not any(p.backward_seen for p in self._passes):
+            self.check_all_captured()
             return {}
-        parts = [norms * self._unit(p) for p, norms in self._kept]
+        # An empty batch leaves no norms, but a value of length 0 for each layer.
+        parts = [norms * self._unit(p) for p, norms in self._kept] or [torch.empty(len(self.layers), 0)]
         return dict(zip((layer.name for layer in self.layers), torch.cat(parts, dim=1), strict=True))
 
     @property
@@ -379,6 +383,11 @@ class PerSampleGradNorms(NormAccumulator):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _state_of_grad(param: nn.Parameter) -> tuple[int, int] | None:
+    """Changes whenever the gradient does: what was there before the hooks is none of their business."""
+    return None if param.grad is None else (id(param.grad), param.grad._version)
 
 
 def _may_take_over(call: RuleCall, x: Tensor, output: Tensor) -> bool:
