@@ -26,7 +26,7 @@ pages:
 
 Networks whose name ends in -gn have GroupNorm for BatchNorm, which other libraries do not support.
 Tables go to standard output, raw figures and pictures to the output folder; pages measured earlier stay in its JSON.
-For other libraries: pip install opacus backpack-for-pytorch timm pytorch_optimizer
+For other libraries: pip install 'hf_clars[bench]'
 """
 
 

@@ -50,6 +50,19 @@ class Positions(nn.Module):
         return self.head(torch.tanh(self.words(tokens) + self.positions(places)).mean(1))
 
 
+class TiedHead(nn.Module):
+    """Embedding and output layer share one weight, and the module around both adopts the embedding's use at first."""
+
+    def __init__(self, head_first=False):
+        super().__init__()
+        self.embed, self.head, self.head_first = nn.Embedding(7, 7), nn.Linear(7, 7, bias=False), head_first
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        hidden = self.head(nn.functional.one_hot(tokens, 7).to(self.head.weight.dtype)) if self.head_first else 0
+        return self.head(torch.tanh(self.embed(tokens) + hidden)).mean(1)
+
+
 class Bias(nn.Module):
     """Owns a table and takes no input."""
 
@@ -100,6 +113,8 @@ CASES = {
     "positions": (lambda: Positions(True), lambda: torch.randint(0, 7, (3, 5))),
     "positions without a leading one": (lambda: Positions(False), lambda: torch.randint(0, 7, (3, 5))),
     "as many positions as samples": (lambda: Positions(False), lambda: torch.randint(0, 7, (5, 5))),
+    "tied to the head": (TiedHead, lambda: torch.randint(0, 7, (3, 4))),
+    "tied to a head that is called first": (lambda: TiedHead(True), lambda: torch.randint(0, 7, (3, 4))),
     "a table from no input": (Biased, lambda: torch.randn(3, 5, 4)),
     "a table as long as the batch": (Biased, lambda: torch.randn(5, 5, 4)),
 }

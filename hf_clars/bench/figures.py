@@ -68,7 +68,7 @@ def _draw_bars(axes: Axes, rows: Sequence[CostRow]) -> None:
         colour = OURS if row.way == HfClars.name else OTHERS
         axes.barh(place, middle, 0.62, xerr=spread, color=colour, ecolor="0.25", capsize=2.5)
         label = f"{middle:.2f}" + (f"\n{row.note}" if row.note else "")
-        axes.text(row.ratio.high + 0.015 * right, place, label, va="center", fontsize=8.5)
+        axes.text(row.ratio.high + 0.015 * right, place, label, va="center", fontsize=8.5, bbox=paper, zorder=4)
     axes.axvline(1, color="0.4", linestyle=":", linewidth=1, zorder=0.5)
     axes.axvline(TARGET, color=LIMIT, linestyle="--", linewidth=1.2, zorder=3)
     axes.set_xlim(0, right)
@@ -126,7 +126,8 @@ def _draw_forms(axes: Axes, side: int) -> None:
     axes.set_xlabel("channels, in and out")
     axes.set_ylabel("positions of the output (pixels)")
     axes.set_title(f"Form taken for {side}x{side} kernels ({device}, B = 16)", fontsize=10.5)
-    axes.legend(loc="upper right", fontsize=8.5, framealpha=1)
+    axes.set_ylim(top=2**14.5)  # room for the legend
+    axes.legend(loc="upper center", ncols=len(FORMS), fontsize=8.5)
 
 
 def _draw_line(axes: Axes, rows: Sequence[GrowthRow]) -> None:

@@ -11,7 +11,7 @@ output and must arrive in that sample's rows alone; from the next pass on, the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from hf_clars.grad_norms.errors import BatchAxisError
-from hf_clars.grad_norms.hooked_modules import HookedModule
+from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
+
+# Stands for the input of a module that takes no tensor, such as a table of position biases.
+NO_INPUT = torch.empty(0)
 
 
 @dataclass(eq=False)
@@ -80,3 +83,24 @@ def rows_lie_together(outputs: Sequence[Tensor], edge: GradientEdge, rows: int, 
         if not touched[sample] or touched.sum() != 1:
             return False
     return True
+
+
+def orphan_of(
+    hooked: HookedModule, batch_size: int, params: Iterable[nn.Parameter], x: Tensor, outputs: Sequence[Tensor]
+) -> Orphan:
+    """A call that its own tensors do not tell apart by sample.
+
+    Args:
+        hooked: The module.
+        batch_size: Samples in the pass.
+        params: The parameters to measure.
+        x: Its input, or `NO_INPUT`.
+        outputs: Its differentiable outputs.
+    """
+    taken = "no tensor" if x is NO_INPUT else str(tuple(x.shape))
+    orphan = Orphan(hooked, tuple(params), hooked.no_batch_axis(taken, outputs, batch_size))
+    rows = folded_rows(x, outputs[0], batch_size) if outputs and hooked.rule is not None else None
+    if rows:
+        orphan.edge = torch.autograd.graph.get_gradient_edge(outputs[0])
+        orphan.rows, orphan.x = rows, x.detach()
+    return orphan

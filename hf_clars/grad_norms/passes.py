@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ from hf_clars.grad_norms.adoption import Orphan
 from hf_clars.grad_norms.fallback import ModuleCall
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import squared_sum
+
+if TYPE_CHECKING:
+    from hf_clars.grad_norms.rule_call import RuleCall
 
 
 @dataclass(eq=False)
@@ -28,6 +33,7 @@ class ForwardPass:
         learned: Uses by calls that were adopted, but that the rule will measure from the next pass on.
         device: Where the first captured call took place.
         uses: How often each parameter was used by a captured module call.
+        rule_calls: Calls that rules measure.
         several: Parameters with more than one use.
         squares: {layer index: Tensor [kept]}, squared norms added up over the layer's parameters.
         pending: Per-sample gradients of parameters used more than once: those add up before they are squared.
@@ -48,6 +54,7 @@ class ForwardPass:
     learned: Counter[nn.Parameter] = field(default_factory=Counter)
     device: torch.device | None = None
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
+    rule_calls: list[RuleCall] = field(default_factory=list)
     several: set[nn.Parameter] = field(default_factory=set)
     squares: dict[int, Tensor] = field(default_factory=dict)
     pending: dict[nn.Parameter, Tensor] = field(default_factory=dict)
@@ -86,6 +93,22 @@ class ForwardPass:
         self.uses[param] += 1
         if self.uses[param] > 1:
             self.several.add(param)
+
+    def captured_uses(self) -> Counter[nn.Parameter]:
+        """Uses by calls that rules measure, now or from the next pass on, and by operations on bare parameters."""
+        by_rules = Counter(p for call in self.rule_calls for p in call.wanted.values() if p in self.learned)
+        return self.uses | (self.learned + by_rules) if self.learned else self.uses
+
+    def supersede(self, hooked: HookedModule, params: Iterable[nn.Parameter]) -> None:
+        """A module is differentiated as a whole for these parameters: uses inside it must not count once more."""
+        for param in params:
+            for call in self.rule_calls:
+                names = [n for n, p in call.wanted.items() if p is param and n not in call.superseded]
+                if names and hooked.contains(call.hooked):
+                    call.superseded.update(names)
+                    self.uses[param] -= 1
+            if self.uses[param] < 2:
+                self.several.discard(param)
 
     def add_squares(self, layer: int, squares: Tensor) -> None:
         """Add one parameter's squared norms [kept] to its layer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class RuleCall:
         layer_of: Layer index of every parameter.
         rows: Rows of the module's first axis that make up one sample; 1 unless the model folds something into it.
         arrived: Called when the gradient comes; False says to leave it unmeasured.
+        superseded: Parameters that a module around this one is measured for as a whole.
     """
 
     hooked: HookedModule
@@ -37,6 +38,7 @@ class RuleCall:
     layer_of: dict[nn.Parameter, int]
     rows: int
     arrived: Callable[[], bool]
+    superseded: set[str] = field(default_factory=set)
 
     @property
     def module(self) -> nn.Module:
@@ -68,8 +70,8 @@ class RuleCall:
             self._add(saved, g)
 
     def _add(self, saved: tuple[Tensor, ...], g: Tensor) -> None:
-        shared = self.shared
-        single = self.wanted.keys() - shared
+        shared = self.shared - self.superseded
+        single = self.wanted.keys() - shared - self.superseded
         if self.rows > 1 and not self.rule.positions_in_the_middle:
             per_row = self.rule.per_sample_grads(self.module, saved, g, self.wanted.keys())
             grads = {n: t.unflatten(0, (self.current.kept, self.rows)).sum(1) for n, t in per_row.items()}
@@ -106,10 +108,12 @@ class RuleCall:
             for name, t in grads.items():
                 t = at_least_float32(t)
                 sums[name] = sums[name] + t.sum(0) if name in sums else t.sum(0)
-                if measured:
+                if measured and name not in self.superseded:
                     t = t.detach()
                     squares[name].append(t if name in shared else squared_sum(t))
-        for name, parts in squares.items() if measured else ():
+        for name, parts in squares.items():
+            if not parts:
+                continue
             joined = parts[0] if len(parts) == 1 else torch.cat(parts)
             if name in shared:
                 self.current.add_pending(self.wanted[name], joined)

@@ -110,3 +110,25 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
         [False, True, True],
     )
     return weighted.view(channels), plain.view(channels)
+
+
+def broadcast_factor(node: torch.autograd.graph.Node, index: int) -> Tensor | float | None:
+    """What turns the gradient of the result of `expand`, `+`, `-` or `*` into that of an operand, before it is summed.
+
+    Args:
+        node: The operation's place in the graph, not yet run backward.
+        index: Which operand.
+
+    Returns:
+        The factor; None for other operations.
+    """
+    kind = node.name()
+    if kind == "ExpandBackward0" or (kind in ("AddBackward0", "SubBackward0") and index == 0):
+        return 1.0
+    if kind in ("AddBackward0", "SubBackward0"):
+        alpha = getattr(node, "_saved_alpha", None)
+        return None if alpha is None else float(alpha) * (1 if kind == "AddBackward0" else -1)
+    if kind == "MulBackward0":
+        other = getattr(node, "_saved_other" if index == 0 else "_saved_self", None)
+        return None if other is None else other.detach()
+    return None

@@ -10,23 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.accumulator import NormAccumulator
-from hf_clars.grad_norms.adoption import Orphan
+from hf_clars.grad_norms.adoption import NO_INPUT, orphan_of
 from hf_clars.grad_norms.coverage import check_coverage
 from hf_clars.grad_norms.errors import MixedDevicesError, SecondBackwardError, UncoveredParameterError
-from hf_clars.grad_norms.fallback import Fallback, ModuleCall
-from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules, folded_rows
+from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook
-from hf_clars.grad_norms.norm_math import squared_sum
 from hf_clars.grad_norms.observation import observe
 from hf_clars.grad_norms.one_product import take_over
 from hf_clars.grad_norms.passes import ForwardPass
-from hf_clars.grad_norms.rule_call import RuleCall, at_least_float32
-from hf_clars.grad_norms.torch_internals import inside_backward, saved_tensors_are_packed
-from hf_clars.grad_norms.trees import map_tensors, tensors_in
+from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.torch_internals import inside_backward
+from hf_clars.grad_norms.trees import tensors_in
+from hf_clars.grad_norms.without_rule import CallsWithoutRule
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
-
-# Stands for the input of a module that takes no tensor, such as a table of position biases.
-_NO_INPUT = torch.empty(0)
 
 
 class PerSampleGradNorms(NormAccumulator):
@@ -83,8 +79,7 @@ class PerSampleGradNorms(NormAccumulator):
         self.loss_reduction = loss_reduction
         self._unchecked = set(self._layer_of)
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
-        self._replaying = False
-        self._fallback = Fallback()
+        self._without_rule = CallsWithoutRule(self._layer_of, self._captured, self._arrived)
         self._ever_captured: set[nn.Parameter] = set()
         self._hooked = find_hooked_modules(model, self._layer_of)
         for hooked in self._hooked:
@@ -102,7 +97,7 @@ class PerSampleGradNorms(NormAccumulator):
     @property
     def active(self) -> bool:
         """As the accumulator's; False also while a module is run or differentiated once more by the fallback."""
-        return not self._replaying and super().active
+        return not self._without_rule.busy and super().active
 
     def _on_container_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -116,18 +111,18 @@ class PerSampleGradNorms(NormAccumulator):
     ) -> Tensor | None:
         """After a module's forward. A tensor that is returned takes the output's place."""
         last = self._passes[-1] if self._passes else None
-        if self._replaying or (last is not None and not last.kept and not last.implicit):
+        if self._without_rule.busy or (last is not None and not last.kept and not last.implicit):
             return None  # also the cheapest way out when enough samples are measured
         x = args[0] if args and isinstance(args[0], Tensor) else next(tensors_in((args, kwargs)), None)
         if x is None or x.dim() == 0:
-            x = _NO_INPUT
+            x = NO_INPUT
         if not torch.is_grad_enabled():
             if last is not None:
                 last.without_grad[hooked] += 1
             return None
         if inside_backward():
             return self._on_repeated_call(hooked, x, (args, kwargs), output)
-        current = self._current(None if x is _NO_INPUT else x.shape[0])
+        current = self._current(None if x is NO_INPUT else x.shape[0])
         if current is None:
             return None
         return self._capture(hooked, current, x, (args, kwargs), output) if current.kept else None
@@ -163,7 +158,7 @@ class PerSampleGradNorms(NormAccumulator):
     ) -> Tensor | None:
         """Arrange for the norms of one call."""
         if hooked.rule is None:
-            self._capture_without_rule(hooked, current, x, call, output)
+            self._without_rule.capture(hooked, current, x, call, output)
             return None
         wanted = hooked.trainable()
         if not wanted or not isinstance(output, Tensor) or not output.requires_grad:
@@ -171,19 +166,20 @@ class PerSampleGradNorms(NormAccumulator):
         alone = current.implicit or not hooked.path
         rows = hooked.rows_of(x, output, current.batch_size, alone=alone)
         if rows is None:
-            current.orphans.append(_orphan(hooked, current, wanted, x, [output]))
+            current.orphans.append(orphan_of(hooked, current.batch_size, wanted.values(), x, [output]))
             return None
         ticket = self._captured(hooked, current, wanted, x)
         rule_call = RuleCall(
             hooked, hooked.rule, current, wanted, self._layer_of, rows, lambda: self._arrived(hooked, current, ticket)
         )
+        current.rule_calls.append(rule_call)
         return self._follow(rule_call, x, output)
 
     def _captured(self, hooked: HookedModule, current: ForwardPass, wanted: dict[str, nn.Parameter], x: Tensor) -> int:
         """Take note of a call that will be measured; returns its number in the pass."""
-        if current.device is None and x is not _NO_INPUT:
+        if current.device is None and x is not NO_INPUT:
             current.device = x.device
-        elif x is not _NO_INPUT and current.device != x.device:
+        elif x is not NO_INPUT and current.device != x.device:
             raise MixedDevicesError(
                 f"{hooked} runs on {x.device}, but layers before it on {current.device}: the norms of a model that is "
                 f"split over devices are not supported. Move it to one device (no device_map), or freeze the part on "
@@ -192,7 +188,7 @@ class PerSampleGradNorms(NormAccumulator):
         current.captured.add(hooked)
         for param in wanted.values():
             current.add_use(param)
-        if not hooked.ever_captured:
+        if hooked.rule is None or not hooked.ever_captured:
             hooked.ever_captured = True
             self._ever_captured.update(wanted.values())
         return current.next_call()
@@ -204,102 +200,11 @@ class PerSampleGradNorms(NormAccumulator):
         observe(call, call.rule.save(call.module, x.detach(), output, call.wanted.keys()), output)
         return None
 
-    # ---- forward of modules without a rule -------------------------------------------------------------------
-
-    def _capture_without_rule(
-        self,
-        hooked: HookedModule,
-        current: ForwardPass,
-        x: Tensor,
-        call: tuple[tuple[Any, ...], dict[str, Any]],
-        output: Any,
-    ) -> None:
-        """Hand a call to the fallback, with the calls inside that could not be told apart by sample."""
-        adopted = [o for o in current.orphans if hooked.contains(o.hooked)]
-        found = list(tensors_in(output))
-        outputs = {i: t for i, t in enumerate(found) if t.requires_grad and t.is_floating_point()}
-        wanted = self._wanted(hooked, current, adopted)
-        if (found and not outputs) or not wanted:
-            return
-        batch_first = any(t.dim() and t.shape[0] == current.batch_size for t in outputs.values())
-        if not batch_first or (x is _NO_INPUT and current.batch_size > 1):
-            if hooked.params:
-                current.orphans.append(_orphan(hooked, current, wanted, x, list(outputs.values())))
-            return
-        ticket = self._captured(hooked, current, wanted, x)
-        self._ever_captured.update(wanted.values())
-        self._watch_fallback(hooked, current, wanted, call, outputs, adopted, ticket)
-
-    def _wanted(self, hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan]) -> dict[str, nn.Parameter]:
-        """The parameters that this call is measured for, by their name in the module."""
-        left = {p for orphan in adopted for p in orphan.params}
-        inner = {n: p for n, p in hooked.inner.items() if p in left}
-        if hooked.params:
-            # A module may use the weights of one inside without calling it, as MultiheadAttention does with out_proj.
-            inner.update((n, p) for n, p in hooked.inner.items() if not current.uses[p])
-        return {n: p for n, p in {**hooked.params, **inner}.items() if p.requires_grad}
-
-    def _watch_fallback(
-        self,
-        hooked: HookedModule,
-        current: ForwardPass,
-        wanted: dict[str, nn.Parameter],
-        call: tuple[tuple[Any, ...], dict[str, Any]],
-        outputs: dict[int, Tensor],
-        adopted: Sequence[Orphan],
-        ticket: int,
-    ) -> None:
-        for i, tensor in list(outputs.items()):
-            if not tensor.dim() or tensor.shape[0] != current.batch_size:
-                hooked.refuse_gradient_through(outputs.pop(i), current.batch_size)
-        self._adopt(current, adopted, list(outputs.values()))
-        args, kwargs = map_tensors(lambda t: t.detach(), call)
-        remembered = ModuleCall(
-            module=hooked.module,
-            path=str(hooked),
-            args=args,
-            kwargs=kwargs,
-            outputs={i: t.detach() for i, t in outputs.items()},
-            edges=[torch.autograd.graph.get_gradient_edge(t) for t in outputs.values()],
-            params=wanted,
-            training=hooked.module.training,
-            batch_size=current.batch_size,
-            count=current.kept,
-        )
-        current.fallback_calls.append(remembered)
-        current.by_fallback.update(wanted.values())
-
-        def on_gradients(grads: Sequence[Tensor | None]) -> None:
-            if not self._arrived(hooked, current, ticket):
-                return
-            self._replaying = True
-            try:
-                per_sample = self._fallback.per_sample_grads(remembered, grads)
-            finally:
-                self._replaying = False
-                remembered.edges.clear()
-                current.fallback_calls.remove(remembered)
-            for name, g in per_sample.items():
-                self._add_grads(current, wanted[name], g)
-
-        torch.autograd.graph.register_multi_grad_hook(list(outputs.values()), on_gradients, mode="all")
-
-    def _adopt(self, current: ForwardPass, adopted: Sequence[Orphan], outputs: list[Tensor]) -> None:
-        """Take calls inside over, and look whether they could do by themselves from now on."""
-        self._replaying = True
-        try:
-            for orphan in adopted:
-                current.orphans.remove(orphan)
-                if not saved_tensors_are_packed() and orphan.learn(outputs, current.batch_size):
-                    current.learned.update(orphan.params)
-        finally:
-            self._replaying = False
-
     # ---- backward --------------------------------------------------------------------------------------------
 
     def _arrived(self, hooked: HookedModule, current: ForwardPass, call: int) -> bool:
         """Note that a call's gradient has come; False while the fallback differentiates for itself."""
-        if self._replaying:
+        if self._without_rule.busy:
             return False
         self._mark(current)
         if call in current.fired:
@@ -309,14 +214,6 @@ class PerSampleGradNorms(NormAccumulator):
             )
         current.fired.add(call)
         return True
-
-    @torch.no_grad()
-    def _add_grads(self, current: ForwardPass, param: nn.Parameter, grads: Tensor) -> None:
-        grads = at_least_float32(grads)
-        if param in current.several:
-            current.add_pending(param, grads)
-        else:
-            current.add_squares(self._layer_of[param], squared_sum(grads))
 
     # ---- coverage --------------------------------------------------------------------------------------------
 
@@ -332,7 +229,7 @@ class PerSampleGradNorms(NormAccumulator):
             for name, param in hooked.params.items()
             if param in unchecked
         }
-        check_coverage(outputs, {**current.uses, **current.learned}, names)
+        check_coverage(outputs, current.captured_uses(), names)
         self._unchecked -= unchecked
 
     def check_all_captured(self) -> None:
@@ -397,22 +294,8 @@ def _may_take_over(call: RuleCall, x: Tensor, output: Tensor) -> bool:
     if weight is None or weight.numel() == 0 or hasattr(weight, "device_mesh"):
         return False
     decisions = call.hooked.decisions
-    key = (x.shape, output.shape, output.dtype)
+    key = (x.shape, output.shape, output.dtype, x.device.type)
     decision = decisions.get(key)
     if decision is None:
         decision = decisions[key] = call.rule.takes_over(call.module, x, output)
     return decision
-
-
-def _orphan(
-    hooked: HookedModule, current: ForwardPass, wanted: dict[str, nn.Parameter], x: Tensor, outputs: list[Tensor]
-) -> Orphan:
-    """A call that its own tensors do not tell apart by sample."""
-    taken = "no tensor" if x is _NO_INPUT else str(tuple(x.shape))
-    error = hooked.no_batch_axis(taken, outputs, current.batch_size)
-    orphan = Orphan(hooked, tuple(wanted.values()), error)
-    rows = folded_rows(x, outputs[0], current.batch_size) if outputs and hooked.rule is not None else None
-    if rows:
-        orphan.edge = torch.autograd.graph.get_gradient_edge(outputs[0])
-        orphan.rows, orphan.x = rows, x.detach()
-    return orphan

@@ -1,0 +1,103 @@
+"""Bare parameters (class tokens, position embeddings, layer scales) measured where the graph uses them.
+
+Modules without a rule mostly just expand, add or multiply their parameters. There the gradient that arrives at the
+operation still has the batch axis that the parameter does not have: it is the per-sample gradient, but for a sum over
+other broadcast axes. That costs nothing, where the general fallback runs the module once more. Whether it is right for
+a module (the batch first, nothing but such operations) is seen by comparing both in its first backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from hf_clars.grad_norms.torch_internals import broadcast_factor
+
+Receiver = Callable[[str, nn.Parameter, Tensor | None], None]
+
+
+@dataclass(frozen=True, eq=False)
+class GraphUse:
+    """One operation that takes a parameter.
+
+    Attributes:
+        name: The parameter's name in its module.
+        param: The parameter.
+        node: The operation's place in the graph.
+        index: Which of its operands the parameter is.
+    """
+
+    name: str
+    param: nn.Parameter
+    node: Node
+    index: int
+
+    def watch(self, batch_size: int, count: int, active: Callable[[], bool], deliver: Receiver) -> None:
+        """Have the per-sample gradients [count, *shape] delivered when they come; None if they cannot be told.
+
+        Args:
+            batch_size: Samples in the pass.
+            count: How many of the first are wanted.
+            active: False while the graph is differentiated for other purposes.
+            deliver: Called with the parameter's name, the parameter and its gradients.
+        """
+        # The hook lives as long as the node: it must not hold the node, nor the factor longer than needed.
+        name, param, factor = self.name, self.param, [broadcast_factor(self.node, self.index)]
+
+        @torch.no_grad()
+        def before_backward(grads: tuple[Tensor, ...]) -> None:
+            if not active():
+                return
+            by = factor.pop() if factor else None
+            found = None if by is None else unbroadcast(grads[0] * by, tuple(param.shape), batch_size)
+            deliver(name, param, None if found is None else found[:count])
+
+        self.node.register_prehook(before_backward)
+
+
+def find_graph_uses(
+    outputs: Iterable[Tensor], inputs: Iterable[Tensor], params: Mapping[str, nn.Parameter]
+) -> list[GraphUse]:
+    """Every operation between a module's inputs and outputs that takes one of its parameters.
+
+    Args:
+        outputs: Differentiable tensors that it returned.
+        inputs: Tensors that it was given.
+        params: The parameters by name.
+    """
+    leaves = {torch.autograd.graph.get_gradient_edge(p).node: (n, p) for n, p in params.items()}
+    seen = {t.grad_fn for t in inputs}
+    stack = [t.grad_fn for t in outputs if t.grad_fn is not None and t.grad_fn not in seen]
+    seen.update(stack)
+    uses = []
+    while stack:
+        node = stack.pop()
+        for index, (before, _) in enumerate(node.next_functions):
+            if before in leaves:
+                uses.append(GraphUse(*leaves[before], node, index))
+            elif before is not None and before not in seen:
+                seen.add(before)
+                stack.append(before)
+    return uses
+
+
+def unbroadcast(spread: Tensor, shape: tuple[int, ...], batch_size: int) -> Tensor | None:
+    """Sum a gradient over all axes that an operand was broadcast along, but the batch.
+
+    Args:
+        spread: Gradient of the broadcast operand.
+        shape: The operand's own shape.
+        batch_size: B.
+
+    Returns:
+        [B, *shape]; None unless the operand was broadcast along a first axis of length B.
+    """
+    own = (1,) * (spread.dim() - len(shape)) + shape
+    if spread.dim() == 0 or spread.shape[0] != batch_size or own[0] != 1:
+        return None
+    summed = [i for i in range(1, spread.dim()) if own[i] == 1 and spread.shape[i] > 1]
+    return (spread.sum(summed, keepdim=True) if summed else spread).reshape(batch_size, *shape)

@@ -1,0 +1,177 @@
+"""Promise: bare parameters (tokens, positions, layer scales) are exact in every pass, and cheap after the first."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms.fallback import Fallback
+from tests.oracle import layer_norms, one_by_one, per_sample_grads
+
+B = 4
+
+
+class Embedder(nn.Module):
+    """As vision transformers have it: owned by the model itself, like everything in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.position = nn.Parameter(torch.randn(1, 4, 6))
+        self.scale = nn.Parameter(torch.randn(6))
+        self.project, self.head = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x):  # [B, 3, 5]
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.project(x)], dim=1) + self.position
+        x = x - self.scale + torch.tanh(x) * self.scale
+        return self.head(torch.tanh(x)).mean(1)
+
+
+class Scaled(nn.Module):
+    """The parameter is the first operand, and multiplies something that needs no gradient too."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.randn(3, 1, 1)), nn.Parameter(torch.randn(3, 1, 1))
+
+    def forward(self, x):  # [B, 3, 5, 5]
+        return torch.sub(self.gain * x, self.shift, alpha=2).flatten(1)
+
+
+class Table(nn.Module):
+    """Neither expanded nor added: indexed. The fallback must go on serving it."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9))
+
+    def forward(self, x):  # [B, 5]
+        return x * self.table[torch.tensor([0, 3, 3, 1, 8])] + self.table[0]
+
+
+class Coupled(nn.Module):
+    """A product with a batch statistic: exact by the definition, which the oracle knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return (x - x.mean(0)) * self.gain
+
+
+class Shared(nn.Module):
+    """One parameter of two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Scaled(), Scaled()
+        self.second.gain = self.first.gain
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)).view_as(x))
+
+
+class BatchLike(nn.Module):
+    """A parameter whose own first axis is as long as the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(B, 5))
+
+    def forward(self, x):  # [B, 5]: each sample meets every row
+        return (x.unsqueeze(1) * self.rows).flatten(1)
+
+
+CASES = {
+    "tokens": (Embedder, (B, 3, 5), True),
+    "scales": (Scaled, (B, 3, 5, 5), True),
+    "indexed": (Table, (B, 5), False),
+    "coupled": (Coupled, (B, 5), True),
+    "shared": (Shared, (B, 3, 5, 5), True),
+    "as long as the batch": (BatchLike, (B, 5), True),
+}
+
+
+def loss_of(model, x):
+    out = model(x.to(next(model.parameters()).dtype))
+    return (out * torch.linspace(-1, 2, out.shape[1], dtype=out.dtype)).sin().sum(1).mean()
+
+
+@pytest.mark.parametrize("layers", ["module", "tensor"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_pass_is_exact_and_the_fallback_serves_only_the_first(case, layers, monkeypatch):
+    torch.manual_seed(0)
+    build, shape, cheap = CASES[case]
+    model, x = build(), torch.randn(shape)
+    calls = []
+    real = Fallback.per_sample_grads
+    monkeypatch.setattr(Fallback, "per_sample_grads", lambda self, *a: calls.append(1) or real(self, *a))
+    if case == "coupled":
+        expected = {n: B * g for n, g in per_sample_grads(model, lambda m: loss_of(m, x), B).items()}
+    else:
+        expected = one_by_one(model, lambda m, i: loss_of(m, x[i : i + 1]), B)
+    with PerSampleGradNorms(model, layers=layers) as norms:
+        for passes in range(4):
+            model.zero_grad()
+            before = len(calls)
+            loss_of(model, x).backward()
+            assert (len(calls) > before) == (passes == 0 or not cheap)
+            for name, want in layer_norms(expected, norms.layers).items():
+                torch.testing.assert_close(norms.per_sample[name].double(), want, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_first_samples_alone():
+    torch.manual_seed(0)
+    model, x = Embedder(), torch.randn(B, 3, 5)
+    expected = one_by_one(model, lambda m, i: loss_of(m, x[i : i + 1]), B)
+    with PerSampleGradNorms(model, samples=2) as norms:
+        for _ in range(3):
+            model.zero_grad()
+            loss_of(model, x).backward()
+            for name, want in layer_norms(expected, norms.layers).items():
+                torch.testing.assert_close(norms.per_sample[name].double(), want[:2], rtol=1e-4, atol=1e-6)
+
+
+def test_whole_vision_transformers():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = timm.models.vision_transformer.VisionTransformer(**settings, init_values=0.5, reg_tokens=1)
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(B, 3, 32, 32)
+    expected = one_by_one(model, lambda m, i: loss_of(m, x[i : i + 1]), B)
+    with PerSampleGradNorms(model) as norms:
+        for _ in range(3):
+            model.zero_grad()
+            loss_of(model, x).backward()
+            for name, want in layer_norms(expected, norms.layers).items():
+                torch.testing.assert_close(norms.per_sample[name].double(), want, rtol=1e-4, atol=1e-6, msg=name)
+        own = {model.cls_token, model.pos_embed, model.reg_token, model.blocks[0].ls1.gamma}
+        assert not own & norms._passes[-1].by_fallback
+
+
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_no_graph_is_left_behind(differentiated):
+    class Token:
+        """Lives as long as the graph whose hook holds it."""
+
+    model, alive = Embedder(), []
+    norms = PerSampleGradNorms(model)
+    loss_of(model, torch.randn(B, 3, 5)).backward()
+    for _ in range(4):
+        token = Token()
+        alive.append(weakref.ref(token))
+        out = model(torch.randn(B, 3, 5))
+        out.register_hook(lambda g, t=token: None)
+        if differentiated:
+            out.sum().backward()
+        del token, out
+        norms.reset()
+    gc.collect()
+    assert sum(ref() is not None for ref in alive) == 0
+    norms.remove()
