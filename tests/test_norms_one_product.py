@@ -224,6 +224,24 @@ def test_activation_checkpointing_saves_memory_still(always, second):
     check(norms, model)
 
 
+def test_an_input_that_is_overwritten_is_refused_not_measured_wrong():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(5, 3)
+
+        def forward(self, tokens):
+            out = self.embed(tokens)
+            tokens.zero_()  # autograd would refuse this too, but its check comes after ours
+            return out.sum(1)
+
+    model = Overwrites()
+    with PerSampleGradNorms(model):
+        loss = model(torch.randint(1, 5, (1, 4))).sum()
+        with pytest.raises(RuntimeError, match="in-place"):
+            loss.backward()
+
+
 def test_offloaded_activations(always):
     model = network()
     with PerSampleGradNorms(model) as norms:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.torch_internals import saved_tensors_are_packed
 
 
 def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> None:
@@ -38,8 +39,20 @@ def hold(tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
     Returns:
         A function that gives them back.
     """
-    node = _Holder.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
-    return lambda: node.saved_tensors
+    if saved_tensors_are_packed():
+        node = _Holder.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+        return lambda: node.saved_tensors
+    versions = [t._version for t in tensors]
+
+    def unchanged() -> tuple[Tensor, ...]:
+        if versions != [t._version for t in tensors]:
+            raise RuntimeError(
+                "A tensor that is needed for gradient norms was modified by an in-place operation after the module "
+                "that took it had run. Make that operation out of place."
+            )
+        return tensors
+
+    return unchanged
 
 
 class _Holder(torch.autograd.Function):

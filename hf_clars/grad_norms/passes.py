@@ -90,8 +90,8 @@ class ForwardPass:
 
     def add_use(self, param: nn.Parameter) -> None:
         """Count a captured use of a parameter."""
-        self.uses[param] += 1
-        if self.uses[param] > 1:
+        uses = self.uses[param] = self.uses.get(param, 0) + 1
+        if uses > 1:
             self.several.add(param)
 
     def captured_uses(self) -> Counter[nn.Parameter]:

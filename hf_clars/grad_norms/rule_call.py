@@ -15,8 +15,11 @@ from hf_clars.grad_norms.norm_math import slices_of, squared_sum
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.registry import LayerRule
 
+_EXACT = (torch.float32, torch.float64)
+_NOTHING = nullcontext()
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, slots=True)
 class RuleCall:
     """What is known when a module has run, and what to do when its gradient comes.
 
@@ -51,7 +54,6 @@ class RuleCall:
         several = self.current.several
         return {n for n, p in self.wanted.items() if p in several} if several else set()
 
-    @torch.no_grad()
     def measure(self, saved: tuple[Tensor, ...], g: Tensor) -> None:
         """Add the norms of an ordinary backward pass.
 
@@ -59,11 +61,16 @@ class RuleCall:
             saved: What the rule saved.
             g: Gradient of the module's output.
         """
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                self.measure(saved, g)
+            return
         count = self.current.kept * self.rows
         if count < g.shape[0]:
             saved, g = self.rule.take(saved, count), g[:count]
         with no_autocast(g.device.type):
-            saved, g = tuple(at_least_float32(t) for t in saved), at_least_float32(g)
+            if g.dtype not in _EXACT or any(t.dtype not in _EXACT for t in saved):
+                saved, g = tuple(at_least_float32(t) for t in saved), at_least_float32(g)
             if self.rows > 1 and self.rule.positions_in_the_middle:
                 saved = tuple(t.unflatten(0, (self.current.kept, self.rows)) for t in saved)
                 g = g.unflatten(0, (self.current.kept, self.rows))
@@ -71,7 +78,7 @@ class RuleCall:
 
     def _add(self, saved: tuple[Tensor, ...], g: Tensor) -> None:
         shared = self.shared - self.superseded
-        single = self.wanted.keys() - shared - self.superseded
+        single = self.wanted.keys() - shared - self.superseded if shared or self.superseded else self.wanted.keys()
         if self.rows > 1 and not self.rule.positions_in_the_middle:
             per_row = self.rule.per_sample_grads(self.module, saved, g, self.wanted.keys())
             grads = {n: t.unflatten(0, (self.current.kept, self.rows)).sum(1) for n, t in per_row.items()}
@@ -109,8 +116,7 @@ class RuleCall:
                 t = at_least_float32(t)
                 sums[name] = sums[name] + t.sum(0) if name in sums else t.sum(0)
                 if measured and name not in self.superseded:
-                    t = t.detach()
-                    squares[name].append(t if name in shared else squared_sum(t))
+                    squares[name].append(t.detach() if name in shared else squared_sum(t.detach()))
         for name, parts in squares.items():
             if not parts:
                 continue
@@ -125,7 +131,7 @@ class RuleCall:
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.autocast(device, enabled=False) if on else _NOTHING
 
 
 def at_least_float32(t: Tensor) -> Tensor:

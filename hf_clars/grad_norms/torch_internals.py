@@ -60,19 +60,25 @@ def _statistics_in_graph(
     node = output.grad_fn
     if saved_tensors_are_packed():
         return None
-    for _ in range(_NODES_TO_SEARCH):
+    for steps in range(_NODES_TO_SEARCH):
         if node is None:
             return None
         if node.name().startswith(kinds):
-            of, mean, rstd = (getattr(node, f"_saved_{name}", None) for name in ("input", "result1", "result2"))
-            if of is None or mean is None or rstd is None:
+            mean, rstd = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
+            if mean is None or rstd is None or not mean.numel() == rstd.numel() == math.prod(shape):
                 return None
-            of_x = of.data_ptr() == x.data_ptr() and of.shape == x.shape
-            if not of_x or {mean.numel(), rstd.numel()} != {math.prod(shape)}:
+            # The node of the output itself is the right one; one further back could be that of a layer before.
+            if steps and not _is_of(node, x):
                 return None
             return mean.detach().view(shape), rstd.detach().view(shape)
         node = node.next_functions[0][0] if node.next_functions else None
     return None
+
+
+def _is_of(node: torch.autograd.graph.Node, x: Tensor) -> bool:
+    """Whether a node's input is this tensor."""
+    of = getattr(node, "_saved_input", None)
+    return of is not None and of.data_ptr() == x.data_ptr() and of.shape == x.shape
 
 
 def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:

@@ -290,12 +290,13 @@ def _state_of_grad(param: nn.Parameter) -> tuple[int, int] | None:
 def _may_take_over(call: RuleCall, x: Tensor, output: Tensor) -> bool:
     """Whether the weight gradient should, and can, come from the per-sample gradients of this call."""
     weight = call.wanted.get("weight")
-    # Weights that an engine has split or put aside are differentiated by the engine's own graph.
-    if weight is None or weight.numel() == 0 or hasattr(weight, "device_mesh"):
+    if weight is None:
         return False
     decisions = call.hooked.decisions
-    key = (x.shape, output.shape, output.dtype, x.device.type)
+    key = (x.shape, output.dtype, x.device)
     decision = decisions.get(key)
     if decision is None:
-        decision = decisions[key] = call.rule.takes_over(call.module, x, output)
+        # Weights that an engine has split or put aside are differentiated by the engine's own graph.
+        plain = weight.numel() > 0 and not hasattr(weight, "device_mesh")
+        decision = decisions[key] = plain and call.rule.takes_over(call.module, x, output)
     return decision
