@@ -155,6 +155,57 @@ def test_a_subclass_with_its_own_forward_does_not_inherit_a_rule():
     torch.testing.assert_close(norms.per_sample["0"].double(), 5 * expected["0"], rtol=1e-4, atol=1e-6)
 
 
+def old_weight_norm():
+    return nn.utils.weight_norm(nn.Conv2d(2, 3, 3))
+
+
+def new_weight_norm():
+    return nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
+
+
+def orthogonal():
+    return nn.utils.parametrizations.orthogonal(nn.Linear(4, 3))
+
+
+def masked():
+    conv = nn.Conv2d(2, 3, 3)
+    mask = (torch.rand(3, 2, 3, 3) > 0.5).double()
+    conv.forward = lambda x: nn.functional.conv2d(x, conv.weight * mask, conv.bias)
+    return conv
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("build", [old_weight_norm, new_weight_norm, orthogonal])
+def test_weights_that_are_made_of_others_are_exact(build):
+    torch.manual_seed(0)
+    model = nn.Sequential(build(), nn.Flatten(), nn.LazyLinear(2)).double()
+    x = torch.randn(4, 2, 4, 4).double() if isinstance(model[0], nn.Conv2d) else torch.randn(4, 4).double()
+    model(x)
+    wanted = []
+    for i in range(4):
+        grads = torch.autograd.grad(model(x[i : i + 1]).sin().sum(), list(model[0].parameters()))
+        wanted.append(torch.cat([g.flatten() for g in grads]).norm())
+    with PerSampleGradNorms(model) as norms:
+        for _ in range(2):
+            model.zero_grad()
+            model(x).sin().sum(1).mean().backward()
+            parts = [v.square() for n, v in norms.per_sample.items() if n.startswith("0")]
+            torch.testing.assert_close(sum(parts).sqrt(), torch.stack(wanted))
+
+
+def test_a_replaced_forward_gets_no_rule():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(masked(), nn.Flatten()).double(), torch.randn(4, 2, 4, 4).double()
+    assert find_rule(model[0]) is None
+    wanted = []
+    for i in range(4):
+        grads = torch.autograd.grad(model(x[i : i + 1]).sin().sum(), list(model.parameters()))
+        wanted.append(torch.cat([g.flatten() for g in grads]).norm())
+    with PerSampleGradNorms(model) as norms:
+        model(x).sin().sum(1).mean().backward()
+    torch.testing.assert_close(norms.per_sample["0"], torch.stack(wanted))
+
+
 def test_registering_a_class_twice_is_refused():
     with pytest.raises(ValueError, match="Linear already has the rule LinearRule"):
 

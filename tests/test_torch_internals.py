@@ -66,12 +66,14 @@ def test_another_layers_statistics_are_not_taken():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3, 5)])
-def test_affine_sums(layout, shape):
+@pytest.mark.parametrize("of_each_sample", [True, False])
+def test_affine_sums(layout, shape, of_each_sample):
     x, g = torch.randn(shape), torch.randn(shape)
     if len(shape) == 4:
         x, g = x.to(memory_format=layout), g.to(memory_format=layout)
-    mean, rstd = torch.randn(1, 6), torch.rand(1, 6) + 0.5
-    x_hat = (x.flatten(2) if len(shape) == 4 else x.unsqueeze(2)).sub(mean.unsqueeze(2)).mul(rstd.unsqueeze(2))
+    statistics = (4, 6) if of_each_sample else (6,)
+    mean, rstd = torch.randn(statistics), torch.rand(statistics) + 0.5
+    x_hat = (x.flatten(2) if len(shape) == 4 else x.unsqueeze(2)).sub(mean.unsqueeze(-1)).mul(rstd.unsqueeze(-1))
     flat = g.flatten(2) if len(shape) == 4 else g.unsqueeze(2)
     weighted, plain = internals.affine_sums(x, g, mean, rstd)
     torch.testing.assert_close(weighted, (x_hat * flat).sum(2), rtol=1e-4, atol=1e-5)

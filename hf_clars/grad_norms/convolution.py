@@ -69,6 +69,8 @@ def convolution_use(module: _Conv, x: Tensor, output: Tensor) -> WeightUse:
 class ConvolutionRule(LayerRule):
     """y = conv(x, W) + b; the weight is shared by all positions, each group sees its own channels."""
 
+    parameters = frozenset({"weight", "bias"})
+
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
@@ -124,6 +126,8 @@ def _is_pointwise(module: _Conv, padding: tuple[int, ...]) -> bool:
 
 def _visited(module: _Conv, x: Tensor) -> Tensor:
     """[B, T, in]: the pixels that a 1x1 kernel visits."""
+    if all(s == 1 for s in module.stride):
+        return x.flatten(2).mT
     steps: Any = tuple(slice(None, None, int(s)) for s in module.stride)
     return x[(..., *steps)].flatten(2).mT
 
@@ -165,6 +169,8 @@ def _weight_grads(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor)
 @register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class TransposedConvolutionRule(LayerRule):
     """The convolution that maps the output to the input: the same weight gradient with x and g exchanged."""
+
+    parameters = frozenset({"weight", "bias"})
 
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]

@@ -14,6 +14,7 @@ from hf_clars.grad_norms.registry import LayerRule, register_rule
 class EmbeddingRule(LayerRule):
     """A table lookup: a row's gradient is the sum of g over the places where its token stands."""
 
+    parameters = frozenset({"weight"})
     positions_in_the_middle = True
     batch_axis_is_certain = False
 

@@ -25,6 +25,8 @@ def linear_use(x: Tensor, output: Tensor) -> WeightUse:
 class LinearRule(LayerRule):
     """y = x W^T + b; the weight is shared by all axes between batch and width."""
 
+    parameters = frozenset({"weight", "bias"})
+
     positions_in_the_middle = True
 
     def per_sample_grads(

@@ -19,12 +19,16 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 # What is made per sample (gradients, Gram matrices) exists for at most this many elements at once: 64 MiB in float32.
 MAX_ELEMENTS = 1 << 24
+# Below this it is the number of operations that counts.
+_SMALL = 1 << 15
 
 
 def squared_sum(x: Tensor) -> Tensor:
     """Squared 2-norm of every sample: [B, ...] -> [B]."""
-    # Half the time of a dot product with itself.
-    return torch.linalg.vector_norm(x.flatten(1) if x.dim() > 1 else x.unsqueeze(1), dim=1).square()
+    flat = x if x.dim() == 2 else x.flatten(1) if x.dim() > 2 else x.unsqueeze(1)
+    if x.numel() < _SMALL:
+        return torch.linalg.vecdot(flat, flat)
+    return torch.linalg.vector_norm(flat, dim=1).square()  # half the time of a dot product with itself
 
 
 def outer_squared_norm(x: Tensor, g: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ _InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 
 
 class _ChannelRule(LayerRule):
-    """Affine per channel, channels on axis 1. Saved: the input and its (mean, 1 / standard deviation), [B or 1, C]."""
+    """Affine per channel, channels on axis 1. Saved: the input, its mean and 1 / standard deviation, [B, C] or [C]."""
+
+    parameters = frozenset({"weight", "bias"})
 
     def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
         """The input and its statistics; nothing for the bias alone."""
@@ -32,11 +34,11 @@ class _ChannelRule(LayerRule):
 
     def take(self, saved: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
         """The first `count` samples; statistics of the whole batch stay what they are."""
-        return tuple(t if t.shape[0] == 1 else t[:count] for t in saved)
+        return tuple(t if t.dim() == 1 else t[:count] for t in saved)
 
     @abstractmethod
     def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, 1 / standard deviation) that the module has just normalised with, [B, C] or [1, C] each."""
+        """(mean, 1 / standard deviation) that the module has just normalised with, [B, C] or [C] each."""
 
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
@@ -53,7 +55,7 @@ def _running_statistics(module: _BatchNorm | _InstanceNorm) -> tuple[Tensor, Ten
     mean, var = module.running_mean, module.running_var
     if module.training or mean is None or var is None:
         return None
-    return mean.clone().unsqueeze(0), (var + module.eps).rsqrt().unsqueeze(0)
+    return mean.clone(), (var + module.eps).rsqrt()
 
 
 @register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -61,13 +63,9 @@ class BatchNormRule(_ChannelRule):
     """Batch statistics in train mode (or without running ones), running statistics in eval mode."""
 
     def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """[1, C] each."""
+        """[C] each."""
         assert isinstance(module, _BatchNorm)
-        running = _running_statistics(module)
-        if running is not None:
-            return running
-        mean, rstd = batch_statistics(x, output, module.eps)
-        return mean.unsqueeze(0), rstd.unsqueeze(0)
+        return _running_statistics(module) or batch_statistics(x, output, module.eps)
 
 
 @register_rule(nn.GroupNorm)
@@ -81,17 +79,13 @@ class GroupNormRule(_ChannelRule):
         width = module.num_channels // module.num_groups
         return mean.repeat_interleave(width, 1), rstd.repeat_interleave(width, 1)
 
-    def take(self, saved: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
-        """The first `count` samples."""
-        return tuple(t[:count] for t in saved)
-
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 class InstanceNormRule(_ChannelRule):
     """Statistics per sample and channel; running ones only in eval mode with `track_running_stats`."""
 
     def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C] or [1, C] each."""
+        """[B, C] or [C] each."""
         assert isinstance(module, _InstanceNorm)
         return _running_statistics(module) or group_statistics(x, output, x.shape[1], module.eps)
 
@@ -105,6 +99,8 @@ def _trailing(t: Tensor, dims: int) -> Tensor:
 @register_rule(nn.LayerNorm, nn.RMSNorm)
 class LayerNormRule(LayerRule):
     """Statistics over the last axes, affine per element of them, shared by all axes between."""
+
+    parameters = frozenset({"weight", "bias"})
 
     positions_in_the_middle = True
 

@@ -37,7 +37,8 @@ class _OneProduct(torch.autograd.Function):
     def forward(ctx: Any, call: RuleCall, names: list[str], output: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         ctx.call, ctx.names, ctx.dtype = call, names, output.dtype
         # Under autocast the module computed with a copy of its input in the lower precision.
-        ctx.save_for_backward(x.to(output.dtype), params[names.index("weight")])
+        x_kept = x if x.dtype == output.dtype else x.to(output.dtype)
+        ctx.save_for_backward(x_kept, params[names.index("weight")])
         ctx.x_dtype = x.dtype
         ctx.mark_dirty(output)  # the same tensor, so that a following in-place activation works on it as before
         return output
@@ -48,8 +49,13 @@ class _OneProduct(torch.autograd.Function):
         call: RuleCall = ctx.call
         with no_autocast(g.device.type):
             sums = call.summed_grads(x, g)
-            grads = [sums.pop(n).to(call.wanted[n].dtype) for n in ctx.names]
+            grads = [_as(sums.pop(n), call.wanted[n].dtype) for n in ctx.names]
             x_grad = None
             if ctx.needs_input_grad[3]:
-                x_grad = call.rule.input_grad(call.module, x, weight.to(ctx.dtype), g).to(ctx.x_dtype)
+                x_grad = _as(call.rule.input_grad(call.module, x, _as(weight, ctx.dtype), g), ctx.x_dtype)
         return None, None, None, x_grad, *grads
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`, which takes its time even where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)

@@ -18,6 +18,10 @@ class LayerRule(ABC):
     may offer `takes_over`: the weight gradient is then the sum of the per-sample gradients, one product for both.
     """
 
+    #: Names of the parameters that the rule knows; None if it asks for no others than it can serve. A module that owns
+    #: more (old-style weight_norm replaces `weight` by two others) goes to the general fallback.
+    parameters: frozenset[str] | None = None
+
     #: True when all axes between the batch and the last are positions that share the weights, as in a Linear layer: a
     #: module that is called on [B * windows, ...] is then measured as [B, windows, ...].
     positions_in_the_middle: bool = False
@@ -132,13 +136,18 @@ def find_rule(module: nn.Module) -> LayerRule | None:
     """The rule for a module, or None when only the general fallback can serve it.
 
     The classes are searched along the method resolution order, because FSDP2 and others rename classes. A subclass with
-    a `forward` of its own computes something else and gets no inherited rule.
+    a `forward` of its own computes something else and gets no inherited rule, nor does a module whose `forward` was
+    replaced, or whose parameters are not those that the rule knows.
     """
+    if "forward" in vars(module):
+        return None
     for cls in type(module).__mro__:
         rule = _RULES.get(_name(cls))
         if rule is not None:
             own_forward = getattr(type(module), "forward", None) is not getattr(cls, "forward", None)
-            return None if own_forward or not rule.applies(module) else rule
+            names = {name for name, _ in module.named_parameters()}
+            unknown = rule.parameters is not None and not names <= rule.parameters
+            return None if own_forward or unknown or not rule.applies(module) else rule
     return None
 
 

@@ -70,7 +70,7 @@ def _statistics_in_graph(
             # The node of the output itself is the right one; one further back could be that of a layer before.
             if steps and not _is_of(node, x):
                 return None
-            return mean.detach().view(shape), rstd.detach().view(shape)
+            return (mean, rstd) if mean.shape == shape else (mean.view(shape), rstd.view(shape))
         node = node.next_functions[0][0] if node.next_functions else None
     return None
 
@@ -109,8 +109,8 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
         None,
         None,
         None,
-        mean.expand(channels).reshape(-1),
-        rstd.expand(channels).reshape(-1),
+        mean.repeat(channels[0]) if mean.dim() == 1 else mean.reshape(-1),
+        rstd.repeat(channels[0]) if rstd.dim() == 1 else rstd.reshape(-1),
         True,
         0.0,
         [False, True, True],
