@@ -44,6 +44,7 @@ class ModuleCall:
         training: The mode it ran in.
         batch_size: Length of the batch axis. Inputs of another length are shared by all samples.
         count: How many of the first samples are wanted.
+        replayable: False where an engine's hooks would gather and split weights again if the module were called.
     """
 
     module: nn.Module
@@ -56,6 +57,7 @@ class ModuleCall:
     training: bool
     batch_size: int
     count: int
+    replayable: bool = True
 
 
 class Fallback:
@@ -89,7 +91,7 @@ class Fallback:
             UncoveredParameterError: If neither way works.
         """
         key = (call.module, call.training)
-        replay = self._replays.get(key, True) and call.module.training == call.training
+        replay = call.replayable and self._replays.get(key, True) and call.module.training == call.training
         if replay:
             try:
                 result, outputs = _by_replay(call, grads)

@@ -60,16 +60,16 @@ class GraphUse:
 
 
 def find_graph_uses(
-    outputs: Iterable[Tensor], inputs: Iterable[Tensor], params: Mapping[str, nn.Parameter]
+    outputs: Iterable[Tensor], inputs: Iterable[Tensor], params: Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 ) -> list[GraphUse]:
     """Every operation between a module's inputs and outputs that takes one of its parameters.
 
     Args:
         outputs: Differentiable tensors that it returned.
         inputs: Tensors that it was given.
-        params: The parameters by name.
+        params: By name, each parameter and the tensor that the module computes with in its place.
     """
-    leaves = {torch.autograd.graph.get_gradient_edge(p).node: (n, p) for n, p in params.items()}
+    leaves = {torch.autograd.graph.get_gradient_edge(used).node: (n, p) for n, (p, used) in params.items()}
     seen = {t.grad_fn for t in inputs}
     stack = [t.grad_fn for t in outputs if t.grad_fn is not None and t.grad_fn not in seen]
     seen.update(stack)

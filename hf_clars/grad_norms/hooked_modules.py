@@ -46,9 +46,18 @@ class HookedModule:
         """A parameter's name in the model."""
         return f"{self.path}.{name}" if self.path else name
 
+    def in_use(self, name: str) -> nn.Parameter:
+        """The tensor that the module computes with now; FSDP puts another one in the recorded one's place.
+
+        Args:
+            name: A parameter's name, relative to this module.
+        """
+        path, _, local = name.rpartition(".")
+        return getattr(self.module.get_submodule(path) if path else self.module, local)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Its own measured parameters that are not frozen now, by local name."""
-        return {n: p for n, p in self.params.items() if p.requires_grad}
+        return {n: p for n, p in self.params.items() if self.in_use(n).requires_grad}
 
     def contains(self, other: HookedModule) -> bool:
         """Whether the other module is inside this one."""

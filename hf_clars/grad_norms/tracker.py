@@ -81,6 +81,7 @@ class PerSampleGradNorms(NormAccumulator):
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
         self._without_rule = CallsWithoutRule(self._layer_of, self._captured, self._arrived)
         self._ever_captured: set[nn.Parameter] = set()
+        self._in_use: dict[nn.Parameter, nn.Parameter] = {}
         self._hooked = find_hooked_modules(model, self._layer_of)
         for hooked in self._hooked:
             # Before the user's own hooks: they shall see the output that goes on.
@@ -103,6 +104,8 @@ class PerSampleGradNorms(NormAccumulator):
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """A module without parameters of its own matters only when one inside waits to be adopted."""
+        if self._unchecked:
+            self._learn_what_is_in_use(hooked)
         if self._passes and self._passes[-1].orphans:
             self._on_call(hooked, module, args, kwargs, output)
 
@@ -116,6 +119,8 @@ class PerSampleGradNorms(NormAccumulator):
         x = args[0] if args and isinstance(args[0], Tensor) else next(tensors_in((args, kwargs)), None)
         if x is None or x.dim() == 0:
             x = NO_INPUT
+        if self._unchecked:
+            self._learn_what_is_in_use(hooked)
         if not torch.is_grad_enabled():
             if last is not None:
                 last.without_grad[hooked] += 1
@@ -126,6 +131,13 @@ class PerSampleGradNorms(NormAccumulator):
         if current is None:
             return None
         return self._capture(hooked, current, x, (args, kwargs), output) if current.kept else None
+
+    def _learn_what_is_in_use(self, hooked: HookedModule) -> None:
+        """FSDP lets a module compute with a gathered tensor that is not the parameter which was recorded."""
+        for name, param in {**hooked.params, **hooked.inner}.items():
+            used = hooked.in_use(name)
+            if used is not param:
+                self._in_use[used] = param
 
     def _on_repeated_call(
         self, hooked: HookedModule, x: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any
@@ -229,7 +241,7 @@ class PerSampleGradNorms(NormAccumulator):
             for name, param in hooked.params.items()
             if param in unchecked
         }
-        check_coverage(outputs, current.captured_uses(), names)
+        check_coverage(outputs, current.captured_uses(), names, self._in_use)
         self._unchecked -= unchecked
 
     def check_all_captured(self) -> None:
@@ -289,9 +301,9 @@ def _state_of_grad(param: nn.Parameter) -> tuple[int, int] | None:
 
 def _may_take_over(call: RuleCall, x: Tensor, output: Tensor) -> bool:
     """Whether the weight gradient should, and can, come from the per-sample gradients of this call."""
-    weight = call.wanted.get("weight")
-    if weight is None:
+    if "weight" not in call.wanted:
         return False
+    weight = call.hooked.in_use("weight")
     decisions = call.hooked.decisions
     key = (x.shape, output.dtype, x.device)
     decision = decisions.get(key)

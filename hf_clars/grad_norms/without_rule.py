@@ -160,6 +160,7 @@ class CallsWithoutRule:
         trial: _Trial,
     ) -> None:
         args, kwargs = map_tensors(lambda t: t.detach(), call)
+        in_use = {name: hooked.in_use(name) for name in wanted}
         remembered = ModuleCall(
             module=hooked.module,
             path=str(hooked),
@@ -167,22 +168,29 @@ class CallsWithoutRule:
             kwargs=kwargs,
             outputs={i: t.detach() for i, t in outputs.items()},
             edges=[torch.autograd.graph.get_gradient_edge(t) for t in outputs.values()],
-            params=wanted,
+            params=in_use,
             training=hooked.module.training,
             batch_size=current.batch_size,
             count=current.kept,
+            replayable=all(in_use[n] is p and not hasattr(p, "ds_id") for n, p in wanted.items()),
         )
         current.fallback_calls.append(remembered)
         current.by_fallback.update(wanted.values())
 
         def on_gradients(grads: Sequence[Tensor | None]) -> None:
             if self._arrived(hooked, current, ticket):
-                per_sample = self._measure(current, remembered, grads)
+                per_sample = self._measure(current, remembered, wanted, grads)
                 trial.expected = per_sample if trial.waiting else {}
 
         torch.autograd.graph.register_multi_grad_hook(list(outputs.values()), on_gradients, mode="all")
 
-    def _measure(self, current: ForwardPass, call: ModuleCall, grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    def _measure(
+        self,
+        current: ForwardPass,
+        call: ModuleCall,
+        wanted: dict[str, nn.Parameter],
+        grads: Sequence[Tensor | None],
+    ) -> dict[str, Tensor]:
         self.busy = True
         try:
             per_sample = self._fallback.per_sample_grads(call, grads)
@@ -191,7 +199,7 @@ class CallsWithoutRule:
             call.edges.clear()
             current.fallback_calls.remove(call)
         for name, own in per_sample.items():
-            self._add(current, call.params[name], own)
+            self._add(current, wanted[name], own)
         return per_sample
 
     @torch.no_grad()
@@ -209,7 +217,8 @@ def _bare_uses(
     """Where the graph uses a module's own parameters, if that may be looked at and they are all that is wanted."""
     if saved_tensors_are_packed() or wanted.keys() != hooked.trainable().keys():
         return []
-    return find_graph_uses(outputs.values(), tensors_in(call), wanted)
+    in_use = {name: (p, hooked.in_use(name)) for name, p in wanted.items()}
+    return find_graph_uses(outputs.values(), tensors_in(call), in_use)
 
 
 def _close(found: Tensor | None, expected: Tensor) -> bool:
@@ -224,4 +233,4 @@ def _wanted(hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan
     if hooked.params:
         # A module may use the weights of one inside without calling it, as MultiheadAttention does with out_proj.
         inner.update((n, p) for n, p in hooked.inner.items() if not current.uses[p])
-    return {n: p for n, p in {**hooked.params, **inner}.items() if p.requires_grad}
+    return {n: p for n, p in {**hooked.params, **inner}.items() if hooked.in_use(n).requires_grad}

@@ -1,6 +1,7 @@
 """Layer-wise optimizers on mNAG. Needs torch only."""
 
-from hf_clars.optim.base import LayerMeasures, LayerwiseOptimizer, ShardedWeightsError
+from hf_clars.distributed.zero import UnsupportedEngineError
+from hf_clars.optim.base import LayerMeasures, LayerwiseOptimizer
 from hf_clars.optim.clars import CLARS, NoNormsError
 from hf_clars.optim.lars import LARS
 from hf_clars.optim.loop_guard import AccumulationIgnoredError, OptimizerNotSteppedError
@@ -15,5 +16,5 @@ __all__ = [
     "LayerwiseOptimizer",
     "NoNormsError",
     "OptimizerNotSteppedError",
-    "ShardedWeightsError",
+    "UnsupportedEngineError",
 ]

@@ -72,7 +72,7 @@ class LARS(LayerwiseOptimizer):
         )
 
     def _measure(self, tensors: _StepTensors) -> LayerMeasures:
-        weight_norm, grad_norm = self._layer_norms(tensors)
+        weight_norm, grad_norm, _ = self._layer_norms(tensors)
         ratio = trust_ratio(
             weight_norm,
             grad_norm,

@@ -73,11 +73,3 @@ def multi_tensor_update(
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
         torch._foreach_sub_(params, torch._foreach_mul(buffers, rates))
-
-
-def tensor_norms(tensors: list[Tensor], *, foreach: bool) -> Tensor:
-    """2-norms of N tensors, [N], in float32 (float64 for float64 tensors)."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    if foreach:
-        return torch.stack(list(torch._foreach_norm(tensors, 2, dtype)))
-    return torch.stack([torch.linalg.vector_norm(t, dtype=dtype) for t in tensors])

@@ -113,7 +113,9 @@ class ClarsTrainingArguments(TrainingArguments):
 
     @property
     def _samples_a_pass(self) -> int:
-        return self.train_batch_size * self.world_size
+        # With split_batches accelerate shares each loaded batch out, instead of loading one a process.
+        shared_out = bool(getattr(self.accelerator_config, "split_batches", False))
+        return self.train_batch_size * (1 if shared_out else self.world_size)
 
     def _check_values(self) -> None:
         choices = {
