@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from hf_clars.errors import ConfigError, DataError
 from hf_clars.layers import param_layers
+from hf_clars.optim import CLARS, LARS, NAG
 from hf_clars.theory import estimate_lipschitz, measure_gradient_moments, variance_constants, variance_floor
 from tests.oracle import one_by_one
 from tests.trainer_kit import Images, Plain
@@ -157,6 +158,25 @@ def test_identical_samples_have_no_variance():
     moments = measure_gradient_moments(model, [batch])
     np.testing.assert_allclose(moments.figure2_ratio, 1, rtol=1e-5)
     np.testing.assert_allclose(moments.variance_factor, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [NAG, LARS, CLARS])
+def test_measuring_between_two_steps_changes_neither_the_training_nor_the_result(optimizer):
+    batches, weights, found = list(DataLoader(Images(64), 32)), [], []
+    for measured in (True, False):
+        model = Plain()
+        trained = optimizer(model, lr=0.1)
+        for batch in batches:
+            trained.zero_grad()
+            model(**batch)["loss"].backward()
+            if measured:  # with gradients in place that are still to be stepped with
+                found.append(measure_gradient_moments(model, batches).mean_square)
+                estimate_lipschitz(model, batches, max_iterations=1)
+            trained.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        trained.remove_hooks()
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+    np.testing.assert_allclose(found[0], measure_gradient_moments(Plain(), batches).mean_square, rtol=1e-6)
 
 
 def test_gradients_buffers_hooks_and_mode_are_left_as_they_were():

@@ -36,10 +36,11 @@ def variance_factor(
     about 1/R_k^2 where B is far above M_k. Without replacement from N samples the variance of the mean is smaller, and
     a = (N - B) / (B (N - 1)).
 
-    **Bias.** c is not logged (`norm="mean"`). With c = 0 the result is too small by a factor of at least 1 + c: a lower
-    bound, good early in training (c = 0.03 to 0.06 in an untrained CNN on digits), and far too low late, when a few
-    samples carry the gradient (c = 60 to 160 in the same CNN, trained). With `norm="rms"` n_k estimates s itself: c = 0
-    is exact. `GradientMoments.norm_spread` measures c. n_k of single batches also fluctuates, by about sqrt(c/B).
+    **Bias.** c is not logged (`norm="mean"`). With c = 0, M_k + 1 comes out too small by a factor of at least 1 + c: a
+    lower bound, good early in training (c = 0.03 to 0.05 in the untrained network of the quickstart), and far too low
+    late, when a few samples carry the gradient (c = 60 to 160 in the same network, trained). With `norm="rms"` n_k
+    estimates s itself: c = 0 is exact. `GradientMoments.norm_spread` measures c. n_k of single batches also fluctuates,
+    by about sqrt(c/B) of itself, and norms of micro-batches instead of samples make the result lower still.
 
     Args:
         ratio_square: R_k^2, averaged over steps, any shape.

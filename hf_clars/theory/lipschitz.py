@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hf_clars.errors import ConfigError
 from hf_clars.layers import LayerMode, param_layers
-from hf_clars.theory.measuring import Loss, check_not_empty, count_rows, model_loss, undisturbed
+from hf_clars.theory.measuring import Loss, check_not_empty, copy_to_measure, count_rows, model_loss
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def estimate_lipschitz(
     plain form, since fused kernels have no second derivative.
 
     Args:
-        model: Any twice differentiable module. Gradients and buffers are afterwards what they were.
+        model: Any twice differentiable module. Measured is a copy of it: the model itself stays as it is.
         batches: The data; read many times, so a list or a DataLoader without shuffling, not an iterator.
         loss: (model, batch) -> mean loss of the batch. Default: `model(**batch)["loss"]`.
         layers: `"module"` (default) or `"tensor"`.
@@ -96,11 +96,12 @@ def estimate_lipschitz(
             "least 1 iteration."
         )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
+    model = copy_to_measure(model)
     partition = param_layers(model, layers=layers)
     everything = [p for layer in partition for p in layer.params]
     blocks: list[tuple[str, Sequence[nn.Parameter]]] = [(layer.name, layer.params) for layer in partition]
     found = {}
-    with undisturbed(model), sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
         for name, params in tqdm([*blocks, ("all layers", everything)], desc="L_k", disable=not progress):
             hessian = _HessianBlock(model, batches, loss, params)
             found[name] = _power_iteration(hessian, tolerance, max_iterations, generator)

@@ -1,12 +1,11 @@
-"""What both estimators need: batches, their loss, and a model that is afterwards as it was."""
+"""What both estimators need: batches, their loss, and a copy of the model, so that it stays as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_clars.errors import DataError
@@ -60,25 +59,15 @@ def check_not_empty(samples: int, batches: Iterable[Any]) -> None:
         )
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Set gradients aside, and put them and the buffers (running statistics) back afterwards.
+def copy_to_measure(model: nn.Module) -> nn.Module:
+    """Return a copy to take gradients of.
+
+    The model keeps its gradients and running statistics, and an optimizer that measures norms while `backward()` runs
+    sees nothing: its hooks do nothing in a copy.
 
     Args:
-        model: The model to measure on.
-
-    Yields:
-        Nothing.
+        model: The model, not wrapped for data parallelism.
     """
-    gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    for p, _ in gradients:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for p, gradient in gradients:
-            p.grad = gradient
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    copied = copy.deepcopy(model)
+    copied.zero_grad(set_to_none=True)
+    return copied

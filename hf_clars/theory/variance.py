@@ -20,7 +20,7 @@ from hf_clars.errors import ConfigError, DataError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 from hf_clars.theory.constants import Floats, check_not_negative
-from hf_clars.theory.measuring import Loss, check_not_empty, count_rows, model_loss, undisturbed
+from hf_clars.theory.measuring import Loss, check_not_empty, copy_to_measure, count_rows, model_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ def measure_gradient_moments(
     batches: Iterable[Any],
     *,
     loss: Loss = model_loss,
-    layers: LayerMode | Sequence[ParamLayer] = "module",
+    layers: LayerMode = "module",
     progress: bool = False,
 ) -> GradientMoments:
     """Measure every sample's gradient norm and the full gradient, in one pass over the data.
@@ -79,11 +79,10 @@ def measure_gradient_moments(
     sample is in, and so does the result. Dropout adds its own variance: use eval mode for f_i as they are.
 
     Args:
-        model: In the mode to measure in. Gradients and buffers are afterwards what they were. It must carry no other
-            norm hooks (of a CLARS optimizer).
+        model: In the mode to measure in. Measured is a copy of it: the model itself stays as it is.
         batches: The data, read once.
         loss: (model, batch) -> mean loss of the batch's samples. Default: `model(**batch)["loss"]`.
-        layers: `"module"` (default), `"tensor"`, or a ready partition.
+        layers: `"module"` (default) or `"tensor"`.
         progress: Show a bar. Default False.
 
     Returns:
@@ -92,12 +91,10 @@ def measure_gradient_moments(
     Raises:
         DataError: If there are no samples, or a loss is not finite.
     """
-    partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
+    model = copy_to_measure(model)
+    partition = param_layers(model, layers=layers)
     samples = 0
-    with (
-        undisturbed(model),
-        PerSampleGradNorms(model, layers=partition, loss_reduction="sum", keep_per_sample=False) as norms,
-    ):
+    with PerSampleGradNorms(model, layers=partition, loss_reduction="sum", keep_per_sample=False) as norms:
         for batch in tqdm(batches, desc="M_k", disable=not progress):
             rows = count_rows(batch)
             # Of the summed loss, so that p.grad adds up to the sum over all samples whatever the batches' sizes.
