@@ -108,6 +108,7 @@ def test_card_and_results_hold_the_same_numbers(finished):
     assert stored["eval_accuracy"] == results["eval_accuracy"]
     assert stored["train_loss"] == results["train_loss"]
     card = ModelCard.load(folder / "README.md")
+    assert "What batch size this run could have used" in card.text
     accuracy = next(r.metric_value for r in card.data.eval_results if r.metric_type == "accuracy")
     assert accuracy == pytest.approx(results["eval_accuracy"], abs=1e-4)
     assert card.data.license == "apache-2.0"

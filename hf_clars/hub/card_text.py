@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from hf_clars.hub.batch_advice import batch_advice
 from hf_clars.hub.markdown import plain, shown, table
 from hf_clars.hub.summary import RunSummary
 
@@ -66,6 +67,7 @@ def card_body(summary: RunSummary, pictures: Sequence[str]) -> str:
         "## Training recipe",
         _recipe(summary),
         *_pictures(pictures),
+        *batch_advice(summary.batch_advice),
         "## How to load it",
         _loading(summary),
         "## Limits",

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_clars.theory import BatchAdvice
+
 
 @dataclass(kw_only=True)
 class RunSummary:
@@ -31,6 +33,7 @@ class RunSummary:
         license: An SPDX-like id as the Hub lists them; default None: the card says that none was chosen. Which
             licence weights have is for those to say who trained them (and for their data); code does not guess it.
         repo_id: Where the model will be on the Hub; default None: the card tells the reader to put the name in.
+        batch_advice: What the layer-rate log says of the batch size; default None: the card does not mention it.
         needs_import: Whether `import hf_clars` must come before loading (the project's own architectures).
     """
 
@@ -51,4 +54,5 @@ class RunSummary:
     base_model: str | None = None
     license: str | None = None
     repo_id: str | None = None
+    batch_advice: BatchAdvice | None = None
     needs_import: bool = False

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_clars.data import ImageData
+from hf_clars.errors import HfClarsError
 from hf_clars.hub import RunSummary, build_model_card
+from hf_clars.theory import BatchAdvice, advise
 from hf_clars.trainer.callbacks import PICTURE
 from hf_clars.trainer.run_arguments import DataArguments, ModelArguments, OutputArguments
 
@@ -62,12 +64,21 @@ def write_model_card(
         history=_history(trainer),
         base_model=_base_model(model_args),
         license=output.license,
+        batch_advice=_batch_advice(folder, data.train_size),
         needs_import=type(model).__module__.startswith("hf_clars") or data_args.num_channels == 1,
     )
     pictures = [PICTURE] if (folder / PICTURE).exists() else []
     path = folder / "README.md"
     build_model_card(summary, pictures=pictures).save(path)
     return path
+
+
+def _batch_advice(folder: Path, train_size: int | None) -> BatchAdvice | None:
+    """What the log says of the batch size; a run without samples' norms, or with too few of them, has no advice."""
+    try:
+        return advise(folder, data_size=train_size)
+    except HfClarsError:
+        return None
 
 
 def _base_model(args: ModelArguments) -> str | None:
