@@ -3,6 +3,7 @@
 from hf_clars.plots.comparison import plot_comparison
 from hf_clars.plots.gradient_variance import plot_gradient_variance
 from hf_clars.plots.layer_rates import plot_layer_rates
+from hf_clars.plots.page import write_page
 from hf_clars.plots.runs import Run, open_runs
 from hf_clars.plots.style import PlotError
 from hf_clars.plots.training_curves import plot_training_curves
@@ -15,4 +16,5 @@ __all__ = [
     "plot_gradient_variance",
     "plot_layer_rates",
     "plot_training_curves",
+    "write_page",
 ]
