@@ -1,4 +1,4 @@
-"""Promise: the page shows a log's own values in a real browser, from one small file that nothing can be smuggled into."""
+"""Promise: the page shows a log's own values in a real browser, from one small file that runs no code but its own."""
 
 import base64
 import json
@@ -51,7 +51,7 @@ def decoded(stored, layers):
     return np.select([codes == 0, codes == 1, codes == 2], [np.nan, 0, np.inf], values)
 
 
-# ---- the file ---------------------------------------------------------------------------------------------------------
+# ---- the file -------------------------------------------------------------------------------------------------------
 
 
 def test_ten_thousand_steps_of_161_layers_stay_under_three_megabytes_even_two_runs(tmp_path):
@@ -114,7 +114,7 @@ def test_runs_without_a_log_and_unwritable_places_are_errors(tmp_path):
         write_page(open_runs([tmp_path / "plain"]), tmp_path / "p.html")
 
 
-# ---- in a browser ------------------------------------------------------------------------------------------------------
+# ---- in a browser ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def read(chromium):
     layer, *lines = chromium.text("#readout").split("\n")
     found = []
     for line in lines:
-        match = re.fullmatch(r"(.+): \S+ = (\S+)(?: \(± (\S+) %\))?, steps? ([\d,]+)(?:–([\d,]+) \(median\))?", line)
+        match = re.fullmatch(r"(.+): \S+ = (\S+)(?: \(± (\S+) %\))?, steps? ([\d,]+)(?: to ([\d,]+) \(median\))?", line)
         name, value, error, first, last = match.groups()
         steps = [int(text.replace(",", "")) for text in (first, last or first)]
         found.append((name, float(value), float(error or 0) / 100, *steps))
@@ -203,16 +203,16 @@ def test_two_runs_stand_side_by_side_and_are_matched_by_the_layers_name(chromium
 def test_wheel_drag_and_keys_zoom_and_the_zoomed_cell_still_reads_right(chromium, tmp_path):
     log = make_log(tmp_path / "run", steps=100)
     chromium.open(write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html"))
-    assert chromium.text("#range") == "steps 1–100, layers 1–6"
+    assert chromium.text("#range") == "steps 1 to 100, layers 1 to 6"
     x, y = point_at(chromium, 0.5, 0.5)
     chromium.mouse("mouseWheel", x, y, deltaX=0, deltaY=-100)
-    assert chromium.text("#range") == "steps 11–90, layers 1–6"
+    assert chromium.text("#range") == "steps 11 to 90, layers 1 to 6"
     chromium.run("reset.click()")
     start, end = point_at(chromium, 0.2, 0.02), point_at(chromium, 0.4, 0.49)
     chromium.mouse("mousePressed", *start, button="left", clickCount=1)
     chromium.mouse("mouseMoved", *end, button="left")
     chromium.mouse("mouseReleased", *end, button="left", clickCount=1)
-    found = re.fullmatch(r"steps (\d+)–(\d+), layers 1–3", chromium.text("#range"))
+    found = re.fullmatch(r"steps (\d+) to (\d+), layers 1 to 3", chromium.text("#range"))
     assert abs(int(found[1]) - 21) <= 1
     assert abs(int(found[2]) - 40) <= 1
     point_at(chromium, 0.5, 0.9)
@@ -226,11 +226,11 @@ def test_wheel_drag_and_keys_zoom_and_the_zoomed_cell_still_reads_right(chromium
     layer, ((_, value, _, after, _),) = read(chromium)
     assert (layer, after) == (log.layers[3], step + 1)
     assert value == pytest.approx(log["rate"][step, 3], rel=1e-6)
-    assert chromium.text("#range").endswith("layers 2–4")  # the view follows the keys
+    assert chromium.text("#range").endswith("layers 2 to 4")  # the view follows the keys
     chromium.key("Enter")
     assert chromium.text("#layer-caption").startswith(f"γₖ of layer {log.layers[3]} (held)")
     chromium.key("Escape")
-    assert chromium.text("#range") == "steps 1–100, layers 1–6"
+    assert chromium.text("#range") == "steps 1 to 100, layers 1 to 6"
     assert not chromium.complaints()
 
 
@@ -265,10 +265,11 @@ def test_the_page_follows_the_readers_colour_scheme_and_is_not_blank(chromium, t
     chromium.open(write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html"))
     paper = chromium.run("getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[scheme]
-    colours = chromium.run(
-        "(() => { const c = canvases[0], box = mapBox(c), d = c.getContext('2d').getImageData(box.left + 5, box.top + 5, "
-        "box.width - 10, box.height - 10).data; const s = new Set(); for (let i = 0; i < d.length; i += 4) "
-        "s.add(d.slice(i, i + 3).join()); return s.size; })()"
-    )
+    colours = chromium.run("""(() => {
+        const box = mapBox(canvases[0]), found = new Set();
+        const { data } = canvases[0].getContext("2d").getImageData(box.left, box.top, box.width, box.height);
+        for (let i = 0; i < data.length; i += 4) found.add(data.slice(i, i + 3).join());
+        return found.size;
+    })()""")
     assert colours > 50
     chromium.colours("light")

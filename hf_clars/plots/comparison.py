@@ -20,7 +20,17 @@ from hf_clars.plots.panels import (
     rule,
 )
 from hf_clars.plots.runs import Run
-from hf_clars.plots.style import DASHES, Look, PlotError, checked_target, finish, new_figure, say, themed
+from hf_clars.plots.style import (
+    DASHES,
+    Look,
+    NothingToShowError,
+    PlotError,
+    checked_target,
+    finish,
+    new_figure,
+    say,
+    themed,
+)
 
 MOST_MAPS = 4
 
@@ -61,7 +71,7 @@ def plot_comparison(
     logs = {}
     for run in runs:
         if run.log is None:
-            raise PlotError(f"The run {run.name} kept no layer-rate log: there are no rates to compare.")
+            raise NothingToShowError(f"The run {run.name} kept no layer-rate log: there are no rates to compare.")
         logs[run.name] = opened(run.log)
     columns = {name: Columns(log.steps, max_columns) for name, log in logs.items()}
     rates = {name: Quantity(log["rate"], name, r"rate $\gamma_k$", "viridis") for name, log in logs.items()}
@@ -69,8 +79,9 @@ def plot_comparison(
     mapped = list(logs)[:MOST_MAPS]
     heat_height = heat_map_height(max(len(logs[name].layers) for name in mapped), max_labels)
     with themed(theme) as look:
-        figure = new_figure(4.2 + (5.2 if len(mapped) == 2 else 3.6) * len(mapped), heat_height + 4.4 + 0.19 * len(runs))
-        above, below = figure.subfigures(2, 1, height_ratios=[heat_height + 1, 3.2 + 0.19 * len(runs)])
+        width, lines_height = 5.2 if len(mapped) == 2 else 3.6, 3.2 + 0.19 * len(runs)
+        figure = new_figure(4.2 + width * len(mapped), heat_height + 1.2 + lines_height)
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[heat_height + 1, lines_height])[:, 0]
         maps = above.subplots(1, len(mapped), squeeze=False)[0]
         norm = shared_norm(list(rates.values()))
         for index, (axes, name) in enumerate(zip(maps, mapped, strict=True)):
@@ -131,12 +142,12 @@ def _draw_medians(axes: Axes, look: Look, columns: dict[str, Columns], quantitie
         median = gathered.reduce(quietly(np.nanmedian, usable), np.nanmedian)
         axes.plot(centres, median, dashes, color=colour, linewidth=1.5, label=shortened(name, 60))
         if len(shown) <= 3:
-            ends = [gathered.reduce(quietly(how, usable), how) for how in (np.nanmin, np.nanmax)]
-            axes.fill_between(centres, *ends, color=colour, alpha=0.12, linewidth=0)
-    low, high = float(norm.vmin or 0) / 1.2, float(norm.vmax or 1) * 1.2
+            low, high = (gathered.reduce(quietly(how, usable), how) for how in (np.nanmin, np.nanmax))
+            axes.fill_between(centres, low, high, color=colour, alpha=0.12, linewidth=0)
+    bottom, top = float(norm.vmin or 0) / 1.2, float(norm.vmax or 1) * 1.2
     axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    number_log_axis(axes.yaxis, low, high)
+    axes.set_ylim(bottom, top)
+    number_log_axis(axes.yaxis, bottom, top)
     rule(axes, look)
     without = [name for name in quantities if name not in shown]
     note = f"\n(not measured: {', '.join(shortened(name, 24) for name in without)})" if without else ""

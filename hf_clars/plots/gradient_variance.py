@@ -23,7 +23,7 @@ from hf_clars.plots.panels import (
     number_log_axis,
     rule,
 )
-from hf_clars.plots.style import DASHES, Look, PlotError, checked_target, finish, new_figure, themed
+from hf_clars.plots.style import DASHES, Look, NothingToShowError, checked_target, finish, new_figure, themed
 from hf_clars.records import LayerRateLog
 
 ESTIMATE = r"$1\,/\,R_k^2$"
@@ -67,7 +67,7 @@ def plot_gradient_variance(
     log = opened(log)
     ratio = Quantity(log["ratio"], "", RATIO, "cividis", upper=1.0)
     if not ratio.usable:
-        raise PlotError(
+        raise NothingToShowError(
             "This log has no R_k, so nothing estimates M_k: only CLARS measures the samples' gradient norms. Train "
             "with --method clars."
         )

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from hf_clars.plots.columns import Columns, shortened
 from hf_clars.plots.panels import NOTHING_USABLE, Quantity, draw_heat_map, draw_summary, name_layers
-from hf_clars.plots.style import Look, PlotError, checked_target, finish, new_figure, say, themed
+from hf_clars.plots.style import Look, NothingToShowError, checked_target, finish, new_figure, say, themed
 from hf_clars.records import LayerRateLog
 
 RATIO = r"$R_k = \Vert g_k\Vert\,/\,n_k$"
@@ -83,7 +83,7 @@ def opened(log: LayerRateLog | str | Path) -> LayerRateLog:
     """
     log = log if isinstance(log, LayerRateLog) else LayerRateLog.open(log)
     if not len(log):
-        raise PlotError("The layer-rate log holds no steps yet: plot it after its first flush.")
+        raise NothingToShowError("The layer-rate log holds no steps yet: plot it after its first flush.")
     return log
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from hf_clars.plots.layer_rates import opened
 from hf_clars.plots.page_data import page_data
 from hf_clars.plots.runs import Run
-from hf_clars.plots.style import MARK, PlotError
+from hf_clars.plots.style import MARK, NothingToShowError, PlotError
 
 SCRIPTS = ("runs.js", "draw.js", "page.js")
 
@@ -38,7 +38,7 @@ def write_page(runs: Sequence[Run], path: str | Path, *, title: str | None = Non
     logs = []
     for run in runs:
         if run.log is None:
-            raise PlotError(f"The run {run.name} kept no layer-rate log: there is nothing for a page to show.")
+            raise NothingToShowError(f"The run {run.name} kept no layer-rate log for a page to show.")
         logs.append((run.name, opened(run.log)))
     script, style = "\n".join(_part(name) for name in SCRIPTS), _part("page.css")
     parts = {

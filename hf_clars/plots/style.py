@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -23,6 +24,10 @@ DASHES = ("-", "--", ":", "-.")
 
 class PlotError(HfClarsError):
     """A picture cannot be drawn or saved; the message says why."""
+
+
+class NothingToShowError(PlotError):
+    """The run has nothing of what the picture shows (a method without R_k, a run without a step)."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ def themed(theme: str) -> Iterator[Look]:
     look = THEMES[theme]
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     papered = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-    with rc_context({**dict.fromkeys(inked, look.ink), **dict.fromkeys(papered, look.paper)}):
+    colours: dict[Any, Any] = {**dict.fromkeys(inked, look.ink), **dict.fromkeys(papered, look.paper)}
+    with rc_context(colours):
         yield look
 
 

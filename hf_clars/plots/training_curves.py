@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -12,7 +13,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from hf_clars.plots.columns import shortened
 from hf_clars.plots.panels import rule
 from hf_clars.plots.runs import Run
-from hf_clars.plots.style import DASHES, Look, PlotError, checked_target, finish, new_figure, say, themed
+from hf_clars.plots.style import DASHES, Look, NothingToShowError, checked_target, finish, new_figure, say, themed
 
 LOSS, EVAL_LOSS, ACCURACY = "loss", "eval_loss", "eval_accuracy"
 
@@ -50,7 +51,7 @@ def plot_training_curves(
     target = None if path is None else checked_target(path)
     shown = [run for run in runs if any(run.points(key) for key in (LOSS, EVAL_LOSS, ACCURACY))]
     if not shown:
-        raise PlotError(
+        raise NothingToShowError(
             "No loss or accuracy was logged: trainer_state.json is missing or has none yet. Draw again after the first "
             "checkpoint, or at the end of training."
         )
@@ -140,8 +141,15 @@ def _draw_over_batch(
         return
     # In ink, as the colours of this picture stand for runs.
     for (method, points), marker, dashes in zip(methods.items(), cycle("os^D"), cycle(DASHES), strict=False):
-        batches, values = zip(*sorted(points), strict=True)
-        axes.plot(batches, values, dashes, color=look.ink, marker=marker, markersize=5, linewidth=1.3, label=method)
+        axes.plot(
+            *zip(*sorted(points), strict=True),
+            dashes,
+            color=look.ink,
+            marker=marker,
+            markersize=5,
+            linewidth=1.3,
+            label=method,
+        )
     axes.set_xscale("log", base=2)
     sizes = sorted({batch for points in methods.values() for batch, _ in points})
     axes.xaxis.set_major_locator(FixedLocator(sizes[:: math.ceil(len(sizes) / 6)]))
@@ -177,7 +185,8 @@ def _add_epochs(axes: Axes, run: Run) -> None:
     step, epoch = next(((s, e) for s, e, _ in reversed(run.points(LOSS) or run.points(EVAL_LOSS)) if e > 0), (1, 0.0))
     if not epoch or not axes.lines:
         return
-    above = axes.secondary_xaxis("top", functions=(lambda x: x * epoch / step, lambda x: x * step / epoch))
+    a_step = epoch / step
+    above = axes.secondary_xaxis("top", functions=(lambda x: np.multiply(x, a_step), lambda x: np.divide(x, a_step)))
     above.set_xlabel("epoch")
 
 

@@ -72,7 +72,7 @@ function draw() {
   if (scale !== null) drawScale(byId("scale"), scale, described().label);
   const { x0, x1, y0, y1 } = state.view;
   byId("range").textContent =
-    `steps ${grouped(Math.ceil(x0))}–${grouped(Math.floor(x1))}, layers ${Math.floor(y0) + 1}–${Math.ceil(y1)}`;
+    `steps ${grouped(Math.ceil(x0))} to ${grouped(Math.floor(x1))}, layers ${Math.floor(y0) + 1} to ${Math.ceil(y1)}`;
   tell();
   drawLayer();
 }

@@ -71,7 +71,7 @@ class Run {
 
   stepsOf(column) {
     const first = this.firstSteps[column], last = this.lastSteps[column];
-    return first === last ? `step ${grouped(first)}` : `steps ${grouped(first)}–${grouped(last)} (median)`;
+    return first === last ? `step ${grouped(first)}` : `steps ${grouped(first)} to ${grouped(last)} (median)`;
   }
 
   // A value as text with as many digits as it has, and how exact it is.
