@@ -135,12 +135,12 @@ def draw_summary_or_layers(
     axes: Axes, look: Look, columns: Columns, quantity: Quantity, layers: Sequence[str], *, limit: int = 6
 ) -> None:
     """Draw each layer's line if there are at most `limit`, else the summary; or say that there is nothing."""
-    axes.set_title("Each layer" if len(layers) <= limit else "Over all layers", loc="left", fontsize=11)
     if not quantity.usable:
         say(axes, look, NOTHING_USABLE)
     elif len(layers) <= limit:
-        draw_layers(axes, look, columns, quantity, layers, quantity.norm())
+        draw_layers(axes, look, columns, quantity, layers, quantity.norm())  # the legend takes the title's place
     else:
+        axes.set_title("Over all layers", loc="left", fontsize=11)
         draw_summary(axes, look, columns, quantity, quantity.norm())
 
 

@@ -23,7 +23,8 @@ class LayerRateCallback(TrainerCallback):
     """Keep the layer-rate log of a run, and draw it at the end.
 
     Writes `layer_rates/` into the output folder while training goes on, and `layer_rates.safetensors`,
-    `layer_rates.png` and the interactive `layer_rates.html` when it ends. Values stay on the device until the log flushes.
+    `layer_rates.png` and the interactive `layer_rates.html` when it ends. Values stay on the device until the log
+    flushes.
 
     Args:
         settings: What a reader of the log should know of the run; JSON-able.
