@@ -10,7 +10,9 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 _RATES = ("rate_smallest", "rate_median", "rate_largest")
-_ELSEWHERE = {"loss", "learning_rate", "ratio_median", "images_per_second", "epoch", "step", "total_flos", *_RATES}
+_PLACED = {"loss", "learning_rate", "ratio_median", "images_per_second", "epoch", *_RATES}
+_LEFT_OUT = {"total_flos", "grad_norm"}
+"""Of a training log: what has its own place in the line, and what transformers always logs but nobody watches."""
 
 
 class LogLine:
@@ -52,7 +54,7 @@ class LogLine:
         if all(key in logs for key in _RATES):
             parts.append("rates " + " < ".join(f"{logs[key]:.2g}" for key in _RATES))
         parts += _part(logs, "ratio_median", "R {:.2g}")
-        parts += _metrics({key: value for key, value in logs.items() if key not in _ELSEWHERE}, "")
+        parts += _metrics({key: value for key, value in logs.items() if key not in _PLACED | _LEFT_OUT}, "")
         return [*parts, *_part(logs, "images_per_second", "{:,.0f} images/s"), *self._left(state)]
 
     def _left(self, state: TrainerState) -> list[str]:
