@@ -43,7 +43,7 @@ def test_own_products_are_replaced_and_anybody_elses_file_is_kept_unless_told(ru
     (run / "layer_rates.html").write_text("a page")
     for _ in range(2):  # the second time over its own files
         assert main([str(run), "--html"]) == 1
-        assert "was not made by hf_clars" in capsys.readouterr().err
+        assert capsys.readouterr().err.count("was not made by hf_clars") == 2
     assert (run / "layer_rates.png").read_bytes() == b"a photograph"
     assert (run / "layer_rates.html").read_text() == "a page"
     assert main([str(run), "--html", "--overwrite"]) == 0

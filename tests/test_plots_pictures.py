@@ -153,7 +153,7 @@ def test_a_comparison_has_one_scale_for_all_maps_and_a_line_for_each_run(tmp_pat
     meshes = [c for axes in figure.axes for c in axes.collections if isinstance(c, QuadMesh) and axes.get_title("left")]
     assert len(meshes) == 3
     assert len({(mesh.norm.vmin, mesh.norm.vmax) for mesh in meshes}) == 1
-    rates = next(axes for axes in figure.axes if axes.get_title("left") == "Rate of the median layer")
+    rates = next(axes for axes in figure.axes if axes.get_title("left").startswith("Rate of the median layer"))
     for line, log in zip(rates.lines, logs, strict=True):
         np.testing.assert_allclose(line.get_ydata(), np.median(log["rate"], axis=1), rtol=1e-6)
 

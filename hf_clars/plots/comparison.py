@@ -33,6 +33,7 @@ from hf_clars.plots.style import (
 )
 
 MOST_MAPS = 4
+MOST_BANDS = 3
 
 
 def plot_comparison(
@@ -92,10 +93,8 @@ def plot_comparison(
                 axes.set_yticks(maps[0].get_yticks(), [])
                 axes.set_ylabel("")
         left, right = below.subplots(1, 2)
-        left.set_title("Rate of the median layer", loc="left", fontsize=11)
-        right.set_title(f"{RATIO} of the median layer", loc="left", fontsize=11)
-        _draw_medians(left, look, columns, rates)
-        _draw_medians(right, look, columns, ratios)
+        _draw_medians(left, look, "Rate of the median layer", columns, rates)
+        _draw_medians(right, look, f"{RATIO} of the median layer", columns, ratios)
         legend = below.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
@@ -127,9 +126,13 @@ def _draw_map(
     draw_heat_map(figure, axes, columns, rate, norm, bar_aspect=bar_aspect)
 
 
-def _draw_medians(axes: Axes, look: Look, columns: dict[str, Columns], quantities: dict[str, Quantity]) -> None:
+def _draw_medians(
+    axes: Axes, look: Look, title: str, columns: dict[str, Columns], quantities: dict[str, Quantity]
+) -> None:
     """Draw a line a run; runs without the quantity are named."""
     shown = {name: quantity for name, quantity in quantities.items() if quantity.usable}
+    banded = len(shown) <= MOST_BANDS
+    axes.set_title(title + ("  (band: all layers)" if banded and shown else ""), loc="left", fontsize=11)
     norm = shared_norm(list(shown.values()))
     if norm is None:
         say(axes, look, NOTHING_USABLE)
@@ -141,7 +144,7 @@ def _draw_medians(axes: Axes, look: Look, columns: dict[str, Columns], quantitie
         gathered, centres = columns[name], columns[name].centres
         median = gathered.reduce(quietly(np.nanmedian, usable), np.nanmedian)
         axes.plot(centres, median, dashes, color=colour, linewidth=1.5, label=shortened(name, 60))
-        if len(shown) <= 3:
+        if banded:
             low, high = (gathered.reduce(quietly(how, usable), how) for how in (np.nanmin, np.nanmax))
             axes.fill_between(centres, low, high, color=colour, alpha=0.12, linewidth=0)
     bottom, top = float(norm.vmin or 0) / 1.2, float(norm.vmax or 1) * 1.2
