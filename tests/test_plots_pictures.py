@@ -104,6 +104,18 @@ def test_one_run_has_an_axis_of_steps_and_one_of_epochs(tmp_path):
     np.testing.assert_allclose(accuracy.lines[0].get_xydata(), points)
 
 
+def test_a_single_evaluation_has_whole_steps_on_its_axis_each_once(tmp_path):
+    make_log(tmp_path).close()
+    entry = {"step": 12, "epoch": 3.0, "loss": 0.6, "eval_loss": 0.5, "eval_accuracy": 0.9}
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [entry]}))
+    figure = plot_training_curves(open_runs([tmp_path]))
+    figure.canvas.draw()
+    for axes in figure.axes[:2]:
+        ticks = [label.get_text() for label in axes.get_xticklabels()]
+        assert len(set(ticks)) == len(ticks)
+        assert axes.get_xlim()[0] == 0
+
+
 def test_several_runs_are_drawn_over_steps_over_epochs_and_over_batch_sizes(tmp_path):
     small = make_run(tmp_path / "small", steps=60, settings={"global_batch": 512}, steps_an_epoch=20)
     large = make_run(tmp_path / "large", steps=30, settings={"global_batch": 1024}, steps_an_epoch=10)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from hf_clars.plots.columns import shortened
 from hf_clars.plots.panels import rule
@@ -176,7 +176,9 @@ def _label_axes(axes: Axes, look: Look, label: str, over_epochs: bool) -> None:
     rule(axes, look)
     axes.set_ylabel(label)
     axes.set_xlabel("epoch" if over_epochs else "optimizer step (one batch each)")
+    axes.set_xlim(left=0)
     if not over_epochs:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
