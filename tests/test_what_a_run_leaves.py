@@ -52,6 +52,7 @@ def test_the_files_are_there(finished):
         "preprocessor_config.json",
         "layer_rates.safetensors",
         "layer_rates.png",
+        "layer_rates.html",
         "README.md",
         "all_results.json",
         "trainer_state.json",

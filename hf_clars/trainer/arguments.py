@@ -50,6 +50,9 @@ class ClarsTrainingArguments(TrainingArguments):
         head_layers: Names of the layers to hold. Default: all Linear layers of a network with convolutions,
             otherwise the last layer.
         log_layer_rates: Keep the layer-rate log and draw it at the end. Default True.
+        layer_report_steps: Optimizer steps between two reports of each layer's rate and R_k to `report_to`
+            (TensorBoard, Trackio ...). None (default): at each log of the loss, within 1 % of the training time;
+            0: never.
 
     Raises:
         ConfigError: For settings that cannot work together; before anything is loaded or trained.
@@ -90,6 +93,9 @@ class ClarsTrainingArguments(TrainingArguments):
         default_factory=list, metadata={"help": "Layers to hold; empty: found from the model."}
     )
     log_layer_rates: bool = _option(True, "Keep the layer-rate log and draw it.")
+    layer_report_steps: int | None = _option(
+        None, "Steps between reports of all layers to report_to; empty: at each log, within 1 % of the time; 0: never."
+    )
 
     def __post_init__(self) -> None:
         """Resolve and check the settings."""
@@ -136,6 +142,8 @@ class ClarsTrainingArguments(TrainingArguments):
         for name in ("gamma_base", "base_batch_size", "lr_step_factor"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.layer_report_steps is not None and self.layer_report_steps < 0:
+            raise ConfigError(f"layer_report_steps={self.layer_report_steps} must not be negative: 0 reports nothing.")
         for name in ("warmup_epochs", "freeze_head_epochs", "norm_samples", "trust_clip"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")

@@ -13,7 +13,9 @@ from hf_clars.errors import ConfigError
 from hf_clars.optim import LayerwiseOptimizer
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.callbacks import FreezeHeadCallback, LayerRateCallback
+from hf_clars.trainer.console import print_lines
 from hf_clars.trainer.launch_checks import allow_missing_embeddings, check_launch, check_prepared
+from hf_clars.trainer.live_view import LayerReportCallback, rate_summary, reporters_of
 from hf_clars.trainer.loss_scale import count_all_items, count_items
 from hf_clars.trainer.optimizers import build_optimizer, head_layer_names, layerwise, step_schedule
 from hf_clars.trainer.safe_checkpoints import SafeCheckpoints
@@ -56,6 +58,9 @@ class ClarsTrainer(SafeCheckpoints):
         self._step_scheduler: Any = None
         if args.log_layer_rates:
             self.add_callback(LayerRateCallback(self.run_settings()))
+        print_lines(self)
+        if args.layer_report_steps != 0 and (reporters := reporters_of(self)):
+            self.add_callback(LayerReportCallback(reporters, args.layer_report_steps))
 
     # ---- optimizer and schedule ----------------------------------------------------------------------------------
 
@@ -188,7 +193,7 @@ class ClarsTrainer(SafeCheckpoints):
     # ---- records -------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `images_per_second` (training samples since the last log) to training logs.
+        """Add `images_per_second` (training samples since the last log) and the layers' rates to training logs.
 
         Args:
             logs: Values by name.
@@ -200,6 +205,7 @@ class ClarsTrainer(SafeCheckpoints):
             if step > last and last > 0:
                 logs["images_per_second"] = round((step - last) * self.args.total_batch_size / (now - before), 1)
             self._speed = (now, step)
+            logs |= rate_summary(self.optimizer)
         super().log(logs, start_time)
 
     def run_settings(self) -> dict[str, Any]:
