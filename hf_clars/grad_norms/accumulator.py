@@ -92,9 +92,7 @@ class NormAccumulator:
                 self._passes.append(current)
 
     def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
-        for current in self._dropped:
-            current.let_go()
-        self._dropped.clear()
+        self._let_go_of_dropped()
         self._close()
         self._drop_if_cleared()
         kept = batch_size
@@ -104,6 +102,11 @@ class NormAccumulator:
         opened = ForwardPass(batch_size, kept, implicit)
         self._passes.append(opened)
         return opened
+
+    def _let_go_of_dropped(self) -> None:
+        for current in self._dropped:
+            current.let_go()
+        self._dropped.clear()
 
     def _current(self, batch_size: int | None) -> ForwardPass | None:
         """The pass that a submodule's call belongs to: the open one, or a new one for a model called in parts.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,6 +58,11 @@ class HookedModule:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Its own measured parameters that are not frozen now, by local name."""
         return {n: p for n, p in self.params.items() if self.in_use(n).requires_grad}
+
+    def follow(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Know parameters by those that an engine has put in their place: {old: new}."""
+        self.params = {n: swapped.get(p, p) for n, p in self.params.items()}
+        self.inner = {n: swapped.get(p, p) for n, p in self.inner.items()}
 
     def contains(self, other: HookedModule) -> bool:
         """Whether the other module is inside this one."""

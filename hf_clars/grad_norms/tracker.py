@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -92,6 +92,24 @@ class PerSampleGradNorms(NormAccumulator):
             )
             self._handles.append(handle)
         self._watch_results()
+
+    def follow(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Know parameters by those that an engine has put in their place, and let go of the old ones.
+
+        Args:
+            swapped: {old: new}; between two batches.
+        """
+        self.reset()
+        self._let_go_of_dropped()
+        self.layers = [layer.with_params(swapped) for layer in self.layers]
+        self._layer_of.clear()
+        self._layer_of.update((p, k) for k, layer in enumerate(self.layers) for p in layer.params)
+        for hooked in self._hooked:
+            hooked.follow(swapped)
+        self._unchecked = {swapped.get(p, p) for p in self._unchecked}
+        self._ever_captured = {swapped.get(p, p) for p in self._ever_captured}
+        self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
+        self._in_use = {used: swapped.get(p, p) for used, p in self._in_use.items()}
 
     # ---- forward ---------------------------------------------------------------------------------------------
 

@@ -148,6 +148,11 @@ class LayerwiseOptimizer(Optimizer):
             self._after_step()
         return loss
 
+    @torch.no_grad()
+    def layer_measures(self) -> LayerMeasures:
+        """What a step would measure now, without taking it: the layers' norms and rates."""
+        return self._measure(self._gather())
+
     def attach_engine(self, engine: Any) -> None:
         """Tell the optimizer which DeepSpeed engine it is inside; `ClarsTrainer` does this by itself.
 
@@ -177,6 +182,23 @@ class LayerwiseOptimizer(Optimizer):
         """Subclasses also clear what they accumulated for this step."""
         if self._guard is not None:
             self._guard.stepped()
+        swapped = {
+            old: new
+            for layer, group in zip(self.partition, self._all_groups, strict=True)
+            for old, new in zip(layer.params, group["params"], strict=False)
+            if hasattr(new, "device_mesh") and old is not new
+        }
+        if swapped:
+            self._follow(swapped)
+
+    def _follow(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
+        """FSDP2 has put its own parameters in the place of those that were recorded.
+
+        The recorded ones are let go: they would keep a whole copy of the weights alive.
+        """
+        self.partition = [layer.with_params(swapped) for layer in self.partition]
+        if self._guard is not None:
+            self._guard.follow([p for layer in self.partition for p in layer.params])
 
     def remove_hooks(self) -> None:
         """Take all hooks off the model."""

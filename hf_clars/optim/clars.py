@@ -188,6 +188,11 @@ class CLARS(LARS):
         counts = torch.stack([own.new_full((), float(count)) for count in (totals.captured, totals.total)])
         return torch.cat([own, counts, sample.to(own) / ranks])
 
+    @property
+    def reduction_size(self) -> int:
+        """How many numbers a step's all-reduce carries with whole weights; with split ones, 2 K more."""
+        return len(self._sample_sums(None))
+
     def _mean_sample_norm(self, sums: Tensor, grad_norm: Tensor) -> Tensor:
         """n_k over all ranks, in the units of the final `p.grad`."""
         assert self._guard is not None
@@ -198,6 +203,11 @@ class CLARS(LARS):
             scale = scale * self._zero.gradient_scale
         own = own * (scale if self.norm == "mean" else scale.square())
         return mean_sample_norm(own, own, grad_norm, captured=captured.clamp(min=1), total=total, norm=self.norm)
+
+    def _follow(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
+        super()._follow(swapped)
+        if isinstance(self.norms, PerSampleGradNorms):
+            self.norms.follow(swapped)
 
     def begin_batch(self) -> None:
         """Forget norms of a batch that no step was taken for (an fp16 overflow under DeepSpeed)."""

@@ -162,6 +162,15 @@ class LoopGuard:
             return torch.ones_like(before)
         return torch.where(before > 0, torch.linalg.vector_norm(_sample(grad)).to(before) / before, 1.0)
 
+    def follow(self, params: Sequence[nn.Parameter]) -> None:
+        """Watch the parameters that FSDP2 has put in the place of others; it keeps their gradients itself.
+
+        Args:
+            params: The trainable parameters now.
+        """
+        self._handles.pop().remove()  # the sentinel's
+        self._params, self._sentinel = list(params), _sentinel(params)
+
     def stepped(self) -> None:
         """The optimizer has stepped: it is the one that trains."""
         self._watch_weights = False
