@@ -1,0 +1,264 @@
+"""A study from its YAML file, and which of its runs can be done now: grid, extension of the grid, final seeds.
+
+Every arm (a method on a network at a batch size) has the same budget: a grid of values over its own rate, each run once
+with some training images held out; where the best value of any arm lies at an edge of its grid, two more values for
+*every* arm (beyond the edge, or between the neighbours of an inner best); then some seeds at the chosen value, trained
+on all training images and evaluated on the test images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hf_clars.errors import ConfigError
+from hf_clars.records.files import nearest
+from hf_clars.study.methods import method_of
+from hf_clars.study.settings import RunSettings
+
+Stage = Literal["grid", "extension", "final"]
+Lookup = Callable[[str], dict[str, Any] | None]
+"""key -> result, or None while there is none."""
+
+GRID_SEED = 0
+SECTIONS = ("about", "common", "networks", "batch_sizes", "arms", "seeds", "held_out", "extend")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and its place in the study."""
+
+    arm: Arm
+    stage: Stage
+    value: float | None
+    settings: RunSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One method on one network at one batch size.
+
+    Attributes:
+        name: As in the file.
+        network: As in the file.
+        base: Settings, without the value that is tuned.
+        tune: The setting that is tuned; None: nothing.
+        values: Its grid, increasing.
+    """
+
+    name: str
+    network: str
+    base: RunSettings
+    tune: str | None
+    values: tuple[float, ...]
+
+    def at(self, value: float | None, **changes: Any) -> RunSettings:
+        """The settings at a value of the tuned setting."""
+        tuned = {} if self.tune is None else {self.tune: value}
+        return self.base.replace(**tuned, **changes)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A parsed study.
+
+    Attributes:
+        about: One line.
+        arms: In the order of the file, networks outermost.
+        seeds: Of the final runs.
+        held_out: Training images that the grid is judged on.
+        extend: Whether grids are extended.
+    """
+
+    about: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    held_out: int
+    extend: bool
+
+    @property
+    def groups(self) -> list[list[Arm]]:
+        """Arms that are compared with each other: the same network and batch size."""
+        found: dict[tuple[str, int], list[Arm]] = {}
+        for arm in self.arms:
+            found.setdefault((arm.network, arm.base.batch_size), []).append(arm)
+        return list(found.values())
+
+    def known_runs(self, result: Lookup) -> list[Run]:
+        """All runs that are certain by now, finished ones too, in the order in which to do them.
+
+        Args:
+            result: Looks a result up.
+
+        Returns:
+            The runs.
+        """
+        runs: list[Run] = []
+        for group in self.groups:
+            grids = {arm: self._grid(arm, arm.values, "grid") for arm in group}
+            all_grids = [run for grid in grids.values() for run in grid]
+            runs += all_grids
+            if self.extend and not _finished(all_grids, result):
+                continue
+            if self.extend and any(at_edge(grid, result) for grid in grids.values() if grid):
+                for arm, grid in grids.items():
+                    grids[arm] = grid + self._grid(arm, two_more(grid, result), "extension")
+                    runs += grids[arm][len(grid) :]
+            for arm, grid in grids.items():
+                if _finished(grid, result):
+                    runs += self._final(arm, best(grid, result).value if grid else None)
+        return runs
+
+    def most_runs(self) -> int:
+        """How many runs the study takes at most."""
+        grid = sum(len(arm.values) + 2 * self.extend for arm in self.arms if arm.tune)
+        return grid + len(self.arms) * len(self.seeds)
+
+    def _grid(self, arm: Arm, values: Sequence[float], stage: Stage) -> list[Run]:
+        if arm.tune is None:
+            return []
+        changes = {"seed": GRID_SEED, "held_out": self.held_out}
+        return [Run(arm, stage, value, arm.at(value, **changes)) for value in values]
+
+    def _final(self, arm: Arm, value: float | None) -> list[Run]:
+        return [Run(arm, "final", value, arm.at(value, seed=seed, held_out=0)) for seed in self.seeds]
+
+
+# ---- selection -----------------------------------------------------------------------------------------------------
+
+
+def score(run: Run, result: Lookup) -> float:
+    """What a grid run is chosen by: the last epoch's accuracy on the held-out images; -1 if it diverged."""
+    found = result(run.settings.key)
+    assert found is not None
+    return -1.0 if found["diverged_at"] is not None else float(found["accuracy"][-1])
+
+
+def best(grid: Sequence[Run], result: Lookup) -> Run:
+    """The run of the highest score; of equals, the smallest value.
+
+    Args:
+        grid: Finished runs of one arm.
+        result: Looks a result up.
+
+    Returns:
+        The run.
+    """
+    return min(grid, key=lambda run: (-score(run, result), run.value))
+
+
+def at_edge(grid: Sequence[Run], result: Lookup) -> bool:
+    """Whether the best value is the smallest or the largest that was tried."""
+    values = [run.value for run in grid]
+    return best(grid, result).value in (min(values), max(values))  # type: ignore[type-var]
+
+
+def two_more(grid: Sequence[Run], result: Lookup) -> list[float]:
+    """Two values to try next: beyond the edge that is best, or half-way (in logarithm) to both neighbours of the best.
+
+    Args:
+        grid: Finished runs of one arm, at two values at least.
+        result: Looks a result up.
+
+    Returns:
+        The values.
+    """
+    values = sorted(run.value for run in grid if run.value is not None)
+    ratio = values[1] / values[0]
+    chosen = best(grid, result).value
+    assert chosen is not None
+    if chosen == values[0]:
+        found = [chosen / ratio**2, chosen / ratio]
+    elif chosen == values[-1]:
+        found = [chosen * ratio, chosen * ratio**2]
+    else:
+        found = [chosen / math.sqrt(ratio), chosen * math.sqrt(ratio)]
+    return [float(f"{value:.4g}") for value in found]
+
+
+def _finished(runs: Sequence[Run], result: Lookup) -> bool:
+    return all(result(run.settings.key) is not None for run in runs)
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+
+def read_study(path: Path, *, dataset: str | None = None, networks: Sequence[str] = ()) -> Study:
+    """Read a study.
+
+    Args:
+        path: YAML with `common` settings, `networks` and `arms` (each {name: settings}; an arm may have `tune` and
+            `values`), `batch_sizes`, `seeds`, and for tuned studies `held_out` and `extend`. Where a setting is given
+            twice, arms win over networks, networks over common.
+        dataset: Instead of the file's data set.
+        networks: Only these; empty: all.
+
+    Returns:
+        The study, every run's settings checked.
+
+    Raises:
+        ConfigError: If the file cannot be read or has something unknown or missing.
+    """
+    content = _read(path)
+    chosen = content["networks"]
+    for name in networks:
+        if name not in chosen:
+            raise ConfigError(f"{path} has no network {name!r}.{nearest(name, chosen)}")
+    arms = []
+    for network in networks or chosen:
+        for batch_size in content.get("batch_sizes") or [None]:
+            for name, own in content["arms"].items():
+                values = {**content.get("common", {}), **(chosen[network] or {}), **(own or {})}
+                if dataset is not None:
+                    values["dataset"] = dataset
+                if "batch_size" in (own or {}) and batch_size != content["batch_sizes"][0]:
+                    continue  # an arm with a batch size of its own runs once
+                values.setdefault("batch_size", batch_size)
+                arms.append(_arm(name, network, values, f"{path}: {network}, {name}"))
+    study = Study(
+        about=str(content.get("about", path.stem)),
+        arms=tuple(arms),
+        seeds=tuple(content.get("seeds", [0])),
+        held_out=int(content.get("held_out", 0)),
+        extend=bool(content.get("extend", False)),
+    )
+    if not study.held_out and any(arm.tune for arm in study.arms):
+        raise ConfigError(f"{path} tunes values but holds no images out to choose by: set held_out.")
+    return study
+
+
+def _arm(name: str, network: str, values: dict[str, Any], where: str) -> Arm:
+    tune, grid = values.pop("tune", None), values.pop("values", [])
+    if (tune is None) != (not grid) or (tune and len(grid) < 2):
+        raise ConfigError(f"{where}: tune names the setting, values lists at least two of it; give both or neither.")
+    if tune in values:
+        raise ConfigError(f"{where}: {tune} is tuned and set: leave one out.")
+    base = RunSettings.of(values, where)
+    method_of(base)
+    arm = Arm(name, network, base, tune, tuple(sorted(float(value) for value in grid)))
+    if tune is not None:
+        RunSettings.of({**values, tune: arm.values[0]}, where)
+    return arm
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The study {path} cannot be read: {error.strerror}. Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold the sections {', '.join(SECTIONS)}.")
+    for section in content:
+        if section not in SECTIONS:
+            raise ConfigError(f"{path} has an unknown section, {section!r}.{nearest(section, SECTIONS)}")
+    for section in ("networks", "arms"):
+        if not isinstance(content.get(section), dict) or not content[section]:
+            raise ConfigError(f"{path} has no {section}: name at least one.")
+    return content
