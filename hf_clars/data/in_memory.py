@@ -81,10 +81,10 @@ def decode_images(split: Dataset, settings: PixelSettings, *, image_column: str,
             "to false, or augment to cifar or none."
         )
     geometry = PixelTransform(settings, train=False).geometry
-    images = [
-        geometry(to_uint8(row[image_column], settings.num_channels)) for row in split.select_columns([image_column])
-    ]
-    return ImageTensors(torch.stack(images), torch.tensor(split[label_column][:]), settings)
+    images = [to_uint8(row[image_column], settings.num_channels) for row in split.select_columns([image_column])]
+    one_size = len({image.shape for image in images}) == 1
+    pixels = geometry(torch.stack(images)) if one_size else torch.stack([geometry(image) for image in images])
+    return ImageTensors(pixels, torch.tensor(split[label_column][:]), settings)
 
 
 def crop_and_flip(pixels: Tensor, generator: torch.Generator) -> Tensor:

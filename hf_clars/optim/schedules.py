@@ -56,9 +56,7 @@ def steps_down(step: int, *, boundaries: Sequence[float], factor: float = 0.1, w
     return factor ** bisect.bisect_right(boundaries, step)
 
 
-def time_varying(
-    step: int, *, delay_steps: float, steepness: float, alpha: float = 1.0, minimum: float = 0.0
-) -> float:
+def time_varying(step: int, *, delay_steps: float, steepness: float, alpha: float = 1.0, minimum: float = 0.0) -> float:
     """TVLARS' phi_t = 1 / (alpha + exp(lambda (t - d_e))) + gamma_min: high from the start, then a sigmoid down.
 
     Source: Do et al., "Revisiting LARS for Large Batch Training Generalization of Neural Networks", arXiv 2309.14053.

@@ -22,6 +22,8 @@ from hf_clars.study.results import ResultsFolder, finite_or_none
 
 LOOK_AGAIN = 2.0
 """Seconds between two looks at what other processes have finished."""
+LOG_EVERY = 60.0
+"""Seconds between two lines of progress where they do not overwrite each other: in a log file."""
 
 
 class StudyIncompleteError(HfClarsError, RuntimeError):
@@ -111,9 +113,14 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
     return {name: finite_or_none(v) if isinstance(v, list) else v for name, v in figures.items()}
 
 
+def _diverged(run: Run, folder: ResultsFolder) -> bool:
+    result = folder.get(run.settings.key)
+    return result is not None and result["diverged_at"] is not None
+
+
 def _show_progress(study: Study, folder: ResultsFolder, workers: list[Any]) -> None:
-    with tqdm(total=study.most_runs(), unit="run", file=sys.stderr, smoothing=0.05) as bar:
-        bar.set_description(study.about)
+    every = 0.1 if sys.stderr.isatty() else LOG_EVERY
+    with tqdm(total=study.most_runs(), desc=study.about, unit="run", smoothing=0.05, mininterval=every) as bar:
         first = True
         while True:
             alive = any(worker.is_alive() for worker in workers)
@@ -122,7 +129,7 @@ def _show_progress(study: Study, folder: ResultsFolder, workers: list[Any]) -> N
             if first:
                 bar.initial = bar.n = len(done)  # what an earlier session did says nothing of this one's speed
                 first = False
-            bar.set_postfix(diverged=sum(folder.get(r.settings.key)["diverged_at"] is not None for r in done))  # type: ignore[index]
+            bar.set_postfix(diverged=sum(_diverged(run, folder) for run in done), refresh=False)
             bar.update(len(done) - bar.n)
             if not alive:
                 bar.total = len(runs)

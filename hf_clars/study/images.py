@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
@@ -100,9 +100,15 @@ class LoadedImages:
             train, evaluation = train.select(kept.tolist()), train.select(held.tolist())
         self.label_names = data.label_names
         self.device = device
-        columns = {"image_column": data.image_column, "label_column": data.label_column}
-        self._train = trainable(train, PixelTransform(settings.pixels(), train=True), **columns)
-        self._evaluation = trainable(evaluation, PixelTransform(settings.pixels(), train=False), **columns)
+        self._train, self._evaluation = (
+            trainable(
+                split,
+                PixelTransform(settings.pixels(), train=is_train),
+                image_column=data.image_column,
+                label_column=data.label_column,
+            )
+            for split, is_train in ((train, True), (evaluation, False))
+        )
 
     @property
     def train_size(self) -> int:
@@ -118,14 +124,14 @@ class LoadedImages:
         """The images that are evaluated on, once."""
         yield from self._passes(self._evaluation, EVALUATION_PASS // 4, None)
 
-    def _passes(self, rows: Dataset, size: int, sampler: RandomSampler | None) -> Iterator[Pass]:
+    def _passes(self, rows: Any, size: int, sampler: RandomSampler | None) -> Iterator[Pass]:
         loader: DataLoader[dict[str, Tensor]] = DataLoader(
-            rows,  # type: ignore[arg-type]  # datasets' Dataset is map-style without torch's base class
+            rows,
             batch_size=size,
             sampler=sampler,
             drop_last=sampler is not None,
             num_workers=os.cpu_count() or 0,
-            collate_fn=collate_images,  # type: ignore[arg-type]
+            collate_fn=collate_images,
             pin_memory=self.device.type == "cuda",
         )
         for batch in loader:
@@ -160,20 +166,28 @@ def held_out_split(size: int, held_out: int) -> tuple[Tensor, Tensor]:
 
 
 def locate(dataset: str, data: Path | None) -> str:
-    """Where a data set is: below `data`, below the folder that HF_CLARS_TEST_DATA names, or on the Hub.
+    """Where a data set is.
 
     Args:
-        dataset: Its name.
-        data: A folder that holds a folder of that name, or is one; None: none.
+        dataset: Its name, on the Hub or of a folder.
+        data: A folder that holds a folder of that name, or is one; None: the folder that HF_CLARS_TEST_DATA names if
+            it holds one, or else the Hub.
 
     Returns:
         What `load_image_data` takes.
+
+    Raises:
+        DataError: If `data` is given, but neither holds nor is the set.
     """
     folder = dataset.rpartition("/")[2]
-    if data is not None and data.name == folder and not (data / folder).is_dir():
+    if data is None:
+        home = os.environ.get(DATA_VARIABLE)
+        return str(Path(home) / folder) if home and (Path(home) / folder).is_dir() else dataset
+    if (data / folder).is_dir():
+        return str(data / folder)
+    if data.name == folder and data.exists():
         return str(data)
-    homes = [home for home in (data, os.environ.get(DATA_VARIABLE)) if home]
-    return next((str(Path(home) / folder) for home in homes if (Path(home) / folder).is_dir()), dataset)
+    raise DataError(f"{data} neither holds nor is a folder {folder!r}: check the path of the data.")
 
 
 def open_images(settings: RunSettings, data: Path | None, device: torch.device) -> Images:

@@ -67,14 +67,15 @@ class Training:
         """
         method = method_of(settings)
         torch.manual_seed(settings.seed)
-        model = build_model(
+        model: nn.Module = build_model(
             settings.model,
             num_labels=len(images.label_names),
             label_names=images.label_names,
             image_size=settings.image_size,
             num_channels=settings.num_channels,
             model_kwargs=settings.model_kwargs,
-        ).to(device)
+        )
+        model.to(device)
         optimizer = method.make(model, settings)
         plan = RatePlan(model, optimizer, settings, images.train_size // settings.batch_size)
         return cls(model, optimizer, plan, method, settings)
@@ -93,12 +94,17 @@ class Training:
         self.optimizer.zero_grad()
         total: Tensor | None = None
         for x, y in self._fine(passes):
-            loss = functional.cross_entropy(self.model(x).logits, y) * (len(y) / self.settings.batch_size)
+            with self.autocast(x):
+                loss = functional.cross_entropy(self.model(x).logits, y) * (len(y) / self.settings.batch_size)
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         self.optimizer.step()
         assert total is not None
         return total
+
+    def autocast(self, x: Tensor) -> torch.autocast:
+        """The precision of a forward pass on the device of `x`."""
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
     def _fine(self, passes: Iterable[Pass]) -> Iterator[Pass]:
         """Split the first samples of a batch into the micro-batches that the method measures."""
@@ -120,7 +126,8 @@ class Training:
         self.model.eval()
         count, right, loss = 0, torch.zeros(()), torch.zeros(())
         for x, y in images.evaluation_passes():
-            logits = self.model(x).logits
+            with self.autocast(x):
+                logits = self.model(x).logits.float()
             right = right.to(logits.device) + (logits.argmax(1) == y).sum()
             loss = loss.to(logits.device) + functional.cross_entropy(logits, y, reduction="sum")
             count += len(y)
@@ -152,7 +159,7 @@ def train(
     for epoch in range(settings.epochs):
         begin = time.perf_counter()
         losses = []
-        for passes in _batches(settings, images, epoch):
+        for passes in training_batches(settings, images, epoch):
             losses.append(training.update(outcome.updates, passes))
             outcome.updates += 1
             if after_update is not None:
@@ -172,7 +179,7 @@ def train(
     return outcome
 
 
-def _batches(settings: RunSettings, images: Images, epoch: int) -> Iterator[Iterator[Pass]]:
+def training_batches(settings: RunSettings, images: Images, epoch: int) -> Iterator[Iterator[Pass]]:
     """The epoch's batches, each as its passes; what does not fill a batch is dropped."""
     passes = images.training_passes(settings.pass_size, seed=settings.seed, epoch=epoch)
     a_batch = settings.batch_size // settings.pass_size

@@ -111,10 +111,16 @@ def method_of(settings: RunSettings) -> Method:
         The method.
 
     Raises:
-        ConfigError: If there is none of that name, or it is TVLARS without its schedule.
+        ConfigError: If there is none of that name, it is TVLARS without its schedule, or passes do not split evenly.
     """
     if settings.method not in METHODS:
         raise ConfigError(f"method={settings.method!r} is unknown.{nearest(settings.method, METHODS)}")
     if (settings.method == "tvlars") != (settings.schedule == "tvlars"):
         raise ConfigError("TVLARS is LARS with its own schedule: set method and schedule to tvlars, both or neither.")
-    return METHODS[settings.method]
+    method = METHODS[settings.method]
+    if method.fine_micro_batch and settings.pass_size % method.fine_micro_batch:
+        raise ConfigError(
+            f"{settings.method} splits passes into micro-batches of {method.fine_micro_batch}, but micro_batch is "
+            f"{settings.pass_size}: make it a multiple."
+        )
+    return method

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -22,6 +22,7 @@ from hf_clars.study.methods import method_of
 from hf_clars.study.settings import RunSettings
 
 Stage = Literal["grid", "extension", "final"]
+Extend = Literal["never", "edge", "always"]
 Lookup = Callable[[str], dict[str, Any] | None]
 """key -> result, or None while there is none."""
 
@@ -72,14 +73,14 @@ class Study:
         arms: In the order of the file, networks outermost.
         seeds: Of the final runs.
         held_out: Training images that the grid is judged on.
-        extend: Whether grids are extended.
+        extend: Whether grids are extended: "never", at an "edge" of any arm of the group, or "always".
     """
 
     about: str
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     held_out: int
-    extend: bool
+    extend: Extend
 
     @property
     def groups(self) -> list[list[Arm]]:
@@ -103,9 +104,9 @@ class Study:
             grids = {arm: self._grid(arm, arm.values, "grid") for arm in group}
             all_grids = [run for grid in grids.values() for run in grid]
             runs += all_grids
-            if self.extend and not _finished(all_grids, result):
+            if self.extend != "never" and not _finished(all_grids, result):
                 continue
-            if self.extend and any(at_edge(grid, result) for grid in grids.values() if grid):
+            if self._extends([grid for grid in grids.values() if grid], result):
                 for arm, grid in grids.items():
                     grids[arm] = grid + self._grid(arm, two_more(grid, result), "extension")
                     runs += grids[arm][len(grid) :]
@@ -114,9 +115,13 @@ class Study:
                     runs += self._final(arm, best(grid, result).value if grid else None)
         return runs
 
+    def _extends(self, grids: Sequence[Sequence[Run]], result: Lookup) -> bool:
+        return self.extend == "always" or (self.extend == "edge" and any(at_edge(grid, result) for grid in grids))
+
     def most_runs(self) -> int:
         """How many runs the study takes at most."""
-        grid = sum(len(arm.values) + 2 * self.extend for arm in self.arms if arm.tune)
+        more = 0 if self.extend == "never" else 2
+        grid = sum(len(arm.values) + more for arm in self.arms if arm.tune)
         return grid + len(self.arms) * len(self.seeds)
 
     def _grid(self, arm: Arm, values: Sequence[float], stage: Stage) -> list[Run]:
@@ -210,26 +215,34 @@ def read_study(path: Path, *, dataset: str | None = None, networks: Sequence[str
         if name not in chosen:
             raise ConfigError(f"{path} has no network {name!r}.{nearest(name, chosen)}")
     arms = []
+    batch_sizes = content.get("batch_sizes") or [None]
     for network in networks or chosen:
-        for batch_size in content.get("batch_sizes") or [None]:
+        for batch_size in batch_sizes:
             for name, own in content["arms"].items():
                 values = {**content.get("common", {}), **(chosen[network] or {}), **(own or {})}
                 if dataset is not None:
                     values["dataset"] = dataset
-                if "batch_size" in (own or {}) and batch_size != content["batch_sizes"][0]:
+                if "batch_size" in (own or {}) and batch_size != batch_sizes[0]:
                     continue  # an arm with a batch size of its own runs once
-                values.setdefault("batch_size", batch_size)
+                if batch_size is not None:
+                    values.setdefault("batch_size", batch_size)
                 arms.append(_arm(name, network, values, f"{path}: {network}, {name}"))
     study = Study(
         about=str(content.get("about", path.stem)),
         arms=tuple(arms),
         seeds=tuple(content.get("seeds", [0])),
         held_out=int(content.get("held_out", 0)),
-        extend=bool(content.get("extend", False)),
+        extend=_extend(content.get("extend", "never"), path),
     )
     if not study.held_out and any(arm.tune for arm in study.arms):
         raise ConfigError(f"{path} tunes values but holds no images out to choose by: set held_out.")
     return study
+
+
+def _extend(value: Any, path: Path) -> Extend:
+    if value not in get_args(Extend):
+        raise ConfigError(f"{path}: extend is {value!r}; choose one of {', '.join(get_args(Extend))}.")
+    return value
 
 
 def _arm(name: str, network: str, values: dict[str, Any], where: str) -> Arm:

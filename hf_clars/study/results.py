@@ -62,7 +62,11 @@ class ResultsFolder:
             result: JSON-able; its "key" is set.
         """
         text = to_json({**result, "key": key}, f"The result of run {key}")
-        write_complete(self._file(key), lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(text, encoding="utf-8")
+
+        write_complete(self._file(key), write)
 
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from hf_clars.data import PixelSettings
@@ -13,8 +14,11 @@ from hf_clars.errors import ConfigError
 from hf_clars.records.files import nearest
 
 SCHEDULES = ("polynomial", "steps", "constant", "tvlars")
+PRECISIONS = ("float32", "bfloat16")
 FORMAT = 1
 """Part of every key: raise it when the same settings come to mean another computation."""
+LATER = {"precision": "float32"}
+"""Settings that joined after results had been kept: at these values they are no part of the key."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class RunSettings:
         freeze_epochs: FC freeze: epochs for which the fully connected layers are held.
         layer_rate_epochs: Epochs after which layers lose their own rates and train at gamma_scale; None: never.
         seed: Of first weights, order of the samples, and augmentation.
+        precision: "float32", or "bfloat16" for autocast in the forward pass.
     """
 
     dataset: str
@@ -76,11 +81,14 @@ class RunSettings:
     freeze_epochs: float = 0.0
     layer_rate_epochs: float | None = None
     seed: int = 0
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule={self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}.")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision={self.precision!r} is unknown: choose one of {', '.join(PRECISIONS)}.")
         if self.micro_batch < self.batch_size and self.batch_size % self.micro_batch:
             raise ConfigError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batch={self.micro_batch}: passes of one size "
@@ -134,10 +142,11 @@ class RunSettings:
         """Samples of a forward and backward pass."""
         return min(self.micro_batch, self.batch_size)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """16 hexadecimal digits that are the same for the same settings, on every machine."""
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, sort_keys=True)
+        values = {n: v for n, v in dataclasses.asdict(self).items() if n not in LATER or v != LATER[n]}
+        text = json.dumps({"format": FORMAT, **values}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_clars.optim import CLARS, LayerMeasures
@@ -45,12 +44,12 @@ class RatioVariant(CLARS):
 
 
 def power(exponent: float) -> Callable[[Tensor], Tensor]:
-    """h = R^p: LARS at p = 0, CLARS at p = 1."""
+    """Make h = R^p: LARS at p = 0, CLARS at p = 1."""
     return lambda ratio: ratio**exponent
 
 
 def floor(smallest: float) -> Callable[[Tensor], Tensor]:
-    """h = max(R, floor): CLARS that never steps much more carefully than LARS."""
+    """Make h = max(R, floor): CLARS that never steps much more carefully than LARS."""
     return lambda ratio: ratio.clamp(min=smallest)
 
 
@@ -75,7 +74,7 @@ class Averaged:
 
 
 def capped(batch_size: int) -> Callable[[Tensor], Tensor]:
-    """h = min(1, B / M_k), Theorem 2's bound min{(1 - beta) / 8 L_k, (1 - beta) B / (8 L_k M_k)} with LARS' 1 / L_k.
+    """Make h = min(1, B / M_k): Theorem 2's min{(1 - beta) / 8 L_k, (1 - beta) B / (8 L_k M_k)}, with LARS' 1 / L_k.
 
     M_k = E||g_i||^2 / ||E g_i||^2 is estimated from the batch without the bias that the noise in ||g_k||^2 brings:
     ||E g||^2 = (B ||g_k||^2 - s) / (B - 1) with s the mean square norm, so B / M_k = (B R^2 - 1) B / (B - 1).

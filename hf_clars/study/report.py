@@ -1,0 +1,123 @@
+"""The tables of a study, from its rows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from hf_clars.hub.markdown import plain, table
+from hf_clars.study.rows import ArmRows, Row, by_arm, epochs_to
+
+MILESTONES = (0.80, 0.85)
+CHANCE = 0.15
+"""Accuracy below which a run of ten classes has learnt next to nothing."""
+
+BEGIN, END = "<!-- results: made by scripts/compare_methods.py -->", "<!-- end of results -->"
+
+
+def results_text(rows: Iterable[Row]) -> str:
+    """All tables, one a network and batch size, with what the columns mean.
+
+    Args:
+        rows: Of one study or several.
+
+    Returns:
+        Markdown.
+    """
+    parts = []
+    for (network, batch_size), arms in by_arm(rows).items():
+        parts.append(f"### {plain(network)}, B = {batch_size:,}\n\n{_overview(arms)}\n\n{arm_table(arms)}")
+    return "\n\n".join(parts)
+
+
+def arm_table(arms: Sequence[ArmRows]) -> str:
+    """One line an arm, best first.
+
+    Args:
+        arms: Of one network and batch size.
+
+    Returns:
+        A markdown table.
+    """
+    header = ["method", "tuned", "chosen", "test accuracy, %", *(f"epochs to {m:.0%}" for m in MILESTONES)]
+    header += ["diverged in tuning", "diverged, final", f"below {CHANCE:.0%}, all runs"]
+    ranked = sorted(arms, key=lambda arm: -_mean(arm))
+    return table(header, [_line(arm) for arm in ranked])
+
+
+def _line(arm: ArmRows) -> list[str]:
+    everything = arm.tuning + arm.final
+    tuned = everything[0]["tuned"]
+    chosen = "-" if arm.chosen is None else f"{arm.chosen:.4g}{' (edge)' if arm.chosen_at_edge else ''}"
+    return [
+        plain(arm.name),
+        "-" if tuned is None else f"{plain(tuned)}, {len(arm.tuning)} values",
+        chosen,
+        accuracy_text(arm),
+        *(_milestone(arm, accuracy) for accuracy in MILESTONES),
+        _count(arm.tuning, lambda row: row["diverged"]),
+        _count(arm.final, lambda row: row["diverged"]),
+        _count(everything, lambda row: not row["diverged"] and row["accuracy"][-1] < CHANCE),
+    ]
+
+
+def _mean(arm: ArmRows) -> float:
+    return statistics.mean(arm.last_accuracies()) if arm.final else -1.0
+
+
+def accuracy_text(arm: ArmRows) -> str:
+    """Mean and standard deviation over the seeds, in per cent.
+
+    Args:
+        arm: With its final runs.
+
+    Returns:
+        Such as "88.1 ± 0.2"; "-" before there are final runs.
+    """
+    values = [100 * value for value in arm.last_accuracies()]
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "-"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _milestone(arm: ArmRows, accuracy: float) -> str:
+    reached = [epoch for row in arm.final if (epoch := epochs_to(row, accuracy)) is not None]
+    if not reached:
+        return "-"
+    mean = f"{statistics.mean(reached):.1f}"
+    return mean if len(reached) == len(arm.final) else f"{mean} ({len(reached)} of {len(arm.final)})"
+
+
+def _count(rows: Sequence[Row], what: object) -> str:
+    assert callable(what)
+    return f"{sum(bool(what(row)) for row in rows)} of {len(rows)}"
+
+
+def _overview(arms: Sequence[ArmRows]) -> str:
+    rows = [row for arm in arms for row in arm.tuning + arm.final]
+    extended = any(row["stage"] == "extension" for row in rows)
+    seeds = len({row["seed"] for row in rows if row["stage"] == "final"})
+    more = ", the last two after a best value at an edge of some method's grid" if extended else ""
+    budget = sorted({len(arm.tuning) for arm in arms})
+    return (
+        f"{len(rows)} runs of {rows[0]['parameters']:,} parameters; {' or '.join(map(str, budget))} values a method"
+        f'{more}; {seeds} seeds at the chosen value: mean ± standard deviation after the last epoch. "Diverged": the '
+        "loss was not finite."
+    )
+
+
+def put_between_markers(document: str, text: str) -> str:
+    """Replace what an earlier report wrote into a document.
+
+    Args:
+        document: With the two markers, or without: then the text goes to its end.
+        text: The new text.
+
+    Returns:
+        The document.
+    """
+    block = f"{BEGIN}\n\n{text}\n\n{END}"
+    before, found, rest = document.partition(BEGIN)
+    if not found:
+        return f"{document.rstrip()}\n\n{block}\n" if document.strip() else f"{block}\n"
+    return before + block + rest.partition(END)[2]
