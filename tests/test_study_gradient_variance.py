@@ -117,6 +117,7 @@ def test_layers_are_the_partition_of_the_optimizers():
     assert [layer.name for layer in layers] == [layer.name for layer in param_layers(model)]
 
 
+@pytest.mark.slow
 def test_the_real_set_is_found(monkeypatch):
     import os
     from pathlib import Path

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 
-from hf_clars.records.files import write_complete
 from hf_clars.study.plan import Lookup, Run, Study
 
 COLUMNS = datasets.Features(
@@ -72,33 +70,6 @@ def _row(run: Run, result: dict[str, Any], chosen: dict[Any, float | None]) -> R
         **{name: result[name] for name in COLUMNS if name in result},
         "settings": json.dumps(result["settings"], sort_keys=True),
     }
-
-
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Keep rows as parquet.
-
-    Args:
-        rows: From `rows_of`.
-        path: The file to make or replace.
-    """
-    table = datasets.Dataset.from_list(list(rows), features=COLUMNS)
-
-    def write(temporary: Path) -> None:
-        table.to_parquet(str(temporary))
-
-    write_complete(path, write)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows that `write_rows` kept.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The rows.
-    """
-    return datasets.Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
 
 
 @dataclass(frozen=True)
