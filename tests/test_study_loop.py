@@ -183,3 +183,41 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another():
     first, again, other = (weights_after(tiny("clars", seed=seed))[1] for seed in (5, 5, 6))
     assert first.train_loss == again.train_loss
     assert first.train_loss != other.train_loss
+
+
+def test_a_data_loader_gives_the_same_run_as_tensors_in_memory(tmp_path):
+    """The path for sets that are too large to hold: the same order, the same passes, the same weights."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    from hf_clars.study.images import open_images
+    from tests.image_files import picture
+
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    features = Features({"image": Image(), "label": ClassLabel(names=list("abc"))})
+    for split, count in (("train", 40), ("test", 10)):
+        rows = {"image": [picture(i, (SIDE, SIDE), "L") for i in range(count)], "label": [i % 3 for i in range(count)]}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    settings = tiny("clars", dataset="tiny", epochs=2, held_out=8)
+    held, loaded = (
+        train(settings, open_images(settings.replace(in_memory=in_memory), tmp_path, torch.device("cpu")))
+        for in_memory in (True, False)
+    )
+    assert held.updates == loaded.updates == 2 * 2
+    assert held.train_loss == pytest.approx(loaded.train_loss, rel=1e-5)
+    assert held.accuracy == loaded.accuracy
+
+
+def test_bfloat16_is_autocast_and_close_to_float32():
+    plain = weights_after(tiny("clars"))[1]
+    half = weights_after(tiny("clars", precision="bfloat16"))[1]
+    assert half.train_loss != plain.train_loss
+    assert half.train_loss == pytest.approx(plain.train_loss, rel=0.05)
+
+
+def test_the_speed_comparison_runs_both_loops():
+    from hf_clars.study.speed import speed_against_bare_loop
+
+    settings = tiny("lars")
+    share = speed_against_bare_loop(settings, images(settings), rounds=3)
+    assert 0 < share.low <= share.median <= share.high

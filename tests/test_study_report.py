@@ -11,7 +11,7 @@ from hf_clars.study import driver
 from hf_clars.study.layer_summary import over_epochs
 from hf_clars.study.parquet import read_parquet
 from hf_clars.study.plan import read_study
-from hf_clars.study.report import accuracy_text, put_between_markers, results_text
+from hf_clars.study.report import accuracy_text, put_between_markers, results_text, verdict
 from hf_clars.study.report_files import write_pages, write_report, write_why
 from hf_clars.study.results import ResultsFolder
 from hf_clars.study.rows import COLUMNS, by_arm, epochs_to
@@ -51,6 +51,7 @@ def test_the_table_says_what_the_rows_say(report):
     rows = read_parquet(report[2] / "runs.parquet")
     text = (report[2] / "README.md").read_text(encoding="utf-8")
     assert results_text(rows) in text
+    assert text.index("CLARS without warmup reaches") < text.index("| method |")
     for arm in by_arm(rows)["cnn", 16]:
         last = [100 * row["accuracy"][-1] for row in arm.final]
         expected = f"{statistics.mean(last):.2f} ± {statistics.stdev(last):.2f}"
@@ -84,6 +85,20 @@ def test_means_deviations_epochs_and_counts_by_hand():
     assert [epochs_to(r, 0.8) for r in arm.final] == [1, 2, 2]
     line = results_text(rows).splitlines()[-1]
     assert line == "| clars | eta, 3 values | 0.1 | 86.67 ± 3.06 | 1.7 | 2.0 (2 of 3) | 1 of 3 | 0 of 3 | 1 of 6 |"
+
+
+def finals(name, accuracies):
+    return [row("final", 0.1, [accuracy], name=name, seed=s) for s, accuracy in enumerate(accuracies)]
+
+
+def test_the_first_thing_said_is_whether_clars_wins():
+    rows = finals("clars", [0.80, 0.82]) + finals("lars", [0.84, 0.86]) + finals("mnag+warmup", [0.795, 0.805])
+    said = verdict(by_arm(rows)["n", 8])[0].splitlines()
+    assert said[0] == "- CLARS without warmup reaches 81.00 ± 1.41 %."
+    assert said[1].startswith("- The best other method, lars: 85.00 ± 1.41 %; CLARS is 4.00 points below it (more than")
+    assert said[2].startswith("- mnag+warmup: 80.00 ± 0.71 %; CLARS is 1.00 points above it (within two")
+    assert len(said) == 3
+    assert not verdict(by_arm(finals("lars", [0.8]))["n", 8])
 
 
 def test_a_seed_that_diverged_counts_as_0_and_an_edge_is_named():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 
 from hf_clars.hub.markdown import plain, table
 from hf_clars.study.rows import ArmRows, Row, by_arm, epochs_to
 
+CLARS_ARM, RIVALS = "clars", ("lars", "lars+warmup", "mnag+warmup")
 MILESTONES = (0.80, 0.85)
 CHANCE = 0.15
 """Accuracy below which a run of ten classes has learnt next to nothing."""
@@ -26,8 +28,44 @@ def results_text(rows: Iterable[Row]) -> str:
     """
     parts = []
     for (network, batch_size), arms in by_arm(rows).items():
-        parts.append(f"### {plain(network)}, B = {batch_size:,}\n\n{_overview(arms)}\n\n{arm_table(arms)}")
+        parts += [f"### {plain(network)}, B = {batch_size:,}", *verdict(arms), _overview(arms), arm_table(arms)]
     return "\n\n".join(parts)
+
+
+def verdict(arms: Sequence[ArmRows]) -> list[str]:
+    """CLARS without warmup beside the best of the others and its nearest rivals, the first thing to say.
+
+    Args:
+        arms: Of one network and batch size.
+
+    Returns:
+        One list of sentences; none before CLARS and another method have their final runs.
+    """
+    by_name = {arm.name: arm for arm in arms if arm.final}
+    others = [arm for name, arm in by_name.items() if not name.startswith("clars")]
+    if CLARS_ARM not in by_name or not others:
+        return []
+    own = by_name[CLARS_ARM]
+    rivals = [max(others, key=_mean), *(by_name[name] for name in RIVALS if name in by_name)]
+    sentences = [f"CLARS without warmup reaches {accuracy_text(own)} %."]
+    for place, rival in enumerate(dict.fromkeys(arm.name for arm in rivals)):
+        what = "The best other method, " if place == 0 else ""
+        sentences.append(f"{what}{_beside(own, by_name[rival])}")
+    return ["\n".join(f"- {sentence}" for sentence in sentences)]
+
+
+def _beside(own: ArmRows, rival: ArmRows) -> str:
+    gap = 100 * (_mean(own) - _mean(rival))
+    error = 100 * math.sqrt(_squared_error(own) + _squared_error(rival))
+    side = "above" if gap > 0 else "below"
+    clear = "more than two standard errors" if abs(gap) > 2 * error else "within two standard errors"
+    return f"{plain(rival.name)}: {accuracy_text(rival)} %; CLARS is {abs(gap):.2f} points {side} it ({clear})."
+
+
+def _squared_error(arm: ArmRows) -> float:
+    """Of the mean over seeds."""
+    values = arm.last_accuracies()
+    return statistics.variance(values) / len(values) if len(values) > 1 else 0.0
 
 
 def arm_table(arms: Sequence[ArmRows]) -> str:
