@@ -50,13 +50,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-set", metavar="NAME", help="train on this set instead; grey sets in 28 px")
     parser.add_argument("--output", type=Path, default=Path("runs/figure2"), metavar="DIR", help="(runs/figure2)")
     parser.add_argument("--epochs", type=int, help="instead of the paper's")
+    parser.add_argument("--learning-rate", type=float, default=0.001, help="(default: the paper's, 0.001)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
     return parser.parse_args()
 
 
 def settings_of(name: str, args: argparse.Namespace) -> RunSettings:
     """The paper's settings with what the command line changes."""
-    settings = RUNS[name]
+    settings = RUNS[name].replace(learning_rate=args.learning_rate)
     if args.data_set:
         settings = settings.replace(dataset=args.data_set)
         if "mnist" in args.data_set:
@@ -74,7 +75,7 @@ def measure(name: str, settings: RunSettings, args: argparse.Namespace) -> None:
     write_csv(history, args.output / f"{name}.csv")
     plot_variance_factors(
         args.output / f"{name}.png",
-        title=f"{name} on {settings.dataset}: mNAG, rate 0.001, B = 128",
+        title=f"{name} on {settings.dataset}: mNAG, rate {settings.rate:g}, B = 128",
         layers=history.layers,
         thin=history.norm_or_bias,
         epochs=history.epochs,

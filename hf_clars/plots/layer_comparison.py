@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from hf_clars.plots.panels import shortened
 
 Lines = tuple[Sequence[str], NDArray[np.floating[Any]]]
 """Layer names, from input to output, and values [epochs, K]."""
+
+_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def plot_layers(path: Path, rows: Mapping[str, Mapping[str, Lines]], *, ylabel: str) -> None:
@@ -38,9 +41,18 @@ def plot_layers(path: Path, rows: Mapping[str, Mapping[str, Lines]], *, ylabel: 
             for k, layer in enumerate(layers):
                 axes.plot(epochs, values[:, k], color=shades[k], linewidth=1.5, label=shortened(layer, 26))
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(_PLAIN)
+            axes.yaxis.set_minor_formatter(_PLAIN if _decades(methods) < 1 else NullFormatter())
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_xlabel("epoch")
             axes.set_title(f"{network}: {method}", fontsize=9.5)
             axes.grid(True, color="0.9", linewidth=0.6)
         panels[0].set_ylabel(ylabel)
         part.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def _decades(methods: Mapping[str, Lines]) -> float:
+    """How many decades the values of one row of panels span."""
+    usable = np.concatenate([values[np.isfinite(values) & (values > 0)] for _, values in methods.values()])
+    return float(np.log10(usable.max() / usable.min())) if len(usable) else 0.0

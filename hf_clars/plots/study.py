@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 WARMUP = "+warmup"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "black", "#56b4e9", "0.55", "#8c564b", "#7f3c8d")
@@ -34,6 +34,7 @@ def plot_curves(path: Path, panels: Mapping[str, Curves], *, ylabel: str = "test
             for arm, seeds in curves.items():
                 if arm.endswith(WARMUP) == warm:
                     _draw_seeds(axes, seeds, colours[_plain(arm)])
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             _finish(axes, f"{title}, {'with' if warm else 'without'} warmup", "epoch", ylabel)
         _same_limits(row)
     _legend(figure, colours)
@@ -56,7 +57,12 @@ def plot_tuning(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[flo
                     _draw_tuning(axes, points, colours[_plain(arm)])
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
-            _finish(axes, f"{title}, {'with' if warm else 'without'} warmup", "value of the tuned rate", "accuracy, %")
+            _finish(
+                axes,
+                f"{title}, {'with' if warm else 'without'} warmup",
+                "learning rate or eta, whichever is tuned",
+                "accuracy, %",
+            )
         _same_limits(row)
     _legend(figure, colours, note="ring: chosen; cross at 0: diverged")
     figure.savefig(path, dpi=110)
