@@ -128,7 +128,13 @@ def test_several_processes_do_each_run_once(study, data, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_fails_is_reported_and_what_is_done_stays(study, tmp_path):
+    (tmp_path / "tiny").mkdir()  # found, but holds nothing
     with pytest.raises(driver.StudyIncompleteError, match="Start the same command again"):
+        driver.run_study(study, tmp_path / "results", data=tmp_path, jobs=1)
+
+
+def test_data_that_is_missing_is_said_before_any_process_starts(study, tmp_path):
+    with pytest.raises(DataError, match="neither holds nor is"):
         driver.run_study(study, tmp_path / "results", data=tmp_path / "nowhere", jobs=1)
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-WARMUP = "+warmup"
+WARMUP, TUNED = "+warmup", "learning rate or eta, whichever is tuned"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "black", "#56b4e9", "0.55", "#8c564b", "#7f3c8d")
 
 Curves = Mapping[str, Sequence[Sequence[float]]]
@@ -35,7 +35,7 @@ def plot_curves(path: Path, panels: Mapping[str, Curves], *, ylabel: str = "test
                 if arm.endswith(WARMUP) == warm:
                     _draw_seeds(axes, seeds, colours[_plain(arm)])
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            _finish(axes, f"{title}, {'with' if warm else 'without'} warmup", "epoch", ylabel)
+            _finish(axes, _panel_title(title, warm), "epoch", ylabel)
         _same_limits(row)
     _legend(figure, colours)
     figure.savefig(path, dpi=110)
@@ -59,8 +59,8 @@ def plot_tuning(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[flo
             axes.xaxis.set_minor_formatter(NullFormatter())
             _finish(
                 axes,
-                f"{title}, {'with' if warm else 'without'} warmup",
-                "learning rate or eta, whichever is tuned",
+                _panel_title(title, warm),
+                TUNED,
                 "accuracy, %",
             )
         _same_limits(row)
@@ -71,6 +71,10 @@ def plot_tuning(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[flo
 def _grid(rows: int) -> tuple[Figure, Any]:
     figure = Figure(figsize=(12.5, 4.0 * rows), layout="constrained")
     return figure, figure.subplots(rows, 2, squeeze=False)
+
+
+def _panel_title(title: str, warm: bool) -> str:
+    return f"{title}, {'with' if warm else 'without'} warmup"
 
 
 def _plain(arm: str) -> str:

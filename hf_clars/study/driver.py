@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from hf_clars.errors import HfClarsError
-from hf_clars.study.images import open_images
+from hf_clars.study.images import locate, open_images
 from hf_clars.study.layer_log import LayerLogger
 from hf_clars.study.loop import Outcome, train
 from hf_clars.study.plan import Run, Study
@@ -40,11 +40,14 @@ def run_study(study: Study, results: Path, *, data: Path | None = None, jobs: in
         jobs: Processes; they share the machine's cores.
 
     Raises:
+        DataError: If `data` is given, but a set is not there.
         StudyIncompleteError: If a process ended with an error; what is finished stays.
     """
+    for dataset in {arm.base.dataset for arm in study.arms}:
+        locate(dataset, data)  # before any process is started
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(study, results, data, threads)) for _ in range(jobs)]
+    workers = [context.Process(target=_work, args=(study, results, data, threads)) for _ in range(jobs)]
     for worker in workers:
         worker.start()
     try:
@@ -78,6 +81,15 @@ def work(study: Study, results: Path, data: Path | None, threads: int) -> None:
             return
         if not any(_try(run, folder, data) for run in open_runs):
             time.sleep(LOOK_AGAIN)  # others are at the last ones, which decide what comes next
+
+
+def _work(study: Study, results: Path, data: Path | None, threads: int) -> None:
+    """`work` as a process: an error that the user can mend is one paragraph."""
+    try:
+        work(study, results, data, threads)
+    except HfClarsError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _try(run: Run, folder: ResultsFolder, data: Path | None) -> bool:
