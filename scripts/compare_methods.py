@@ -10,9 +10,10 @@ import torch
 from hf_clars.errors import ConfigError, HfClarsError
 from hf_clars.study.driver import run_study
 from hf_clars.study.images import MemoryImages, open_images
-from hf_clars.study.plan import Study, read_study
+from hf_clars.study.plan import Study
 from hf_clars.study.report_files import write_report
 from hf_clars.study.speed import speed_against_bare_loop
+from hf_clars.study.study_file import read_study
 
 DESCRIPTION = """\
 Do the runs of a study, all of them kept: one small file a run in the results folder, under a key of its settings. A

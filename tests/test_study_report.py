@@ -10,11 +10,11 @@ from hf_clars.records import RecordError
 from hf_clars.study import driver
 from hf_clars.study.layer_summary import over_epochs
 from hf_clars.study.parquet import read_parquet
-from hf_clars.study.plan import read_study
 from hf_clars.study.report import accuracy_text, put_between_markers, results_text, verdict
 from hf_clars.study.report_files import write_pages, write_report, write_why
 from hf_clars.study.results import ResultsFolder
 from hf_clars.study.rows import COLUMNS, by_arm, epochs_to
+from hf_clars.study.study_file import read_study
 from hf_clars.study.why import early_over_late, ratio_sentence, robustness_table
 from tests.test_study_resume import STUDY, data  # noqa: F401 - a fixture
 
@@ -108,6 +108,8 @@ def test_a_seed_that_diverged_counts_as_0_and_an_edge_is_named():
     assert "0.1 (edge)" in line
     assert "40.00 ± 56.57" in line
     assert "| 1 of 2 |" in line
+    assert "Unfinished" not in results_text(rows)
+    assert "**Unfinished**: no final runs yet of clars." in results_text(rows[:2])
 
 
 def test_the_layer_summary_is_the_median_of_each_epoch(report):

@@ -15,8 +15,8 @@ from hf_clars.errors import DataError
 from hf_clars.records import LayerRateLog, RecordError
 from hf_clars.study import driver
 from hf_clars.study.images import locate
-from hf_clars.study.plan import read_study
 from hf_clars.study.results import ResultsFolder
+from hf_clars.study.study_file import read_study
 
 STUDY = """
 about: tiny

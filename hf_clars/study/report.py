@@ -137,8 +137,10 @@ def _overview(arms: Sequence[ArmRows]) -> str:
     seeds = len({row["seed"] for row in rows if row["stage"] == "final"})
     more = ", the last two after a best value at an edge of some method's grid" if extended else ""
     budget = sorted({len(arm.tuning) for arm in arms})
+    waiting = [arm.name for arm in arms if not arm.final]
+    unfinished = f"**Unfinished**: no final runs yet of {', '.join(map(plain, waiting))}. " if waiting else ""
     return (
-        f"{len(rows)} runs of {rows[0]['parameters']:,} parameters; {' or '.join(map(str, budget))} values a method"
+        f"{unfinished}{len(rows)} runs of {rows[0]['parameters']:,} parameters; {' or '.join(map(str, budget))} values a method"
         f'{more}; {seeds} seeds at the chosen value: mean ± standard deviation after the last epoch. "Diverged": the '
         "loss was not finite."
     )
