@@ -77,7 +77,7 @@ def arm_table(arms: Sequence[ArmRows]) -> str:
     Returns:
         A markdown table.
     """
-    header = ["method", "tuned", "chosen", "test accuracy, %", *(f"epochs to {m:.0%}" for m in MILESTONES)]
+    header = ["method", "tuned", "chosen", "held-out accuracy, %", "test accuracy, %", *(f"epochs to {m:.0%}" for m in MILESTONES)]
     header += ["diverged in tuning", "diverged, final", f"below {CHANCE:.0%}, all runs"]
     ranked = sorted(arms, key=lambda arm: -_mean(arm))
     return table(header, [_line(arm) for arm in ranked])
@@ -91,12 +91,18 @@ def _line(arm: ArmRows) -> list[str]:
         plain(arm.name),
         "-" if tuned is None else f"{plain(tuned)}, {len(arm.tuning)} values",
         chosen,
+        _best_held_out(arm.tuning),
         accuracy_text(arm),
         *(_milestone(arm, accuracy) for accuracy in MILESTONES),
         _count(arm.tuning, lambda row: row["diverged"]),
         _count(arm.final, lambda row: row["diverged"]),
         _count(everything, lambda row: not row["diverged"] and row["accuracy"][-1] < CHANCE),
     ]
+
+
+def _best_held_out(tuning: Sequence[Row]) -> str:
+    scores = [0.0 if row["diverged"] else row["accuracy"][-1] for row in tuning]
+    return f"{100 * max(scores):.2f}" if scores else "-"
 
 
 def _mean(arm: ArmRows) -> float:
