@@ -84,7 +84,9 @@ def test_means_deviations_epochs_and_counts_by_hand():
     assert accuracy_text(arm) == "86.67 ± 3.06"
     assert [epochs_to(r, 0.8) for r in arm.final] == [1, 2, 2]
     line = results_text(rows).splitlines()[-1]
-    assert line == "| clars | eta, 3 values | 0.1 | 80.00 | 86.67 ± 3.06 | 1.7 | 2.0 (2 of 3) | 1 of 3 | 0 of 3 | 1 of 6 |"
+    assert (
+        line == "| clars | eta, 3 values | 0.1 | 80.00 | 86.67 ± 3.06 | 1.7 | 2.0 (2 of 3) | 1 of 3 | 0 of 3 | 1 of 6 |"
+    )
 
 
 def finals(name, accuracies):

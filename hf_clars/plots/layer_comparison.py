@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from hf_clars.plots.panels import shortened
+from hf_clars.plots.columns import shortened
 
 Lines = tuple[Sequence[str], NDArray[np.floating[Any]]]
 """Layer names, from input to output, and values [epochs, K]."""

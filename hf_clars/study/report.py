@@ -77,7 +77,8 @@ def arm_table(arms: Sequence[ArmRows]) -> str:
     Returns:
         A markdown table.
     """
-    header = ["method", "tuned", "chosen", "held-out accuracy, %", "test accuracy, %", *(f"epochs to {m:.0%}" for m in MILESTONES)]
+    header = ["method", "tuned", "chosen", "held-out accuracy, %", "test accuracy, %"]
+    header += [f"epochs to {milestone:.0%}" for milestone in MILESTONES]
     header += ["diverged in tuning", "diverged, final", f"below {CHANCE:.0%}, all runs"]
     ranked = sorted(arms, key=lambda arm: -_mean(arm))
     return table(header, [_line(arm) for arm in ranked])
@@ -146,9 +147,9 @@ def _overview(arms: Sequence[ArmRows]) -> str:
     waiting = [arm.name for arm in arms if not arm.final]
     unfinished = f"**Unfinished**: no final runs yet of {', '.join(map(plain, waiting))}. " if waiting else ""
     return (
-        f"{unfinished}{len(rows)} runs of {rows[0]['parameters']:,} parameters; {' or '.join(map(str, budget))} values a method"
-        f'{more}; {seeds} seeds at the chosen value: mean ± standard deviation after the last epoch. "Diverged": the '
-        "loss was not finite."
+        f"{unfinished}{len(rows)} runs of {rows[0]['parameters']:,} parameters; "
+        f"{' or '.join(map(str, budget))} values a method{more}; {seeds} seeds at the chosen value: mean ± standard "
+        'deviation after the last epoch. "Diverged": the loss was not finite.'
     )
 
 
