@@ -1,5 +1,6 @@
 """Images from `datasets` to `pixel_values`."""
 
+from hf_clars.data.in_memory import ImageTensors, decode_images
 from hf_clars.data.loading import InMemoryImages, collate_images, trainable
 from hf_clars.data.pixels import PixelSettings, PixelTransform
 from hf_clars.data.processor import GreyImageProcessor, build_image_processor
@@ -8,11 +9,13 @@ from hf_clars.data.sources import ImageData, load_image_data
 __all__ = [
     "GreyImageProcessor",
     "ImageData",
+    "ImageTensors",
     "InMemoryImages",
     "PixelSettings",
     "PixelTransform",
     "build_image_processor",
     "collate_images",
+    "decode_images",
     "load_image_data",
     "trainable",
 ]

@@ -150,11 +150,12 @@ class NormTotals:
     Attributes:
         norms: [K], sum of ||c g_i|| where c g_i is what sample i adds to `p.grad`.
         squares: [K], sum of ||c g_i||^2.
-        captured: Samples measured.
-        total: Samples that went into `p.grad`.
+        captured: Samples (or micro-batches) measured.
+        total: Samples that went into `p.grad`, in the unit of `captured` (samples, or micro-batches of the measured
+            size).
     """
 
     norms: Tensor
     squares: Tensor
     captured: int
-    total: int
+    total: float

@@ -9,10 +9,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_clars.optim import LayerMeasures, LayerwiseOptimizer
+from hf_clars.optim.freeze import set_frozen
 from hf_clars.plots import Run
 from hf_clars.plots.products import RATES, draw_run
 from hf_clars.records import LayerRateLog
-from hf_clars.trainer.optimizers import layerwise, set_frozen
+from hf_clars.trainer.optimizers import layerwise
 
 PICTURE = f"{RATES}.png"
 

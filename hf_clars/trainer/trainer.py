@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from hf_clars.errors import ConfigError
 from hf_clars.optim import LayerwiseOptimizer
+from hf_clars.optim.freeze import head_layer_names
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.callbacks import FreezeHeadCallback, LayerRateCallback
 from hf_clars.trainer.console import print_lines
 from hf_clars.trainer.launch_checks import allow_missing_embeddings, check_launch, check_prepared
 from hf_clars.trainer.live_view import LayerReportCallback, rate_summary, reporters_of
 from hf_clars.trainer.loss_scale import count_all_items, count_items
-from hf_clars.trainer.optimizers import build_optimizer, head_layer_names, layerwise, step_schedule
+from hf_clars.trainer.optimizers import build_optimizer, layerwise, step_schedule
 from hf_clars.trainer.safe_checkpoints import SafeCheckpoints
 
 
