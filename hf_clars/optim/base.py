@@ -15,6 +15,7 @@ from hf_clars.errors import HfClarsError
 from hf_clars.layers import LayerMode
 from hf_clars.optim.groups import ADAPTIVE, FROZEN, LAYER, layer_groups
 from hf_clars.optim.loop_guard import LoopGuard
+from hf_clars.optim.nonfinite import hold_unless_finite
 from hf_clars.optim.update import (
     MomentumForm,
     multi_tensor_update,
@@ -39,6 +40,8 @@ class LayerMeasures:
         grad_norm: ||g_k||.
         mean_sample_norm: n_k in the units of `p.grad`; None for methods that do not measure it.
         ratio: R_k = ||g_k|| / n_k, in [0, 1]; None likewise.
+        finite: Bool: the layer's gradient norms are neither NaN nor infinite; None for methods that measure none.
+        applied: Bool, 0-dim: the step was taken, because all of them are; None likewise.
     """
 
     rate: Tensor
@@ -46,6 +49,8 @@ class LayerMeasures:
     grad_norm: Tensor
     mean_sample_norm: Tensor | None = None
     ratio: Tensor | None = None
+    finite: Tensor | None = None
+    applied: Tensor | None = None
 
     def stacked(self) -> Tensor:
         """[5, K] in the order of the attributes, NaN where a quantity was not measured."""
@@ -120,6 +125,8 @@ class LayerwiseOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step. Parameters without a gradient are left alone, as in torch's optimizers.
 
+        A step with a NaN or an infinity in the measured norms is not taken, see `last_step.applied`.
+
         Args:
             closure: Re-evaluates the model and returns the loss. Optional.
 
@@ -137,7 +144,9 @@ class LayerwiseOptimizer(Optimizer):
         tensors = self._gather()
         if tensors.params:
             measures = self._measure(tensors)
-            self._update(tensors, measures.rate)
+            if self.measures_norms:
+                measures = hold_unless_finite(measures)
+            self._update(tensors, measures.rate, measures.applied)
             self.last_step = measures
         self._after_step()
         return loss
@@ -178,11 +187,15 @@ class LayerwiseOptimizer(Optimizer):
                 tensors.layer.append(k)
         return tensors
 
-    def _update(self, tensors: _StepTensors, rates: Tensor) -> None:
+    def _update(self, tensors: _StepTensors, rates: Tensor, applied: Tensor | None) -> None:
         """Apply the update, once for each pair of (momentum, weight decay) among the groups."""
         # On the CPU each weight is updated at one go, while it is in cache; a rate is read there without waiting.
         on_host = self.foreach is None and rates.device.type == "cpu"
         per_layer: Sequence[Any] = rates.tolist() if on_host else rates.unbind()
+        if on_host and applied is not None:
+            if not applied:
+                return
+            applied = None
         buckets: dict[tuple[float, float], list[int]] = {}
         for i, k in enumerate(tensors.layer):
             group = self.param_groups[k]
@@ -197,9 +210,15 @@ class LayerwiseOptimizer(Optimizer):
                 momentum=momentum,
                 weight_decay=weight_decay,
                 form=self.momentum_form,
+                applied=applied,
             )
 
     # ---- norms and rates -----------------------------------------------------------------------------------
+
+    @property
+    def measures_norms(self) -> bool:
+        """Whether steps measure the layers' norms, and so are held when one is not finite."""
+        return True
 
     @abstractmethod
     def _measure(self, tensors: _StepTensors) -> LayerMeasures:

@@ -59,6 +59,11 @@ class NAG(LayerwiseOptimizer):
             foreach=foreach,
         )
 
+    @property
+    def measures_norms(self) -> bool:
+        """Whether `measure` was set."""
+        return self.measure
+
     def _measure(self, tensors: _StepTensors) -> LayerMeasures:
         like = tensors.params[0]
         dtype = torch.promote_types(like.dtype, torch.float32)
