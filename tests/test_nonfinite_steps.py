@@ -1,4 +1,4 @@
-"""Promise: a step with NaN or infinity in it is not taken; nothing of the state changes, on the host's and the device's path."""
+"""Promise: a step with NaN or infinity in it is not taken and changes nothing, on the host's and the device's path."""
 
 import copy
 
@@ -104,7 +104,9 @@ def test_nag_that_measures_nothing_is_left_alone():
 @pytest.mark.parametrize("path", PATHS)
 def test_double_precision_momentum_is_not_rounded(path):
     models = [make_model().double() for _ in range(2)]
-    guarded, plain = (NAG(m, 0.1, measure=measure, foreach=PATHS[path]) for m, measure in zip(models, (True, False), strict=True))
+    guarded, plain = (
+        NAG(m, 0.1, measure=measure, foreach=PATHS[path]) for m, measure in zip(models, (True, False), strict=True)
+    )
     for n in range(4):
         x, y = batch(n, 8)
         for model, optimizer in zip(models, (guarded, plain), strict=True):

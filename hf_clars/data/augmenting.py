@@ -1,8 +1,8 @@
 """Random augmentation that depends on seed, epoch and sample alone, and so is the same after a resume.
 
-Data-loader workers draw from generators that are seeded anew whenever an epoch's iterator is made, and which worker gets
-which sample depends on where the iterator began: after a resume in the middle of an epoch both differ. Here each sample
-has its own seed instead, whoever transforms it and whenever.
+Data-loader workers draw from generators that are seeded anew whenever an epoch's iterator is made, and which worker
+gets which sample depends on where the iterator began: after a resume in the middle of an epoch both differ. Here each
+sample has its own seed instead, whoever transforms it and whenever.
 """
 
 from __future__ import annotations

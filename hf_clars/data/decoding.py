@@ -1,7 +1,7 @@
 """From the bytes of an image file to pixels, where the bytes may be damaged, hostile, or no image at all.
 
-`datasets` hands out images undecoded (`Image(decode=False)`), so that whatever is wrong with one is found here, where its
-place in the data set is known, and is answered with one sentence or, if the user chose so, with another image.
+`datasets` hands out images undecoded (`Image(decode=False)`), so that whatever is wrong with one is found here, where
+its place in the data set is known, and is answered with one sentence or, if the user chose so, with another image.
 """
 
 from __future__ import annotations

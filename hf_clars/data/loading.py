@@ -94,7 +94,7 @@ class InMemoryImages(_ImagesByNumber):
         sizes = {tuple(pixels.shape) for _, pixels in used}
         if len(sizes) != 1:
             raise DataError(
-                f"in_memory needs images of one size, but this split has {len(sizes)}: leave it off (--in_memory false)."
+                f"in_memory needs images of one size, but this split has {len(sizes)}: leave out --in_memory."
             )
         made = [(row[samples.label_column], pixels) for row, pixels in used]
         if not samples.transform.random:
@@ -127,8 +127,8 @@ def trainable(
 ) -> Any:
     """A split as a Trainer takes it.
 
-    Augmentation depends on `seed`, the epoch and the sample alone, so that a resumed run sees what the uninterrupted one
-    would have seen. `ClarsTrainer` sets the epoch; with another loop call `set_epoch` at its start.
+    Augmentation depends on `seed`, the epoch and the sample alone, so that a resumed run sees what the uninterrupted
+    one would have seen. `ClarsTrainer` sets the epoch; with another loop call `set_epoch` at its start.
 
     Args:
         split: Map-style or streaming.

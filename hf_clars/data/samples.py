@@ -82,8 +82,8 @@ _shielded: set[int] = set()
 def leave_stop_signals_to_the_main_process() -> None:
     """In a data-loader worker, go on after a SIGTERM or SIGINT that is not from the main process; elsewhere do nothing.
 
-    A scheduler, or Ctrl-C, signals every process of a run. A worker that ended at once would take down the step which the
-    main process still has to finish before it can save.
+    A scheduler, or Ctrl-C, signals every process of a run. A worker that ended at once would take down the step which
+    the main process still has to finish before it can save.
     """
     if os.getpid() in _shielded or torch.utils.data.get_worker_info() is None:
         return

@@ -16,8 +16,8 @@ from hf_clars.data.samples import Samples, leave_stop_signals_to_the_main_proces
 class ImageStream(torch.utils.data.IterableDataset):
     """A streaming split. In training it goes on without end, shuffled anew in each pass; in evaluation it is one pass.
 
-    To resume, the samples that were used are read, transformed and thrown away: exact, at the price of reading them again.
-    (The saved state of a shuffled stream in `datasets` leaves out the rows that wait in its shuffle buffer.)
+    To resume, the samples that were used are read, transformed and thrown away: exact, at the price of reading them
+    again. (The saved state of a shuffled stream in `datasets` leaves out the rows that wait in its shuffle buffer.)
 
     Args:
         split: The split.

@@ -38,8 +38,8 @@ def single_tensor_update(
         momentum: beta in [0, 1).
         weight_decay: Coupled: g + weight_decay * w is applied.
         form: `"nesterov"` or `"heavy_ball"`.
-        applied: 0-dim bool on the weights' device, asked there: False, with rates of 0, leaves weights and buffers exactly
-            as they are, whatever `grads` hold. None: the step is taken.
+        applied: 0-dim bool on the weights' device, asked there: False, with rates of 0, leaves weights and buffers
+            exactly as they are, whatever `grads` hold. None: the step is taken.
     """
     kept, ahead = _momentum_factors(momentum, applied, buffers[0].dtype)
     for w, g, m, rate in zip(params, grads, buffers, rates, strict=True):

@@ -1,15 +1,18 @@
 """Checkpoint folders that are complete or absent: written beside, forced to disk, renamed.
 
-While it is written, a checkpoint is `RUN/.partial/checkpoint-N`; the name `RUN/checkpoint-N` appears by one rename, after
-everything in it is on the disk. Its last file, `checkpoint.json`, holds the format's version, the size of every file and
-the settings of the run. One that is deleted moves to `.partial` first, so that no half of it ever has a checkpoint's name.
+While it is written, a checkpoint is `RUN/.partial/checkpoint-N`; the name `RUN/checkpoint-N` appears by one rename,
+after everything in it is on the disk. Its last file, `checkpoint.json`, holds the format's version, the size of every
+file and the settings of the run. One that is deleted moves to `.partial` first, so that no half of it ever has a
+checkpoint's name.
 
-There is no file or link `latest`: which checkpoint is the newest follows from the names, and a second record of it could
-disagree with them after a crash, and would not survive copying to a store without links. `newest_checkpoint` tells.
+There is no file or link `latest`: which checkpoint is the newest follows from the names, and a second record of it
+could disagree with them after a crash, and would not survive copying to a store without links. `newest_checkpoint`
+tells.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -109,10 +112,8 @@ def rotate(run: Path, keep: int | None, protected: set[Path]) -> None:
             remove_checkpoint(folder)
         except OSError as error:
             logger.warning("The old checkpoint %s could not be deleted: %s", folder, error)
-    try:
+    with contextlib.suppress(OSError):  # not there, or somebody else's file is in it
         partial_run(run).rmdir()
-    except OSError:  # not there, or somebody else's file is in it
-        pass
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -128,7 +129,8 @@ def newest_checkpoint(run: Path) -> Path | None:
 def what_is_missing(folder: Path) -> str | None:
     """Why a checkpoint is not complete, in a few words; None when it is.
 
-    One without `checkpoint.json`, written in place by the plain Trainer, counts as complete when its last file is there.
+    One without `checkpoint.json`, written in place by the plain Trainer, counts as complete when its last file is
+    there.
     """
     try:
         files = read_manifest(folder)["files"] if (folder / MANIFEST).exists() else {TRAINER_STATE: None}

@@ -23,7 +23,8 @@ class ClarsTrainingArguments(TrainingArguments):
 
     Defaults that differ from `TrainingArguments`: `learning_rate` None (linear scaling), `lr_scheduler_type`
     `"polynomial"` with power 2 down to 0, `max_grad_norm` 0 (clipping would change gradients after their norms were
-    measured), `weight_decay` stays 0.
+    measured), `logging_nan_inf_filter` False (it would wait for the device at every pass, and hide such losses),
+    `weight_decay` stays 0.
 
     Args:
         method: `"clars"` (default), `"lars"` or `"nag"` (mNAG).
@@ -50,6 +51,9 @@ class ClarsTrainingArguments(TrainingArguments):
         head_layers: Names of the layers to hold. Default: all Linear layers of a network with convolutions,
             otherwise the last layer.
         log_layer_rates: Keep the layer-rate log and draw it at the end. Default True.
+        nonfinite: What to do about a step with NaN or infinity in it, which is never taken: `"skip"` (default) counts
+            and reports it, `"stop"` ends the run.
+        on_save_error: When a checkpoint or the log cannot be written: `"stop"` (default) or `"continue"`.
 
     Raises:
         ConfigError: For settings that cannot work together; before anything is loaded or trained.
@@ -61,6 +65,7 @@ class ClarsTrainingArguments(TrainingArguments):
     )
     lr_scheduler_type: str = _option("polynomial", "Schedule of the rate (transformers' names).")
     max_grad_norm: float = _option(0.0, "Must stay 0: clipping would change gradients after their norms were measured.")
+    logging_nan_inf_filter: bool = _option(False, "Replace NaN losses in logs by the mean of others.")
     method: str = field(
         default="clars", metadata={"help": "Layer rates: clars, lars or nag.", "choices": ["clars", "lars", "nag"]}
     )
@@ -90,6 +95,20 @@ class ClarsTrainingArguments(TrainingArguments):
         default_factory=list, metadata={"help": "Layers to hold; empty: found from the model."}
     )
     log_layer_rates: bool = _option(True, "Keep the layer-rate log and draw it.")
+    nonfinite: str = field(
+        default="skip",
+        metadata={
+            "help": "Steps with NaN or infinity are not taken: skip (and report), or stop.",
+            "choices": ["skip", "stop"],
+        },
+    )
+    on_save_error: str = field(
+        default="stop",
+        metadata={
+            "help": "If a checkpoint or the log cannot be written: stop or continue.",
+            "choices": ["stop", "continue"],
+        },
+    )
 
     def __post_init__(self) -> None:
         """Resolve and check the settings."""
@@ -121,6 +140,8 @@ class ClarsTrainingArguments(TrainingArguments):
             "norm": ("mean", "rms"),
             "estimator": ("samples", "microbatch"),
             "layers": ("module", "tensor"),
+            "nonfinite": ("skip", "stop"),
+            "on_save_error": ("stop", "continue"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -16,7 +16,7 @@ from hf_clars.records import RecordError, checkpoints
 from hf_clars.records.differences import sentence, weight_differences
 
 MUST_AGREE = ("global_batch", "train_samples")
-"""Settings that count steps: with another value the resumed run would skip, or repeat, other samples than it has used."""
+"""Settings that count steps: with another value the resumed run would skip or repeat other samples than it has used."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ def check_checkpoint(folder: Path, model: nn.Module, settings: dict[str, Any]) -
     differences = weight_differences(_weight_files(folder), model)
     if differences:
         raise CheckpointMisfitError(
-            f"The checkpoint {folder} is of another model: {sentence(differences)}. Resume with the model that began the "
-            "run; to begin a new run from these weights, give the folder as the model."
+            f"The checkpoint {folder} is of another model: {sentence(differences)}. Resume with the model that began "
+            "the run; to begin a new run from these weights, give the folder as the model."
         )
     if (folder / checkpoints.MANIFEST).exists():
         _compare_settings(folder, checkpoints.read_manifest(folder)["settings"], settings)
@@ -105,8 +105,8 @@ def _compare_settings(folder: Path, before: dict[str, Any], now: dict[str, Any])
     if changed:
         words = "; ".join(f"{key} was {old} and is {new}" for key, (old, new) in changed.items())
         logger.warning(
-            "This run goes on from %s with other settings than it began with: %s. It will not be the run that would have "
-            "gone on without a stop.",
+            "This run goes on from %s with other settings than it began with: %s. It will not be the run that would "
+            "have gone on without a stop.",
             folder,
             words,
         )

@@ -31,6 +31,11 @@ class DataArguments:
     max_train_samples: int | None = _option(None, "Use only the first so many training images.")
     max_eval_samples: int | None = _option(None, "Use only the first so many evaluation images.")
     in_memory: bool = _option(False, "Decode a small data set once and hold it.")
+    bad_images: str = _option(
+        "raise",
+        "Images that cannot be decoded: raise, or skip (the next one takes the place; each is reported).",
+        choices=["raise", "skip"],
+    )
     image_size: int = _option(224, "Height and width that the model sees.")
     num_channels: int = _option(3, "3 for RGB, 1 for grey.")
     augment: str = _option(
@@ -78,12 +83,15 @@ class ModelArguments:
 
 @dataclass
 class OutputArguments:
-    """What happens to the run's folder and card."""
+    """How a run ends, and what happens to its folder and card."""
 
     existing_output: str = _option(
         "refuse",
         "If output_dir holds files: refuse, or number (use output_dir-2, -3, ...).",
         choices=["refuse", "number"],
+    )
+    max_hours: float = _option(
+        0.0, "Stop after so many hours with a checkpoint and exit code 75, to be resumed; 0: no limit."
     )
     license: str | None = _option(None, "Licence of the weights for the model card, e.g. apache-2.0.")
     model_name: str | None = _option(None, "Title of the model card; empty: made from model and data.")

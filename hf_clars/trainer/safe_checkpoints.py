@@ -1,9 +1,9 @@
 """Checkpoints that hold no pickle, and that are complete or absent.
 
 transformers' Trainer has no public hook for how and where these are stored, so this file, and no other, overrides its
-private methods for it; `tests/test_safe_checkpoints.py` fails loudly when they change. Sharded engines (DeepSpeed, FSDP)
-keep their own formats, in folders that are complete or absent too. Checkpoints of the plain Trainer load, by its own
-weights-only loading.
+private methods for it; `tests/test_safe_checkpoints.py` fails loudly when they change. Sharded engines (DeepSpeed,
+FSDP) keep their own formats, in folders that are complete or absent too. Checkpoints of the plain Trainer load, by its
+own weights-only loading.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,25 @@ class SafeCheckpoints(Trainer):
     _partial: Path | None = None  # where a checkpoint is being written
     _save_problem: str | None = None
 
-    def run_settings(self) -> dict[str, Any]:
+    def checkpoint_settings(self) -> dict[str, Any]:
         """What a run that resumes should have in common with this one, as plain values; stored in each checkpoint."""
         return {}
 
     def before_checkpoint(self) -> None:
         """Called on all processes before a checkpoint is written."""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train, from the newest complete checkpoint (`True`), a given one, or the start.
 
         Args:
             resume_from_checkpoint: As in `Trainer`.
-            kwargs: As in `Trainer`.
+            trial: As in `Trainer`.
+            ignore_keys_for_eval: As in `Trainer`.
 
         Returns:
             As `Trainer` does.
@@ -73,8 +79,8 @@ class SafeCheckpoints(Trainer):
             resume_from_checkpoint = str(newest_to_resume(Path(str(self.args.output_dir))))
         if resume_from_checkpoint and not self._keeps_own_format():
             assert isinstance(self.model, nn.Module)
-            check_checkpoint(Path(str(resume_from_checkpoint)), self.model, self.run_settings())
-        return super().train(resume_from_checkpoint or None, **kwargs)
+            check_checkpoint(Path(str(resume_from_checkpoint)), self.model, self.checkpoint_settings())
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def _keeps_own_format(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -111,7 +117,7 @@ class SafeCheckpoints(Trainer):
             with self._disk_errors_noted():
                 if self.args.should_save:
                     self._correct_best(run, partial)
-                    checkpoints.write_manifest(partial, self.run_settings())
+                    checkpoints.write_manifest(partial, self.checkpoint_settings())
                     checkpoints.commit(partial, run / name)
             self._agree_on_problem()
         if self._save_problem is not None:
@@ -137,10 +143,8 @@ class SafeCheckpoints(Trainer):
         try:
             yield
         except DISK_ERRORS as error:
-            if self._partial is None and self._save_problem is not None:
-                return
-            if self._keeps_own_format():  # their saving has collective calls inside, which nobody can skip
-                raise
+            if self._partial is not None and self._keeps_own_format():
+                raise  # the saving of sharded engines has collective calls inside, which nobody can go past
             self._save_problem = self._save_problem or f"{type(error).__name__}: {error}"
 
     def _agree_on_problem(self) -> None:
@@ -155,22 +159,25 @@ class SafeCheckpoints(Trainer):
         )
         if self.on_save_error == "stop":
             raise RecordError(f"{message}, then go on with --resume_from_checkpoint true.")
-        logger.warning("%s; training goes on (on_save_error=continue) and the next checkpoint is tried in its turn.", message)
+        logger.warning(
+            "%s; training goes on (on_save_error=continue) and the next checkpoint is tried in its turn.", message
+        )
+
+    # ---- without pickle ------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as `Trainer` does.
+        """Save model and processor, and the arguments as JSON: Trainer's `training_args.bin` is a pickle.
 
         Args:
             output_dir: Where to; None: the run's folder.
             _internal_call: As Trainer passes it.
         """
-        if self._partial is None:
+        with self._disk_errors_noted() if self._partial is not None else nullcontext():
             super().save_model(output_dir, _internal_call)
-            return
-        with self._disk_errors_noted():
-            super().save_model(output_dir, _internal_call)
-
-    # ---- without pickle ------------------------------------------------------------------------------------------
+            folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
+            if self.args.should_save:
+                (folder / "training_args.bin").unlink(missing_ok=True)
+                (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._keeps_own_format():
@@ -257,4 +264,6 @@ def set_random_states(states: dict[str, Any]) -> None:
         if devices and len(states.get("cuda", [])) == devices:
             torch.cuda.set_rng_state_all(states["cuda"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RecordError(f"The states of the random generators do not fit ({error}): the checkpoint is damaged.") from error
+        raise RecordError(
+            f"The states of the random generators do not fit ({error}): the checkpoint is damaged."
+        ) from error

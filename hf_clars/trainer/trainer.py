@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from hf_clars.errors import ConfigError
 from hf_clars.optim import LayerwiseOptimizer
 from hf_clars.trainer.arguments import ClarsTrainingArguments
-from hf_clars.trainer.callbacks import FreezeHeadCallback, LayerRateCallback
+from hf_clars.trainer.callbacks import FreezeHeadCallback, LayerRateCallback, LogAtCheckpointCallback
+from hf_clars.trainer.epochs import EpochCallback
 from hf_clars.trainer.loss_scale import count_all_items, count_items
+from hf_clars.trainer.nonfinite import NonFiniteCallback
 from hf_clars.trainer.optimizers import build_optimizer, head_layer_names, layerwise, step_schedule
 from hf_clars.trainer.safe_checkpoints import SafeCheckpoints
 
@@ -51,8 +53,12 @@ class ClarsTrainer(SafeCheckpoints):
         self._batch_items: Tensor | None = None
         self._speed = (time.perf_counter(), 0)
         self._step_scheduler: Any = None
+        self.on_save_error = args.on_save_error
+        self.add_callback(EpochCallback())
+        self.add_callback(LogAtCheckpointCallback())
+        self.add_callback(NonFiniteCallback(args.nonfinite))
         if args.log_layer_rates:
-            self.add_callback(LayerRateCallback(self.run_settings()))
+            self.add_callback(LayerRateCallback(self.run_settings(), on_save_error=args.on_save_error))
 
     # ---- optimizer and schedule ----------------------------------------------------------------------------------
 
@@ -147,6 +153,8 @@ class ClarsTrainer(SafeCheckpoints):
         Returns:
             (inputs of each pass, None): no model is asked to divide by the number of items.
         """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed after its last step: Trainer would take one more
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items = count_all_items(batches, device)
         self._batch_items = self.accelerator.reduce(items, reduction="sum")
@@ -179,20 +187,18 @@ class ClarsTrainer(SafeCheckpoints):
             loss = loss * share.to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
 
-    # ---- saving --------------------------------------------------------------------------------------------------
+    # ---- resuming ------------------------------------------------------------------------------------------------
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model and processor, and the arguments as JSON: Trainer's `training_args.bin` is a pickle.
+    def checkpoint_settings(self) -> dict[str, Any]:
+        """What a run that resumes should have in common with this one; stored in each checkpoint."""
+        size = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
+        return {**self.run_settings(), "train_samples": size}
 
-        Args:
-            output_dir: Where to; None: the run's folder.
-            _internal_call: As Trainer passes it.
-        """
-        super().save_model(output_dir, _internal_call)
-        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
-        if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+    def before_checkpoint(self) -> None:
+        """A checkpoint is never ahead of the layer-rate log: a run killed right after it resumes without a gap."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LayerRateCallback):
+                callback.flush()
 
     # ---- records -------------------------------------------------------------------------------------------------
 
