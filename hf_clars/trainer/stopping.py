@@ -112,8 +112,8 @@ class StopCallback(TrainerCallback):
         )
         raise RunInterruptedError(
             f"Stopped after step {state.global_step} of {state.max_steps} because of {_REASONS[self._reason]}. "
-            f"{found}: give the same command again with --resume_from_checkpoint true, and the run goes on as if it had "
-            "not stopped."
+            f"{found}: give the same command again with --resume_from_checkpoint true, and the run goes on as if it "
+            "had not stopped."
         )
 
     def on_train_end(

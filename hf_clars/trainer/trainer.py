@@ -51,6 +51,7 @@ class ClarsTrainer(SafeCheckpoints):
         # The loss is a mean over the accumulated batch by compute_loss below: nothing is left to divide.
         self.loss_is_scaled_for_ga = True
         self._batch_items: Tensor | None = None
+        self._finite_loss: Tensor | None = None
         self._speed = (time.perf_counter(), 0)
         self._step_scheduler: Any = None
         self.on_save_error = args.on_save_error
@@ -186,6 +187,29 @@ class ClarsTrainer(SafeCheckpoints):
             share = items.to(loss.device) * self.accelerator.num_processes / self._batch_items
             loss = loss * share.to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One pass. Where its loss is not finite, and so the step will not be taken, the last finite one is logged.
+
+        Trainer's running sum would be NaN from there on; the step itself is reported by `NonFiniteCallback`.
+
+        Args:
+            model: As `Trainer` passes it.
+            inputs: Likewise.
+            num_items_in_batch: Likewise.
+
+        Returns:
+            The loss to log, 0-dim; found without waiting for the device.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        optimizer = layerwise(self.optimizer)
+        if optimizer is None or not optimizer.measures_norms:
+            return loss
+        before = torch.zeros_like(loss) if self._finite_loss is None else self._finite_loss
+        self._finite_loss = torch.where(loss.isfinite(), loss, before)
+        return self._finite_loss
 
     # ---- resuming ------------------------------------------------------------------------------------------------
 
