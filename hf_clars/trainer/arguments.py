@@ -24,7 +24,7 @@ class ClarsTrainingArguments(TrainingArguments):
     Defaults that differ from `TrainingArguments`: `learning_rate` None (linear scaling), `lr_scheduler_type`
     `"polynomial"` with power 2 down to 0, `max_grad_norm` 0 (clipping would change gradients after their norms were
     measured), `logging_nan_inf_filter` False (it would wait for the device at every pass; `ClarsTrainer` does not wait),
-    `weight_decay` stays 0.
+    `hub_strategy` `"end"` (nothing but the finished run is shared), `weight_decay` stays 0.
 
     Args:
         method: `"clars"` (default), `"lars"` or `"nag"` (mNAG).
@@ -66,6 +66,7 @@ class ClarsTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = _option("polynomial", "Schedule of the rate (transformers' names).")
     max_grad_norm: float = _option(0.0, "Must stay 0: clipping would change gradients after their norms were measured.")
     logging_nan_inf_filter: bool = _option(False, "Replace NaN losses in logs by the mean of others.")
+    hub_strategy: str = _option("end", "Must stay end: checkpoints hold states that are not for sharing.")
     method: str = field(
         default="clars", metadata={"help": "Layer rates: clars, lars or nag.", "choices": ["clars", "lars", "nag"]}
     )
@@ -151,6 +152,12 @@ class ClarsTrainingArguments(TrainingArguments):
                 f"max_grad_norm={self.max_grad_norm} would clip the gradients after the norms that the layer rates "
                 f"rest "
                 "on were measured. Set max_grad_norm to 0: CLARS and LARS bound each layer's step by themselves."
+            )
+        if self.push_to_hub and self.hub_strategy != "end":
+            raise ConfigError(
+                f"hub_strategy={getattr(self.hub_strategy, 'value', self.hub_strategy)} would push checkpoints with "
+                "optimizer states, logs and arguments during training. Set hub_strategy to end: the finished run's "
+                "model, card, layer rates and results are pushed."
             )
         for name in ("gamma_base", "base_batch_size", "lr_step_factor"):
             if getattr(self, name) <= 0:

@@ -17,7 +17,7 @@ from hf_clars.metrics import AccuracyOfRanked, ranked_classes
 from hf_clars.models import build_model
 from hf_clars.records.checkpoints import newest_checkpoint
 from hf_clars.trainer.arguments import ClarsTrainingArguments
-from hf_clars.trainer.card import write_model_card
+from hf_clars.trainer.card import final_results, write_model_card
 from hf_clars.trainer.config import parse_config
 from hf_clars.trainer.preflight import check_free_space, checkpoint_bytes, claim_output_dir
 from hf_clars.trainer.resuming import newest_to_resume
@@ -167,25 +167,18 @@ def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, sto
 
 def _finish(trainer: ClarsTrainer, settings: RunSettings, data: ImageData) -> dict[str, float]:
     """Save what the run leaves; `all_results.json` and the card hold the same numbers."""
-    results = _logged(trainer, "train_runtime")
-    if data.eval is not None:
-        evaluated = _logged(trainer, "eval_loss", at_step=trainer.state.global_step)
-        results |= evaluated or trainer.evaluate()
-    trainer.save_model()
+    results = final_results(trainer)
+    if data.eval is not None and "eval_loss" not in results:
+        results |= trainer.evaluate()
+    trainer.save_model(_internal_call=True)  # pushed below, when all is there
     trainer.save_state()
     trainer.save_metrics("all", results, combined=False)
     if trainer.is_world_process_zero():
         write_model_card(trainer, settings.model, settings.data, settings.output, data, results)
         after_training(trainer, results)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     return results
-
-
-def _logged(trainer: ClarsTrainer, key: str, *, at_step: int | None = None) -> dict[str, float]:
-    """The last entry of the log that has a key; empty if there is none, or it is of another step."""
-    entry = next((e for e in reversed(trainer.state.log_history) if key in e), {})
-    if at_step is not None and entry.get("step") != at_step:
-        return {}
-    return {name: value for name, value in entry.items() if name != "step"}
 
 
 def _checkpoint(folder: Path, wanted: str) -> str | None:

@@ -95,3 +95,6 @@ class OutputArguments:
     )
     license: str | None = _option(None, "Licence of the weights for the model card, e.g. apache-2.0.")
     model_name: str | None = _option(None, "Title of the model card; empty: made from model and data.")
+    eval_task: str | None = _option(
+        None, "Task in the eval.yaml of a Hub benchmark that the results are of; empty: the configuration, or default."
+    )

@@ -17,16 +17,16 @@ from hf_clars.trainer.epochs import EpochCallback
 from hf_clars.trainer.loss_scale import count_all_items, count_items
 from hf_clars.trainer.nonfinite import NonFiniteCallback
 from hf_clars.trainer.optimizers import build_optimizer, head_layer_names, layerwise, step_schedule
-from hf_clars.trainer.safe_checkpoints import SafeCheckpoints
+from hf_clars.trainer.sharing import SharingTrainer
 
 
-class ClarsTrainer(SafeCheckpoints):
+class ClarsTrainer(SharingTrainer):
     """Train with CLARS, LARS or mNAG as `ClarsTrainingArguments` say.
 
     Differences from `Trainer`: the optimizer is created here (also where DeepSpeed would otherwise put AdamW); the loss
     is one mean over the accumulated batch for every head; `warmup_epochs`, `lr_step_epochs` and `freeze_head_epochs`
-    are
-    honoured; layer rates are logged; logs carry `images_per_second`; checkpoints hold no pickle.
+    are honoured; layer rates are logged; logs carry `images_per_second`; checkpoints hold no pickle; `push_to_hub`
+    uploads the finished run's files and nothing else.
 
     Args:
         model: The model, not wrapped.
