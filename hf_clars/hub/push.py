@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from hf_clars.hub.card_text import REPO_PLACEHOLDER
 from hf_clars.hub.errors import HubError
@@ -153,13 +153,21 @@ def _paragraph(error: Exception, repo_id: str, endpoint: str) -> str:
         )
     if status is not None and status < 500:
         return f"{endpoint} refused {repo_id} with status {status}: {reason}. Nothing was committed."
-    if status is None and isinstance(error, ValueError):  # the client's own check of what it was given
-        return f"{repo_id} cannot be pushed: {reason}. Nothing was committed."
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"Nothing can be pushed to {repo_id} while HF_HUB_OFFLINE is set: unset it, and run the command again."
+    if status is None and not any(_is_connection_error(cause) for cause in _causes(error)):
+        return f"{repo_id} cannot be pushed ({type(error).__name__}): {reason}. Nothing was committed."
     return (
         f"The connection to {endpoint} failed before the commit ({reason or type(error).__name__}), so {repo_id} is as "
         "it was. Run the same command again: files that arrived are not sent twice. A server without Xet storage "
         "needs HF_HUB_DISABLE_XET=1."
     )
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    # By name, because the client's HTTP library is another one in other versions.
+    local = isinstance(error, OSError) and error.filename is not None
+    return (isinstance(error, OSError) and not local) or any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
