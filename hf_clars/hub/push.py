@@ -167,7 +167,9 @@ def _paragraph(error: Exception, repo_id: str, endpoint: str) -> str:
 def _is_connection_error(error: BaseException) -> bool:
     # By name, because the client's HTTP library is another one in other versions.
     local = isinstance(error, OSError) and error.filename is not None
-    return (isinstance(error, OSError) and not local) or any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+    return (isinstance(error, OSError) and not local) or any(
+        kind.__name__ == "TransportError" for kind in type(error).__mro__
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

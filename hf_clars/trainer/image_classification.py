@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from hf_clars.data import ImageData, PixelTransform, build_image_processor, collate_images, load_image_data, trainable
+from hf_clars.data import (
+    DevicePixels,
+    ImageData,
+    PixelTransform,
+    build_image_processor,
+    collate_images,
+    load_image_data,
+    trainable,
+)
 from hf_clars.errors import ConfigError
 from hf_clars.metrics import AccuracyOfRanked, ranked_classes
 from hf_clars.models import build_model
@@ -120,7 +129,7 @@ def _load(settings: RunSettings) -> ImageData:
 
 def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
     args = settings.model
-    return build_model(
+    model = build_model(
         args.model,
         from_scratch=args.from_scratch,
         num_labels=len(data.label_names),
@@ -130,6 +139,7 @@ def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
         replace_head=args.replace_head,
         model_kwargs=args.model_kwargs if isinstance(args.model_kwargs, dict) else None,
     )
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
 def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, stop: StopCallback) -> ClarsTrainer:
@@ -140,6 +150,7 @@ def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, sto
         "in_memory": args.in_memory,
         "bad_images": args.bad_images,
         "classes": len(data.label_names),
+        "on_device": True,
     }
     buffer = args.shuffle_buffer if args.streaming else 0
     train = trainable(
@@ -150,6 +161,7 @@ def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, sto
         **columns,
     )
     evaluation = None if data.eval is None else trainable(data.eval, PixelTransform(pixels, train=False), **columns)
+    DevicePixels(pixels, channels_last=settings.model.channels_last).attach(model)
     settings.training.remove_unused_columns = False  # the transform needs the image column, which no model names
     settings.training.label_names = ["labels"]
     return ClarsTrainer(
