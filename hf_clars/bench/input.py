@@ -29,7 +29,8 @@ from hf_clars.data import DevicePixels, PixelSettings, PixelTransform, collate_i
 from hf_clars.data.pixel_settings import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE = 224
-LIMITS = ("decode, simplejpeg", "decode, torchvision", "decode, Pillow")
+LIMIT = "decode, Pillow"
+"""The decoder of the other loaders; the table has faster ones beside it."""
 OURS = "hf_clars"
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
@@ -42,9 +43,8 @@ class InputRow:
         way: Its name.
         seconds: Of each timed epoch.
         cpu_seconds: Processor time of each, of all processes.
-        memory: MiB held after each epoch, the one that warms up included.
         images: An epoch.
-        of_limit: Its speed as a part of the faster limit's, median over epochs timed in the same round.
+        of_limit: Its speed as a part of Pillow's bare decoding, median over epochs timed in the same round.
         cpu_of_limit: The same by processor time, which other programs on the machine change less.
         note: What it does, or why it did not run.
     """
@@ -52,7 +52,6 @@ class InputRow:
     way: str
     seconds: Sequence[float]
     cpu_seconds: Sequence[float]
-    memory: Sequence[float]
     images: int
     of_limit: float | None
     cpu_of_limit: float | None
@@ -62,6 +61,11 @@ class InputRow:
     def speed(self) -> float | None:
         """Images a second, median."""
         return self.images / statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def cpu_milliseconds(self) -> float | None:
+        """Processor time an image, median."""
+        return 1000 * statistics.median(self.cpu_seconds) / self.images if any(self.cpu_seconds) else None
 
 
 class Decoded(Dataset):
@@ -143,24 +147,25 @@ def _image_folder(root: Path, files: Sequence[Path], options: dict[str, Any]) ->
 def _timm(root: Path, files: Sequence[Path], options: dict[str, Any]) -> Iterable[Any]:
     from timm.data import create_loader, create_dataset  # noqa: I001
 
+    no_more: dict[str, Any] = {"color_jitter": None}  # the same crops and flips as the others
     return create_loader(
         create_dataset("", root=str(root / "train")),
         input_size=(3, SIZE, SIZE),
         batch_size=options["batch_size"],
         is_training=True,
-        color_jitter=None,  # the same crops and flips as the others, and no more
         interpolation="bilinear",
         num_workers=options["num_workers"],
         device=torch.device("cpu"),
         pin_memory=False,
         persistent_workers=options["persistent_workers"],
+        **no_more,
     )
 
 
 WAYS: dict[str, tuple[Make, str]] = {
-    LIMITS[0]: (_limit(decode_with_simplejpeg), "reads and decodes whole files, nothing else"),
-    LIMITS[1]: (_limit(decode_with_torchvision), "reads and decodes whole files, nothing else"),
-    LIMITS[2]: (_limit(decode_with_pillow), "reads and decodes whole files, nothing else"),
+    "decode, simplejpeg": (_limit(decode_with_simplejpeg), "reads and decodes whole files, nothing else"),
+    "decode, torchvision": (_limit(decode_with_torchvision), "reads and decodes whole files, nothing else"),
+    LIMIT: (_limit(decode_with_pillow), "reads and decodes whole files, nothing else"),
     OURS: (_hf_clars, "parquet by `datasets`; crops as uint8, the rest is the device's"),
     "hf_clars, finished on the CPU": (_hf_clars_finished, "the same, with flip and normalisation on the same cores"),
     "torchvision ImageFolder": (_image_folder, "Pillow, v2 transforms, float32"),
@@ -169,19 +174,17 @@ WAYS: dict[str, tuple[Make, str]] = {
 
 
 class _Epoch:
-    """One pass over a loader; keeps what it cost the processor, over all processes, and what memory it held."""
+    """One pass over a loader; keeps what each cost the processor, over all processes."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
         self.cpu: list[float] = []
-        self.memory: list[float] = []
 
     def __call__(self) -> None:
         before = _cpu_seconds()
         for _ in self.loader:
             pass
         self.cpu.append(_cpu_seconds() - before)
-        self.memory.append(_memory())
 
 
 def _processes() -> list[int]:
@@ -193,10 +196,37 @@ def _cpu_seconds() -> float:
     return sum(sum(map(int, _proc(pid, "stat").rpartition(")")[2].split()[11:13])) for pid in _processes()) / _TICKS
 
 
+def memory_over_an_epoch(root: Path, *, workers: int, batch: int, parts: int = 10) -> list[float]:
+    """What this library's loader holds while an epoch goes on.
+
+    Args:
+        root: As for `measure`.
+        workers: Processes that decode.
+        batch: Images a batch.
+        parts: How often to look.
+
+    Returns:
+        MiB of this process and its workers after each part of the epoch, the second of two: the first fills caches.
+        Pages of mapped files are not counted.
+    """
+    loader = _hf_clars(root, (), _options(workers, batch))
+    for _ in loader:
+        pass
+    held: list[float] = []
+    batches = len(loader)  # type: ignore[arg-type]
+    for number, _ in enumerate(loader, 1):
+        if number * parts // batches > len(held):
+            held.append(_memory())
+    return held
+
+
 def _memory() -> float:
-    """MiB that this process and its workers hold themselves; pages of mapped files are not counted."""
     lines = [line.split() for pid in _processes() for line in _proc(pid, "status").splitlines()]
     return sum(int(line[1]) for line in lines if line[0] in ("RssAnon:", "RssShmem:")) / 1024
+
+
+def _options(workers: int, batch: int) -> dict[str, Any]:
+    return {"num_workers": workers, "batch_size": batch, "persistent_workers": workers > 0}
 
 
 def _proc(pid: int, name: str) -> str:
@@ -217,7 +247,7 @@ def measure(root: Path, files: Sequence[Path], *, workers: int, batch: int, roun
     Returns:
         One row a way, the limits first.
     """
-    options = {"num_workers": workers, "batch_size": batch, "persistent_workers": workers > 0, "drop_last": False}
+    options = _options(workers, batch)
     epochs, notes = {}, {name: note for name, (_, note) in WAYS.items()}
     for name, (make, _) in WAYS.items():
         try:
@@ -225,21 +255,19 @@ def measure(root: Path, files: Sequence[Path], *, workers: int, batch: int, roun
         except ImportError as error:
             notes[name] = f"not installed: {error.name}"
     seconds = alternate(epochs, rounds, label="epochs")
-    faster = min(LIMITS, key=lambda name: statistics.median(seconds[name]))
     rows = []
     for name in WAYS:
         if name not in epochs:
-            rows.append(InputRow(name, (), (), (), len(files), None, None, notes[name]))
+            rows.append(InputRow(name, (), (), len(files), None, None, notes[name]))
             continue
-        cpu, limit_cpu = epochs[name].cpu[1:], epochs[faster].cpu[1:]  # the first warmed up
+        cpu, limit_cpu = epochs[name].cpu[1:], epochs[LIMIT].cpu[1:]  # the first warmed up
         rows.append(
             InputRow(
                 name,
                 seconds[name],
                 cpu,
-                epochs[name].memory,
                 len(files),
-                _median_ratio(seconds[faster], seconds[name]),
+                _median_ratio(seconds[LIMIT], seconds[name]),
                 _median_ratio(limit_cpu, cpu) if all(cpu) else None,
                 notes[name],
             )

@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module, what it does)
     "card": ("hf_clars.cli.card", "write the model card of a finished run again, with other facts"),
     "push": ("hf_clars.cli.push", "put a finished run on the Hugging Face Hub"),
     "bench": ("hf_clars.cli.bench", "measure what per-sample gradient norms cost on this machine"),
+    "bench-input": ("hf_clars.cli.bench_input", "measure how fast images come, beside other loaders"),
 }
 """In the order of the help. Modules are imported only when their command is called."""
 

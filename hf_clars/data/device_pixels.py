@@ -45,7 +45,7 @@ class DevicePixels:
         if flip is not None:
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         mean, std = self._constants(images.device)
-        scaled = images.to(torch.float32, memory_format=self._layout).div_(255)
+        scaled = images.to(torch.float32, memory_format=self._layout).mul_(1.0 / 255)  # as torchvision rounds
         return scaled.sub_(mean).div_(std)
 
     def attach(self, model: nn.Module) -> RemovableHandle:

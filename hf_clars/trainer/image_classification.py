@@ -139,7 +139,9 @@ def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
         replace_head=args.replace_head,
         model_kwargs=args.model_kwargs if isinstance(args.model_kwargs, dict) else None,
     )
-    return model.to(memory_format=torch.channels_last) if args.channels_last else model
+    if args.channels_last:
+        nn.Module.to(model, memory_format=torch.channels_last)
+    return model
 
 
 def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, stop: StopCallback) -> ClarsTrainer:
