@@ -216,11 +216,12 @@ def memory_over_an_epoch(root: Path, *, workers: int, batch: int, parts: int = 1
     batches = len(loader)  # type: ignore[arg-type]
     for number, _ in enumerate(loader, 1):
         if number * parts // batches > len(held):
-            held.append(_memory())
+            held.append(held_memory())
     return held
 
 
-def _memory() -> float:
+def held_memory() -> float:
+    """MiB that this process and its workers hold themselves, mapped files not counted; 0 where it cannot be told."""
     lines = [line.split() for pid in _processes() for line in _proc(pid, "status").splitlines()]
     return sum(int(line[1]) for line in lines if line[0] in ("RssAnon:", "RssShmem:")) / 1024
 

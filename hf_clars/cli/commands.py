@@ -76,7 +76,7 @@ def _help() -> str:
         [
             "hf-clars COMMAND [...]",
             "",
-            "Large-batch training without warmup: CLARS, LARS and exact per-sample gradient norms.",
+            "Large-batch training without warmup, and exact per-sample gradient norms.",
             "",
             *lines,
             "",
