@@ -14,7 +14,7 @@ Main = Callable[..., int]
 
 COMMANDS = {  # name: (module, what it does)
     "train": ("hf_clars.cli.train", "train an image classifier from a YAML file and flags"),
-    "card": ("hf_clars.cli.card", "write the model card of a finished run again, with other facts"),
+    "card": ("hf_clars.cli.card", "write a finished run's model card again, with other facts"),
     "push": ("hf_clars.cli.push", "put a finished run on the Hugging Face Hub"),
     "bench": ("hf_clars.cli.bench", "measure what per-sample gradient norms cost on this machine"),
     "bench-input": ("hf_clars.cli.bench_input", "measure how fast images come, beside other loaders"),
