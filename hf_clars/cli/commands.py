@@ -80,7 +80,7 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "`hf-clars COMMAND --help` explains one. For several processes start training with",
+            "`hf-clars COMMAND --help` explains one. To train with several processes:",
             "`accelerate launch --module hf_clars.cli.train --config FILE.yaml`.",
         ]
     )
