@@ -78,10 +78,9 @@ def test_accumulation_gives_the_numbers_of_whole_batches(single, model, accumula
     assert_same(single(model, "clars", accumulation), single(model, "clars"))
 
 
+@pytest.mark.parametrize("launched", ["ddp"], indirect=True)
 @pytest.mark.parametrize("loader", LOADERS)
 def test_however_a_loader_shares_the_batch_out(launched, single, loader):
-    name, out = launched
-    if name != "ddp":
-        pytest.skip("the loader is the same under every launcher: tested under ddp")
+    _, out = launched
     changes = LOADERS[loader] if loader == "label smoothing" else {}
     assert_same(outcome(out / loader.replace(" ", "_")), single("group norm", "clars", **changes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from datasets import (
 
 from hf_clars.data import digits
 from hf_clars.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 EVAL_SPLITS = ("validation", "valid", "val", "test")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
@@ -93,6 +96,9 @@ def load_image_data(
     train, evaluation, names = _class_labels(train, evaluation, label_column, dataset)
     train = _first(train, max_train_samples, train_split)
     evaluation = None if evaluation is None else _first(evaluation, max_eval_samples, str(eval_split))
+    for name, split in ((train_split, train), (eval_split, evaluation)):
+        if isinstance(split, Dataset):
+            _check_labels(split, label_column, names, str(name), report_empty=split is train)
     return ImageData(
         train=train,
         eval=evaluation,
@@ -229,3 +235,25 @@ def _class_labels(train: Any, evaluation: Any, column: str, dataset: str) -> tup
         return train.cast_column(column, label), evaluation and evaluation.cast_column(column, label), names
     except ValueError as error:
         raise DataError(f"The evaluation split of {dataset} has labels that training has not: {error}") from error
+
+
+def _check_labels(split: Dataset, column: str, names: list[str], which: str, *, report_empty: bool) -> None:
+    """Refuse labels that are no class, and warn of classes without an image; streams are checked as they run."""
+    found = set(split.select_columns([column]).unique(column))
+    wrong = [label for label in found if label is None or not 0 <= label < len(names)]
+    if wrong:
+        raise DataError(
+            f"The split {which!r} has the label {wrong[0]}, but there are {len(names)} classes (0 to "
+            f"{len(names) - 1}): mend the column {column!r}, or choose another split (some have no labels)."
+        )
+    empty = [name for label, name in enumerate(names) if label not in found]
+    if report_empty and empty:
+        logger.warning(
+            "%d of the %d classes ha%s no training image: %s%s. The model cannot learn %s.",
+            len(empty),
+            len(names),
+            "s" if len(empty) == 1 else "ve",
+            ", ".join(empty[:5]),
+            ", ..." if len(empty) > 5 else "",
+            "it" if len(empty) == 1 else "them",
+        )

@@ -25,6 +25,8 @@ class RunSummary:
         dataset_id: The data set's id on the Hub; default None: it is not on the Hub, or not known to be.
         dataset_config: The configuration of the data set that was used; default None: there is but one.
         eval_split: The split that the results are of.
+        eval_task: The task's id in the `eval.yaml` of a data set that is a benchmark on the Hub; default None: the
+            configuration's name, or "default".
         splits: The number of images by split.
         hardware: The machine in words.
         versions: Library versions by name.
@@ -47,6 +49,7 @@ class RunSummary:
     dataset_id: str | None = None
     dataset_config: str | None = None
     eval_split: str | None = None
+    eval_task: str | None = None
     splits: Mapping[str, int] = field(default_factory=dict)
     hardware: str = "not recorded"
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from hf_clars.distributed.zero import UnsupportedEngineError, is_flat_piece
 from hf_clars.layers import LayerMode
 from hf_clars.optim.groups import ADAPTIVE, FROZEN, LAYER, layer_groups
 from hf_clars.optim.loop_guard import LoopGuard
+from hf_clars.optim.nonfinite import hold_unless_finite
 from hf_clars.optim.update import MomentumForm, multi_tensor_update, single_tensor_update
 
 BUFFER = "momentum_buffer"
@@ -31,6 +32,8 @@ class LayerMeasures:
         grad_norm: ||g_k||.
         mean_sample_norm: n_k in the units of `p.grad`; None for methods that do not measure it.
         ratio: R_k = ||g_k|| / n_k, in [0, 1]; None likewise.
+        finite: Bool: the layer's gradient norms are neither NaN nor infinite; None for methods that measure none.
+        applied: Bool, 0-dim: the step was taken, because all of them are; None likewise.
     """
 
     rate: Tensor
@@ -38,6 +41,8 @@ class LayerMeasures:
     grad_norm: Tensor
     mean_sample_norm: Tensor | None = None
     ratio: Tensor | None = None
+    finite: Tensor | None = None
+    applied: Tensor | None = None
 
     def stacked(self) -> Tensor:
         """[5, K] in the order of the attributes, NaN where a quantity was not measured."""
@@ -119,6 +124,8 @@ class LayerwiseOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step. Parameters without a gradient are left alone, as in torch's optimizers.
 
+        A step with a NaN or an infinity in the measured norms is not taken, see `last_step.applied`.
+
         Under DeepSpeed's ZeRO this is called several times for one update, with a part of the weights each time: all
         norms are taken, and all rates computed, at the first of these calls.
 
@@ -140,9 +147,10 @@ class LayerwiseOptimizer(Optimizer):
         if self._calls_left == 0:
             self._calls_left = self._calls()
             if tensors.params or self._zero is not None:
-                self.last_step = self._measure(tensors)
+                measures = self._measure(tensors)
+                self.last_step = hold_unless_finite(measures) if self.measures_norms else measures
         if tensors.params and self.last_step is not None:
-            self._update(tensors, self.last_step.rate)
+            self._update(tensors, self.last_step.rate, self.last_step.applied)
         self._calls_left = max(0, self._calls_left - 1)
         if self._calls_left == 0:
             self._after_step()
@@ -243,11 +251,15 @@ class LayerwiseOptimizer(Optimizer):
         shown = {id(group) for group in self.param_groups}
         return ((k, group) for k, group in enumerate(self._all_groups) if id(group) in shown)
 
-    def _update(self, tensors: _StepTensors, rates: Tensor) -> None:
+    def _update(self, tensors: _StepTensors, rates: Tensor, applied: Tensor | None) -> None:
         """Apply the update, once for each pair of (momentum, weight decay) among the groups."""
         # On the CPU each weight is updated at one go, while it is in cache; a rate is read there without waiting.
         on_host = self.foreach is None and rates.device.type == "cpu"
         per_layer: Sequence[Any] = rates.tolist() if on_host else rates.unbind()
+        if on_host and applied is not None:
+            if not applied:
+                return
+            applied = None
         buckets: dict[tuple[float, float], list[int]] = {}
         for i, k in enumerate(tensors.layer):
             group = self._all_groups[k]
@@ -262,9 +274,15 @@ class LayerwiseOptimizer(Optimizer):
                 momentum=momentum,
                 weight_decay=weight_decay,
                 form=self.momentum_form,
+                applied=applied,
             )
 
     # ---- norms and rates -----------------------------------------------------------------------------------
+
+    @property
+    def measures_norms(self) -> bool:
+        """Whether steps measure the layers' norms, and so are held when one is not finite."""
+        return True
 
     @abstractmethod
     def _measure(self, tensors: _StepTensors) -> LayerMeasures:

@@ -59,6 +59,11 @@ class NAG(LayerwiseOptimizer):
             foreach=foreach,
         )
 
+    @property
+    def measures_norms(self) -> bool:
+        """Whether `measure` was set."""
+        return self.measure
+
     def _measure(self, tensors: _StepTensors) -> LayerMeasures:
         if self.measure:
             weight_norm, grad_norm, _ = self._layer_norms(tensors)

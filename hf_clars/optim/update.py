@@ -9,7 +9,7 @@ m <- beta m + g and w <- w - gamma m, the rate outside.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ def single_tensor_update(
     momentum: float,
     weight_decay: float,
     form: MomentumForm,
+    applied: Tensor | None = None,
 ) -> None:
     """Update each weight and its buffer in place, one after the other; `grads` are left as they are.
 
@@ -37,15 +38,23 @@ def single_tensor_update(
         momentum: beta in [0, 1).
         weight_decay: Coupled: g + weight_decay * w is applied.
         form: `"nesterov"` or `"heavy_ball"`.
+        applied: 0-dim bool on the weights' device, asked there: False, with rates of 0, leaves weights and buffers
+            exactly as they are, whatever `grads` hold. None: the step is taken.
     """
+    kept, ahead = _momentum_factors(momentum, applied, buffers[0].dtype)
     for w, g, m, rate in zip(params, grads, buffers, rates, strict=True):
         decayed = g.add(w, alpha=weight_decay) if weight_decay else g
+        if applied is not None:
+            decayed = torch.where(applied, decayed, 0.0)  # 0 times NaN is NaN
         if form == "nesterov":
             step, scale = (decayed * rate, 1.0) if isinstance(rate, Tensor) else (decayed, rate)
-            m.mul_(momentum).sub_(step, alpha=scale)
-            w.add_(m, alpha=momentum).sub_(step, alpha=scale)
+            m.mul_(kept).sub_(step, alpha=scale)
+            if isinstance(ahead, Tensor):
+                w.addcmul_(m, ahead).sub_(step, alpha=scale)
+            else:
+                w.add_(m, alpha=ahead).sub_(step, alpha=scale)
         else:
-            m.mul_(momentum).add_(decayed)
+            m.mul_(kept).add_(decayed)
             step, scale = (m * rate, 1.0) if isinstance(rate, Tensor) else (m, rate)
             w.sub_(step, alpha=scale)
 
@@ -59,17 +68,33 @@ def multi_tensor_update(
     momentum: float,
     weight_decay: float,
     form: MomentumForm,
+    applied: Tensor | None = None,
 ) -> None:
     """The same update by torch's foreach functions. Arguments as in `single_tensor_update`, rates as tensors."""
     if weight_decay:
         grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
+    if applied is not None:
+        grads = [torch.where(applied, grad, 0.0) for grad in grads]  # 0 times NaN is NaN
+    kept, ahead = _momentum_factors(momentum, applied, buffers[0].dtype)
     if form == "nesterov":
         steps = torch._foreach_mul(grads, rates)
-        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_mul_(buffers, kept)
         torch._foreach_sub_(buffers, steps)
-        torch._foreach_add_(params, buffers, alpha=momentum)
         torch._foreach_sub_(params, steps)
+        if isinstance(ahead, Tensor):
+            del grads, steps  # the next line needs their memory
+            torch._foreach_add_(params, torch._foreach_mul(buffers, ahead))
+        else:
+            torch._foreach_add_(params, buffers, alpha=ahead)
     else:
-        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_mul_(buffers, kept)
         torch._foreach_add_(buffers, grads)
         torch._foreach_sub_(params, torch._foreach_mul(buffers, rates))
+
+
+def _momentum_factors(momentum: float, applied: Tensor | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(what is kept of the buffer, how far the weights go along it); 1 and 0 for a step that is not taken."""
+    if applied is None:
+        return momentum, momentum
+    taken = applied.double()
+    return (taken * momentum + (1.0 - taken)).to(dtype), (taken * momentum).to(dtype)

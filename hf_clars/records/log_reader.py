@@ -8,7 +8,7 @@ import numpy as np
 
 from hf_clars.records.files import RecordError, nearest
 from hf_clars.records.log_file import QUANTITIES, Floats, LogFile, LogHead, Steps, check_quantity
-from hf_clars.records.pieces import find_log
+from hf_clars.records.pieces import FOLDER, HEAD, MERGED, find_log
 
 
 class LogReader:
@@ -32,6 +32,11 @@ class LogReader:
         """
         path = Path(path)
         return cls(path, *find_log(path))
+
+    @staticmethod
+    def is_in(folder: str | Path) -> bool:
+        """Whether a run's folder holds a log, growing or merged."""
+        return (Path(folder) / FOLDER / HEAD).exists() or (Path(folder) / MERGED).exists()
 
     @property
     def layers(self) -> list[str]:

@@ -23,7 +23,8 @@ class ClarsTrainingArguments(TrainingArguments):
 
     Defaults that differ from `TrainingArguments`: `learning_rate` None (linear scaling), `lr_scheduler_type`
     `"polynomial"` with power 2 down to 0, `max_grad_norm` 0 (clipping would change gradients after their norms were
-    measured), `weight_decay` stays 0.
+    measured), `logging_nan_inf_filter` False (it would wait for the device at every pass; `ClarsTrainer` does not),
+    `hub_strategy` `"end"` (nothing but the finished run is shared), `weight_decay` stays 0.
 
     Args:
         method: `"clars"` (default), `"lars"` or `"nag"` (mNAG).
@@ -53,6 +54,9 @@ class ClarsTrainingArguments(TrainingArguments):
         layer_report_steps: Optimizer steps between two reports of each layer's rate and R_k to `report_to`
             (TensorBoard, Trackio ...). None (default): at each log of the loss, within 1 % of the training time;
             0: never.
+        nonfinite: What to do about a step with NaN or infinity in it, which is never taken: `"skip"` (default) counts
+            and reports it, `"stop"` ends the run.
+        on_save_error: When a checkpoint or the log cannot be written: `"stop"` (default) or `"continue"`.
 
     Raises:
         ConfigError: For settings that cannot work together; before anything is loaded or trained.
@@ -64,6 +68,8 @@ class ClarsTrainingArguments(TrainingArguments):
     )
     lr_scheduler_type: str = _option("polynomial", "Schedule of the rate (transformers' names).")
     max_grad_norm: float = _option(0.0, "Must stay 0: clipping would change gradients after their norms were measured.")
+    logging_nan_inf_filter: bool = _option(False, "Replace NaN losses in logs by the mean of others.")
+    hub_strategy: str = _option("end", "Must stay end: checkpoints hold states that are not for sharing.")
     method: str = field(
         default="clars", metadata={"help": "Layer rates: clars, lars or nag.", "choices": ["clars", "lars", "nag"]}
     )
@@ -95,6 +101,20 @@ class ClarsTrainingArguments(TrainingArguments):
     log_layer_rates: bool = _option(True, "Keep the layer-rate log and draw it.")
     layer_report_steps: int | None = _option(
         None, "Steps between reports of all layers to report_to; empty: at each log, within 1 % of the time; 0: never."
+    )
+    nonfinite: str = field(
+        default="skip",
+        metadata={
+            "help": "Steps with NaN or infinity are not taken: skip (and report), or stop.",
+            "choices": ["skip", "stop"],
+        },
+    )
+    on_save_error: str = field(
+        default="stop",
+        metadata={
+            "help": "If a checkpoint or the log cannot be written: stop or continue.",
+            "choices": ["stop", "continue"],
+        },
     )
 
     def __post_init__(self) -> None:
@@ -129,6 +149,8 @@ class ClarsTrainingArguments(TrainingArguments):
             "norm": ("mean", "rms"),
             "estimator": ("samples", "microbatch"),
             "layers": ("module", "tensor"),
+            "nonfinite": ("skip", "stop"),
+            "on_save_error": ("stop", "continue"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -138,6 +160,12 @@ class ClarsTrainingArguments(TrainingArguments):
                 f"max_grad_norm={self.max_grad_norm} would clip the gradients after the norms that the layer rates "
                 f"rest "
                 "on were measured. Set max_grad_norm to 0: CLARS and LARS bound each layer's step by themselves."
+            )
+        if self.push_to_hub and self.hub_strategy != "end":
+            raise ConfigError(
+                f"hub_strategy={getattr(self.hub_strategy, 'value', self.hub_strategy)} would push checkpoints with "
+                "optimizer states, logs and arguments during training. Set hub_strategy to end: the finished run's "
+                "model, card, layer rates and results are pushed."
             )
         for name in ("gamma_base", "base_batch_size", "lr_step_factor"):
             if getattr(self, name) <= 0:

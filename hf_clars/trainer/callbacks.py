@@ -12,7 +12,7 @@ from hf_clars.optim import LayerMeasures, LayerwiseOptimizer
 from hf_clars.optim.freeze import set_frozen
 from hf_clars.plots import Run
 from hf_clars.plots.products import RATES, draw_run
-from hf_clars.records import LayerRateLog
+from hf_clars.records import LayerRateLog, RecordError
 from hf_clars.trainer.optimizers import layerwise
 
 PICTURE = f"{RATES}.png"
@@ -31,6 +31,8 @@ class LayerRateCallback(TrainerCallback):
         settings: What a reader of the log should know of the run; JSON-able.
         flush_every: Steps between two pieces of the log. Default 50.
         optimizer: The layer-wise optimizer; None: found in what Trainer passes to callbacks.
+        on_save_error: When the log cannot be written, `"stop"` (default), or `"continue"`: steps stay in memory, 20
+            bytes a layer each, until it can.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class LayerRateCallback(TrainerCallback):
         *,
         flush_every: int = 50,
         optimizer: LayerwiseOptimizer | None = None,
+        on_save_error: str = "stop",
     ) -> None:
+        self.on_save_error = on_save_error
         self.settings = settings or {}
         self.flush_every = flush_every
         self._optimizer = optimizer
@@ -54,7 +58,8 @@ class LayerRateCallback(TrainerCallback):
         if self._optimizer is None or not state.is_world_process_zero:
             return
         names, folder = self._optimizer.layer_names, Path(str(args.output_dir))
-        if state.global_step > 0 and (folder / "layer_rates").exists() | (folder / "layer_rates.safetensors").exists():
+        goes_on = state.global_step > 0 or bool(args.resume_from_checkpoint)
+        if goes_on and LayerRateLog.is_in(folder):
             self._log = LayerRateLog.resume(folder, state.global_step, layers=names, flush_every=self.flush_every)
         else:
             self._log = LayerRateLog.create(folder, layers=names, settings=self.settings, flush_every=self.flush_every)
@@ -65,7 +70,10 @@ class LayerRateCallback(TrainerCallback):
             return
         self._last = self._optimizer.last_step
         if self._last is not None:
-            self._log.append(state.global_step, self._last.stacked())
+            try:
+                self._log.append(state.global_step, self._last.stacked())
+            except RecordError as error:  # the step itself is in memory
+                self._not_written(error)
         self._flush_before_save(control)
 
     def on_epoch_end(
@@ -76,8 +84,25 @@ class LayerRateCallback(TrainerCallback):
 
     def _flush_before_save(self, control: TrainerControl) -> None:
         """A checkpoint never is ahead of the log: a run that is killed right after it resumes without a gap."""
-        if self._log is not None and control.should_save:
+        if control.should_save:
+            try:
+                self.flush()
+            except RecordError as error:
+                self._not_written(error)
+
+    def flush(self) -> None:
+        """Write what is in memory.
+
+        Raises:
+            RecordError: It could not be written, and stays in memory.
+        """
+        if self._log is not None:
             self._log.flush()
+
+    def _not_written(self, error: RecordError) -> None:
+        if self.on_save_error == "stop":
+            raise error
+        logger.warning("%s Training goes on (on_save_error=continue).", error)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +120,20 @@ class LayerRateCallback(TrainerCallback):
             if product.problem is not None and not product.missing:
                 logger.warning("Not drawn: %s", product.problem)
         self._log = None
+
+
+class LogAtCheckpointCallback(TrainerCallback):
+    """Log at each checkpoint too: the loss that Trainer has summed since its last log is in no checkpoint."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Before the checkpoint of a step."""
+        control.should_log = control.should_log or control.should_save
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the checkpoint of an epoch."""
+        control.should_log = control.should_log or control.should_save
 
 
 class FreezeHeadCallback(TrainerCallback):

@@ -8,19 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_clars.data import ImageData, PixelTransform, build_image_processor, collate_images, load_image_data, trainable
+from hf_clars.data import (
+    DevicePixels,
+    ImageData,
+    PixelTransform,
+    build_image_processor,
+    collate_images,
+    load_image_data,
+    trainable,
+)
 from hf_clars.errors import ConfigError
 from hf_clars.metrics import AccuracyOfRanked, ranked_classes
 from hf_clars.models import build_model
+from hf_clars.records.checkpoints import newest_checkpoint
 from hf_clars.trainer.arguments import ClarsTrainingArguments
-from hf_clars.trainer.card import write_model_card
+from hf_clars.trainer.card import final_results, write_model_card
 from hf_clars.trainer.config import parse_config
 from hf_clars.trainer.preflight import check_free_space, checkpoint_bytes, claim_output_dir
+from hf_clars.trainer.resuming import newest_to_resume
 from hf_clars.trainer.run_arguments import DataArguments, ModelArguments, OutputArguments
+from hf_clars.trainer.stopping import StopCallback
 from hf_clars.trainer.summary import after_training, before_training
 from hf_clars.trainer.trainer import ClarsTrainer
 
@@ -71,16 +82,17 @@ def train_image_classifier(settings: RunSettings) -> dict[str, float]:
     Raises:
         HfClarsError: Before any work is done, if the run cannot succeed.
     """
-    args = settings.training
-    resume = bool(args.resume_from_checkpoint) and args.resume_from_checkpoint != "false"
+    args, stop = settings.training, StopCallback(settings.output.max_hours)
+    resume = bool(args.resume_from_checkpoint) and str(args.resume_from_checkpoint).lower() != "false"
+    args.resume_from_checkpoint = str(args.resume_from_checkpoint) if resume else None
     folder = claim_output_dir(str(args.output_dir), existing=settings.output.existing_output, resume=resume)
     args.output_dir = str(folder)
-    checkpoint = _checkpoint(folder, args.resume_from_checkpoint) if resume else None
+    checkpoint = _checkpoint(folder, str(args.resume_from_checkpoint)) if resume else None
     set_seed(args.seed)
     data = _load(settings)
     model = _build(settings, data)
     check_free_space(folder, checkpoint_bytes(_elements(model), args.save_total_limit))
-    trainer = _trainer(settings, data, model)
+    trainer = _trainer(settings, data, model, stop)
     before_training(trainer, data)
     trainer.train(resume_from_checkpoint=checkpoint)
     return _finish(trainer, settings, data)
@@ -117,7 +129,7 @@ def _load(settings: RunSettings) -> ImageData:
 
 def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
     args = settings.model
-    return build_model(
+    model = build_model(
         args.model,
         from_scratch=args.from_scratch,
         num_labels=len(data.label_names),
@@ -127,14 +139,20 @@ def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
         replace_head=args.replace_head,
         model_kwargs=args.model_kwargs if isinstance(args.model_kwargs, dict) else None,
     )
+    if args.channels_last:
+        nn.Module.to(model, memory_format=torch.channels_last)
+    return model
 
 
-def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel) -> ClarsTrainer:
+def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, stop: StopCallback) -> ClarsTrainer:
     args, pixels = settings.data, settings.data.pixel_settings()
     columns: dict[str, Any] = {
         "image_column": data.image_column,
         "label_column": data.label_column,
         "in_memory": args.in_memory,
+        "bad_images": args.bad_images,
+        "classes": len(data.label_names),
+        "on_device": True,
     }
     buffer = args.shuffle_buffer if args.streaming else 0
     train = trainable(
@@ -145,6 +163,7 @@ def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel) -> 
         **columns,
     )
     evaluation = None if data.eval is None else trainable(data.eval, PixelTransform(pixels, train=False), **columns)
+    DevicePixels(pixels, channels_last=settings.model.channels_last).attach(model)
     settings.training.remove_unused_columns = False  # the transform needs the image column, which no model names
     settings.training.label_names = ["labels"]
     return ClarsTrainer(
@@ -156,41 +175,36 @@ def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel) -> 
         processing_class=build_image_processor(pixels),
         compute_metrics=AccuracyOfRanked(),
         preprocess_logits_for_metrics=ranked_classes,
+        callbacks=[stop],
     )
 
 
 def _finish(trainer: ClarsTrainer, settings: RunSettings, data: ImageData) -> dict[str, float]:
     """Save what the run leaves; `all_results.json` and the card hold the same numbers."""
-    results = _logged(trainer, "train_runtime")
-    if data.eval is not None:
-        evaluated = _logged(trainer, "eval_loss", at_step=trainer.state.global_step)
-        results |= evaluated or trainer.evaluate()
-    trainer.save_model()
+    results = final_results(trainer)
+    if data.eval is not None and "eval_loss" not in results:
+        results |= trainer.evaluate()
+    trainer.save_model(_internal_call=True)  # pushed below, when all is there
     trainer.save_state()
     trainer.save_metrics("all", results, combined=False)
     if trainer.is_world_process_zero():
         write_model_card(trainer, settings.model, settings.data, settings.output, data, results)
         after_training(trainer, results)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     return results
 
 
-def _logged(trainer: ClarsTrainer, key: str, *, at_step: int | None = None) -> dict[str, float]:
-    """The last entry of the log that has a key; empty if there is none, or it is of another step."""
-    entry = next((e for e in reversed(trainer.state.log_history) if key in e), {})
-    if at_step is not None and entry.get("step") != at_step:
-        return {}
-    return {name: value for name, value in entry.items() if name != "step"}
-
-
-def _checkpoint(folder: Path, wanted: str | bool | None) -> str:
-    if str(wanted).lower() not in ("true", "latest", "last"):
-        if not Path(str(wanted)).is_dir():
-            raise ConfigError(f"resume_from_checkpoint={wanted} is no folder: give a checkpoint's path, or `true`.")
-        return str(wanted)
-    found = get_last_checkpoint(str(folder))
-    if found is None:
-        raise ConfigError(f"There is no checkpoint to resume from in {folder}: leave out --resume_from_checkpoint.")
-    return found
+def _checkpoint(folder: Path, wanted: str) -> str | None:
+    """The checkpoint to resume from; None where `auto` finds none, and the run starts anew."""
+    if wanted.lower() in ("true", "latest", "last"):
+        return str(newest_to_resume(folder))
+    if wanted.lower() == "auto":
+        found = newest_checkpoint(folder)
+        return None if found is None else str(found)
+    if not Path(wanted).is_dir():
+        raise ConfigError(f"resume_from_checkpoint={wanted} is no folder: give a checkpoint's path, `true` or `auto`.")
+    return wanted
 
 
 def _elements(model: nn.Module) -> int:

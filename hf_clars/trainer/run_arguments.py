@@ -31,6 +31,11 @@ class DataArguments:
     max_train_samples: int | None = _option(None, "Use only the first so many training images.")
     max_eval_samples: int | None = _option(None, "Use only the first so many evaluation images.")
     in_memory: bool = _option(False, "Decode a small data set once and hold it.")
+    bad_images: str = _option(
+        "raise",
+        "Images that cannot be decoded: raise, or skip (the next one takes the place; each is reported).",
+        choices=["raise", "skip"],
+    )
     image_size: int = _option(224, "Height and width that the model sees.")
     num_channels: int = _option(3, "3 for RGB, 1 for grey.")
     augment: str = _option(
@@ -65,6 +70,7 @@ class ModelArguments:
     )
     from_scratch: bool = _option(False, "Take only the architecture of a Hub name or folder, not its weights.")
     replace_head: bool = _option(False, "Give a pretrained model a new classifier for this data's classes.")
+    channels_last: bool = _option(False, "Interleave channels in memory, which GPUs with tensor cores are faster with.")
     model_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the model's config, as JSON."})
 
     def __post_init__(self) -> None:
@@ -78,12 +84,18 @@ class ModelArguments:
 
 @dataclass
 class OutputArguments:
-    """What happens to the run's folder and card."""
+    """How a run ends, and what happens to its folder and card."""
 
     existing_output: str = _option(
         "refuse",
         "If output_dir holds files: refuse, or number (use output_dir-2, -3, ...).",
         choices=["refuse", "number"],
     )
+    max_hours: float = _option(
+        0.0, "Stop after so many hours with a checkpoint and exit code 75, to be resumed; 0: no limit."
+    )
     license: str | None = _option(None, "Licence of the weights for the model card, e.g. apache-2.0.")
     model_name: str | None = _option(None, "Title of the model card; empty: made from model and data.")
+    eval_task: str | None = _option(
+        None, "Task in the eval.yaml of a Hub benchmark that the results are of; empty: the configuration, or default."
+    )

@@ -1,31 +1,183 @@
-"""Checkpoints without pickle: optimizer, schedule and random states as safetensors.
+"""Checkpoints that hold no pickle, and that are complete or absent.
 
-transformers' Trainer has no public hook for how these are stored, so this file, and no other, overrides four of its
-private methods; `tests/test_safe_checkpoints.py` fails loudly when they change. Sharded engines (DeepSpeed, FSDP) keep
-their own formats. Checkpoints of the plain Trainer load too, by its own weights-only loading.
+transformers' Trainer has no public hook for how and where these are stored, so this file, and no other, overrides its
+private methods for it; `tests/test_safe_checkpoints.py` fails loudly when they change. Sharded engines (DeepSpeed,
+FSDP) keep their own formats, in folders that are complete or absent too. Checkpoints of the plain Trainer load, by its
+own weights-only loading.
 """
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
-from hf_clars.records import load_optimizer_state, save_optimizer_state
+from hf_clars.records import RecordError, checkpoints, load_optimizer_state, save_optimizer_state
+from hf_clars.records.differences import optimizer_differences, sentence
+from hf_clars.trainer.resuming import CheckpointMisfitError, check_checkpoint, newest_to_resume
 
 OPTIMIZER = "optimizer.safetensors"
 SCHEDULER = "scheduler.safetensors"
+SCALER = "scaler.safetensors"
+
+DISK_ERRORS = (OSError, SafetensorError, RecordError)
+"""What a full or read-only disk raises while a checkpoint is written."""
+
+logger = logging.getLogger(__name__)
 
 
 class SafeCheckpoints(Trainer):
-    """A Trainer whose checkpoints hold no pickle."""
+    """A Trainer whose checkpoints hold no pickle and are complete or absent.
+
+    A checkpoint that cannot be written leaves the earlier ones as they are. What happens then is the attribute
+    `on_save_error`: `"stop"` (default) raises, `"continue"` warns and trains on; all processes do the same.
+    """
+
+    on_save_error = "stop"
+    _partial: Path | None = None  # where a checkpoint is being written
+    _save_problem: str | None = None
+
+    def checkpoint_settings(self) -> dict[str, Any]:
+        """What a run that resumes should have in common with this one, as plain values; stored in each checkpoint."""
+        return {}
+
+    def before_checkpoint(self) -> None:
+        """Called on all processes before a checkpoint is written."""
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, from the newest complete checkpoint (`True`), a given one, or the start.
+
+        Args:
+            resume_from_checkpoint: As in `Trainer`.
+            trial: As in `Trainer`.
+            ignore_keys_for_eval: As in `Trainer`.
+
+        Returns:
+            As `Trainer` does.
+
+        Raises:
+            CheckpointMisfitError: The checkpoint is of another model or run; the message says what differs.
+            RecordError: It is damaged.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_to_resume(Path(str(self.args.output_dir))))
+        if resume_from_checkpoint and not self._keeps_own_format():
+            assert isinstance(self.model, nn.Module)
+            check_checkpoint(Path(str(resume_from_checkpoint)), self.model, self.checkpoint_settings())
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def _keeps_own_format(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    # ---- complete or absent --------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The run's folder; while a checkpoint is written, the one that it is written in."""
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.local_process_index == 0:
+            checkpoints.clear_partial(run)
+        self.accelerator.wait_for_everyone()
+        self._save_problem, self._partial = None, checkpoints.partial_run(run)
+        push, self.args.push_to_hub = self.args.push_to_hub, False
+        try:
+            with self._disk_errors_noted():
+                self.before_checkpoint()
+            with self._disk_errors_noted():
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._partial, self.args.push_to_hub = None, push
+        if self._finish_checkpoint(run, name) and push:
+            self._push_from_checkpoint(str(run / name))
+
+    def _finish_checkpoint(self, run: Path, name: str) -> bool:
+        """Give a checkpoint its name if all processes wrote their part, and delete old ones; whether it was given."""
+        partial = checkpoints.partial_run(run) / name
+        self._agree_on_problem()
+        if self._save_problem is None:
+            with self._disk_errors_noted():
+                if self.args.should_save:
+                    self._correct_best(run, partial)
+                    checkpoints.write_manifest(partial, self.checkpoint_settings())
+                    checkpoints.commit(partial, run / name)
+            self._agree_on_problem()
+        if self._save_problem is not None:
+            if self.args.should_save:
+                checkpoints.clear_partial(run)
+            self._report_problem(run / name)
+            return False
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            protected = {run / name} | ({Path(best)} if best else set())
+            checkpoints.rotate(run, self.args.save_total_limit, protected)
+        return True
+
+    def _correct_best(self, run: Path, partial: Path) -> None:
+        """Trainer noted the best checkpoint where it was written; its name is about to change."""
+        if self.state.best_model_checkpoint == str(partial):
+            self.state.best_model_checkpoint = str(run / partial.name)
+            self.state.save_to_json(str(partial / checkpoints.TRAINER_STATE))
+
+    @contextmanager
+    def _disk_errors_noted(self) -> Iterator[None]:
+        """Go on to the next collective call, which other processes wait in; the problem is shared afterwards."""
+        try:
+            yield
+        except DISK_ERRORS as error:
+            if self._partial is not None and self._keeps_own_format():
+                raise  # the saving of sharded engines has collective calls inside, which nobody can go past
+            self._save_problem = self._save_problem or f"{type(error).__name__}: {error}"
+
+    def _agree_on_problem(self) -> None:
+        if self.accelerator.num_processes > 1:
+            found = [problem for problem in gather_object([self._save_problem]) if problem is not None]
+            self._save_problem = found[0] if found else None
+
+    def _report_problem(self, folder: Path) -> None:
+        message = (
+            f"The checkpoint {folder} could not be written ({self._save_problem}). Earlier checkpoints are unchanged. "
+            "Free some space or make the folder writable"
+        )
+        if self.on_save_error == "stop":
+            raise RecordError(f"{message}, then go on with --resume_from_checkpoint true.")
+        logger.warning(
+            "%s; training goes on (on_save_error=continue) and the next checkpoint is tried in its turn.", message
+        )
+
+    # ---- without pickle ------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and processor, and the arguments as JSON: Trainer's `training_args.bin` is a pickle.
+
+        Args:
+            output_dir: Where to; None: the run's folder.
+            _internal_call: As Trainer passes it.
+        """
+        with self._disk_errors_noted() if self._partial is not None else nullcontext():
+            super().save_model(output_dir, _internal_call)
+            folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
+            if self.args.should_save:
+                (folder / "training_args.bin").unlink(missing_ok=True)
+                (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._keeps_own_format():
@@ -33,8 +185,9 @@ class SafeCheckpoints(Trainer):
         elif self.args.should_save:
             assert self.optimizer is not None
             assert self.lr_scheduler is not None
-            save_optimizer_state(self.optimizer.state_dict(), Path(output_dir) / OPTIMIZER)
-            save_optimizer_state(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+            with self._disk_errors_noted():
+                save_optimizer_state(self.optimizer.state_dict(), Path(output_dir) / OPTIMIZER)
+                save_optimizer_state(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (Path(checkpoint) / OPTIMIZER).exists():
@@ -42,15 +195,36 @@ class SafeCheckpoints(Trainer):
             return
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        self.optimizer.load_state_dict(load_optimizer_state(Path(checkpoint) / OPTIMIZER))
+        state = load_optimizer_state(Path(checkpoint) / OPTIMIZER)
+        differences = optimizer_differences(state, self.optimizer)
+        if differences:
+            raise CheckpointMisfitError(
+                f"The optimizer state in {checkpoint} is of another model or another partition into layers: "
+                f"{sentence(differences)}. Resume with the model and the `layers` option that began the run."
+            )
+        self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(load_optimizer_state(Path(checkpoint) / SCHEDULER))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and self.args.should_save:
+            with self._disk_errors_noted():
+                save_optimizer_state(scaler.state_dict(), Path(output_dir) / SCALER)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if checkpoint is None or scaler is None or not (Path(checkpoint) / SCALER).exists():
+            super()._load_scaler(checkpoint)
+            return
+        scaler.load_state_dict(load_optimizer_state(Path(checkpoint) / SCALER))
 
     def _rng_file(self, folder: str) -> Path:
         return Path(folder) / f"rng_state_{self.args.process_index}.safetensors"
 
     def _save_rng_state(self, output_dir: str) -> None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_optimizer_state(random_states(), self._rng_file(output_dir))
+        with self._disk_errors_noted():
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_optimizer_state(random_states(), self._rng_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._rng_file(checkpoint).exists():
@@ -77,11 +251,19 @@ def set_random_states(states: dict[str, Any]) -> None:
 
     Args:
         states: By generator.
+
+    Raises:
+        RecordError: They are not such states.
     """
-    random.setstate(states["python"])
-    kind, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if devices and len(states.get("cuda", [])) == devices:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    try:
+        random.setstate(states["python"])
+        kind, keys, position, has_gauss, cached = states["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(states["torch"])
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if devices and len(states.get("cuda", [])) == devices:
+            torch.cuda.set_rng_state_all(states["cuda"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RecordError(
+            f"The states of the random generators do not fit ({error}): the checkpoint is damaged."
+        ) from error

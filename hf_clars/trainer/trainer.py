@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -13,22 +13,24 @@ from hf_clars.errors import ConfigError
 from hf_clars.optim import LayerwiseOptimizer
 from hf_clars.optim.freeze import head_layer_names
 from hf_clars.trainer.arguments import ClarsTrainingArguments
-from hf_clars.trainer.callbacks import FreezeHeadCallback, LayerRateCallback
+from hf_clars.trainer.callbacks import FreezeHeadCallback, LayerRateCallback, LogAtCheckpointCallback
 from hf_clars.trainer.console import print_lines
+from hf_clars.trainer.epochs import EpochCallback
 from hf_clars.trainer.launch_checks import allow_missing_embeddings, check_launch, check_prepared
 from hf_clars.trainer.live_view import LayerReportCallback, rate_summary, reporters_of
 from hf_clars.trainer.loss_scale import count_all_items, count_items
+from hf_clars.trainer.nonfinite import NonFiniteCallback
 from hf_clars.trainer.optimizers import build_optimizer, layerwise, step_schedule
-from hf_clars.trainer.safe_checkpoints import SafeCheckpoints
+from hf_clars.trainer.sharing import SharingTrainer
 
 
-class ClarsTrainer(SafeCheckpoints):
+class ClarsTrainer(SharingTrainer):
     """Train with CLARS, LARS or mNAG as `ClarsTrainingArguments` say.
 
     Differences from `Trainer`: the optimizer is created here (also where DeepSpeed would otherwise put AdamW); the loss
     is one mean over the accumulated batch for every head; `warmup_epochs`, `lr_step_epochs` and `freeze_head_epochs`
-    are
-    honoured; layer rates are logged; logs carry `images_per_second`; checkpoints hold no pickle.
+    are honoured; layer rates are logged; logs carry `images_per_second`; checkpoints hold no pickle; `push_to_hub`
+    uploads the finished run's files and nothing else.
 
     Args:
         model: The model, not wrapped.
@@ -55,10 +57,15 @@ class ClarsTrainer(SafeCheckpoints):
         # The loss is a mean over the accumulated batch by compute_loss below: nothing is left to divide.
         self.loss_is_scaled_for_ga = True
         self._batch_items: Tensor | None = None
+        self._finite_loss: Tensor | None = None
         self._speed = (time.perf_counter(), 0)
         self._step_scheduler: Any = None
+        self.on_save_error = args.on_save_error
+        self.add_callback(EpochCallback())
+        self.add_callback(LogAtCheckpointCallback())
+        self.add_callback(NonFiniteCallback(args.nonfinite))
         if args.log_layer_rates:
-            self.add_callback(LayerRateCallback(self.run_settings()))
+            self.add_callback(LayerRateCallback(self.run_settings(), on_save_error=args.on_save_error))
         print_lines(self)
         if args.layer_report_steps != 0 and (reporters := reporters_of(self)):
             self.add_callback(LayerReportCallback(reporters, args.layer_report_steps))
@@ -144,6 +151,8 @@ class ClarsTrainer(SafeCheckpoints):
         Returns:
             (inputs of each pass, None): no model is asked to divide by the number of items.
         """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed after its last step: Trainer would take one more
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items = count_all_items(batches, device)
         self._batch_items = self.accelerator.reduce(items, reduction="sum")
@@ -176,20 +185,41 @@ class ClarsTrainer(SafeCheckpoints):
             loss = loss * share.to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
 
-    # ---- saving --------------------------------------------------------------------------------------------------
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One pass. Where its loss is not finite, and so the step will not be taken, the last finite one is logged.
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model and processor, and the arguments as JSON: Trainer's `training_args.bin` is a pickle.
+        Trainer's running sum would be NaN from there on; the step itself is reported by `NonFiniteCallback`.
 
         Args:
-            output_dir: Where to; None: the run's folder.
-            _internal_call: As Trainer passes it.
+            model: As `Trainer` passes it.
+            inputs: Likewise.
+            num_items_in_batch: Likewise.
+
+        Returns:
+            The loss to log, 0-dim; found without waiting for the device.
         """
-        super().save_model(output_dir, _internal_call)
-        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
-        if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        optimizer = layerwise(self.optimizer)
+        if optimizer is None or not optimizer.measures_norms:
+            return loss
+        before = torch.zeros_like(loss) if self._finite_loss is None else self._finite_loss
+        self._finite_loss = torch.where(loss.isfinite(), loss, before)
+        return self._finite_loss
+
+    # ---- resuming ------------------------------------------------------------------------------------------------
+
+    def checkpoint_settings(self) -> dict[str, Any]:
+        """What a run that resumes should have in common with this one; stored in each checkpoint."""
+        size = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
+        return {**self.run_settings(), "train_samples": size}
+
+    def before_checkpoint(self) -> None:
+        """A checkpoint is never ahead of the layer-rate log: a run killed right after it resumes without a gap."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LayerRateCallback):
+                callback.flush()
 
     # ---- records -------------------------------------------------------------------------------------------------
 

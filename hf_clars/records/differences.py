@@ -1,0 +1,141 @@
+"""What a checkpoint and the run that wants to resume from it do not have in common, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from hf_clars.records.files import RecordError
+
+SHOWN = 3
+"""So many differences are spelled out; the others are counted."""
+
+Described = tuple[tuple[int, ...], str]
+
+
+def weight_differences(paths: Iterable[Path], model: nn.Module) -> list[str]:
+    """Compare the tensors of safetensors files with a model's by name, shape and dtype; nothing is loaded.
+
+    Args:
+        paths: The files of one checkpoint.
+        model: The model that is to be filled.
+
+    Returns:
+        One entry a difference; empty when the files fill the model.
+
+    Raises:
+        RecordError: A file is damaged.
+    """
+    found: dict[str, Described] = {}
+    for path in paths:
+        found |= _described_file(path)
+    tensors = model.state_dict()
+    wanted = {name: _described(tensor) for name, tensor in tensors.items()}
+    stored = {tensors[name].data_ptr() for name in found if name in tensors}
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    for name, tensor in tensors.items():
+        # A tied tensor is stored once, under one of its names.
+        if name not in found and (name in ignored or (tensor.numel() and tensor.data_ptr() in stored)):
+            del wanted[name]
+    return _differences(found, wanted, "the model")
+
+
+def optimizer_differences(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[str]:
+    """Compare a saved optimizer state with an optimizer: layers, the tensors of each, and their shapes.
+
+    Args:
+        state: As `load_optimizer_state` returns it.
+        optimizer: Whose state it shall become.
+
+    Returns:
+        One entry a difference.
+
+    Raises:
+        RecordError: The state is no optimizer's.
+    """
+    try:
+        found = [(str(group.get("layer", i)), len(group["params"])) for i, group in enumerate(state["param_groups"])]
+        held = {int(key): dict(value) for key, value in state["state"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordError(f"The optimizer state is not one of torch's ({error!r}): it is damaged.") from error
+    wanted = [(str(group.get("layer", i)), len(group["params"])) for i, group in enumerate(optimizer.param_groups)]
+    if found != wanted:
+        return _layer_differences(dict(found), dict(wanted))
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    differences = []
+    for index, tensors in held.items():
+        if not 0 <= index < len(params):
+            differences.append(f"it has state for parameter {index} of {len(params)}")
+            continue
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape != params[index].shape:
+                shapes = f"{list(tensor.shape)}, the parameter {list(params[index].shape)}"
+                differences.append(f"{name} of parameter {index} is {shapes}")
+    return differences
+
+
+def sentence(differences: list[str]) -> str:
+    """The first differences and how many more there are."""
+    more = len(differences) - SHOWN
+    return "; ".join(differences[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _layer_differences(found: dict[str, int], wanted: dict[str, int]) -> list[str]:
+    if list(found) != list(wanted) and set(found) == set(wanted):
+        return ["its layers are in another order"]
+    return [
+        f"layer {name!r} has {_count(found.get(name))} in the checkpoint, {_count(wanted.get(name))} here"
+        for name in dict.fromkeys([*found, *wanted])
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def _count(tensors: int | None) -> str:
+    return "no tensor" if tensors is None else f"{tensors} tensor{'s' if tensors != 1 else ''}"
+
+
+def _differences(found: Mapping[str, Described], wanted: Mapping[str, Described], owner: str) -> list[str]:
+    differences = []
+    for name in dict.fromkeys([*wanted, *found]):
+        ours, theirs = wanted.get(name), found.get(name)
+        if theirs is None:
+            differences.append(f"{name!r} is only in {owner}")
+        elif ours is None:
+            differences.append(f"{name!r} is only in the checkpoint")
+        elif ours != theirs:
+            differences.append(f"{name!r} is {_words(theirs)} in the checkpoint, {_words(ours)} in {owner}")
+    return differences
+
+
+def _words(described: Described) -> str:
+    return f"{described[1]} {list(described[0])}"
+
+
+def _described_file(path: Path) -> dict[str, Described]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a file is no dict
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise RecordError(f"{path} is not a readable safetensors file ({error}): it is damaged or cut off.") from error
+
+
+def _described(tensor: Tensor) -> Described:
+    return tuple(tensor.shape), _dtype_word(tensor.dtype)
+
+
+_WORDS: dict[torch.dtype, str] = {}
+
+
+def _dtype_word(dtype: torch.dtype) -> str:
+    """The format's word for a dtype, as the library itself spells it in a header."""
+    if dtype not in _WORDS:
+        header = save({"x": torch.zeros(0, dtype=dtype)}, None)
+        _WORDS[dtype] = header.split(b'"dtype":"', 1)[1].split(b'"', 1)[0].decode()
+    return _WORDS[dtype]

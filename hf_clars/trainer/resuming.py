@@ -1,0 +1,112 @@
+"""Whether a checkpoint can be resumed from, asked before anything is loaded from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerState
+
+from hf_clars.errors import ConfigError, HfClarsError
+from hf_clars.records import RecordError, checkpoints
+from hf_clars.records.differences import sentence, weight_differences
+
+MUST_AGREE = ("global_batch", "train_samples")
+"""Settings that count steps: with another value the resumed run would skip or repeat other samples than it has used."""
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointMisfitError(HfClarsError, ValueError):
+    """A checkpoint is sound, but of another model, partition into layers or run."""
+
+
+def newest_to_resume(run: Path) -> Path:
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    found = checkpoints.newest_checkpoint(run)
+    if found is None:
+        raise ConfigError(f"There is no checkpoint to resume from in {run}: leave out --resume_from_checkpoint.")
+    return found
+
+
+def check_checkpoint(folder: Path, model: nn.Module, settings: dict[str, Any]) -> None:
+    """Raise unless a run can resume from a checkpoint; warn where it will not go on as it began.
+
+    Args:
+        folder: The checkpoint.
+        model: To be filled.
+        settings: Of the run that resumes, see `ClarsTrainer.run_settings`.
+
+    Raises:
+        CheckpointMisfitError: Weights differ in name, shape or type, or the run counts its steps otherwise.
+        RecordError: The checkpoint is damaged or incomplete.
+    """
+    if not folder.is_dir():
+        raise RecordError(f"There is no checkpoint {folder}.")
+    missing = checkpoints.what_is_missing(folder)
+    if missing is not None:
+        raise RecordError(f"The checkpoint {folder} is not complete: {missing}. Resume from an earlier one.")
+    _check_state(folder / checkpoints.TRAINER_STATE)
+    differences = weight_differences(_weight_files(folder), model)
+    if differences:
+        raise CheckpointMisfitError(
+            f"The checkpoint {folder} is of another model: {sentence(differences)}. Resume with the model that began "
+            "the run; to begin a new run from these weights, give the folder as the model."
+        )
+    if (folder / checkpoints.MANIFEST).exists():
+        _compare_settings(folder, checkpoints.read_manifest(folder)["settings"], settings)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files; none where it is stored in another way, which Trainer then checks itself."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        return []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RecordError(f"{index} is damaged ({error!r}).") from error
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise RecordError(f"{index} names {outside[0]!r}, which is no file of this checkpoint: it was tampered with.")
+    return [folder / name for name in sorted(names)]
+
+
+def _check_state(path: Path) -> None:
+    known = {field.name for field in dataclasses.fields(TrainerState)}
+    unknown = set(json.loads(path.read_text(encoding="utf-8"))) - known
+    if unknown:
+        raise RecordError(
+            f"{path} has entries that this transformers does not know ({', '.join(sorted(unknown)[:3])}): it is "
+            "damaged, or of another version; resume with the transformers that wrote it."
+        )
+
+
+def _compare_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    # Through JSON, as the stored ones went: tuples are lists there.
+    now = json.loads(json.dumps(now))
+    changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
+    fatal = [f"{key} was {changed[key][0]} and is {changed[key][1]}" for key in MUST_AGREE if key in changed]
+    if fatal:
+        raise CheckpointMisfitError(
+            f"The checkpoint {folder} is of a run that counts its steps otherwise: {'; '.join(fatal)}. Resume with the "
+            "settings that began the run; to begin a new run from these weights, give the folder as the model."
+        )
+    if changed:
+        words = "; ".join(f"{key} was {old} and is {new}" for key, (old, new) in changed.items())
+        logger.warning(
+            "This run goes on from %s with other settings than it began with: %s. It will not be the run that would "
+            "have gone on without a stop.",
+            folder,
+            words,
+        )
