@@ -182,7 +182,7 @@ def run_with_kills(arguments: list[str], kills: int, chance: random.Random, *, w
 
 
 def assert_same(expected: Path, found: Path, *, also_losses: bool = True) -> None:
-    """Bit for bit: weights, layer-rate log, loss log, and the kept checkpoints' optimizer, schedule and random states."""
+    """Bit for bit: weights, layer-rate log, losses, and the kept checkpoints' optimizer, schedule and random states."""
     ours, theirs = load_file(expected / "model.safetensors"), load_file(found / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():

@@ -292,6 +292,7 @@ def test_the_trainer_pushes_the_same_files_and_writes_the_card_that_is_missing(t
         "README.md",
         "layer_rates.safetensors",
         "layer_rates.png",
+        "layer_rates.html",
     }
     card = ModelCard(files["README.md"].decode())
     assert card.data.license == "mit"

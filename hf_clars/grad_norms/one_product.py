@@ -30,6 +30,11 @@ def take_over(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
     return _OneProduct.apply(call, names, output.detach(), x, *(call.hooked.in_use(n) for n in names))
 
 
+def is_taken_over(output: Tensor) -> bool:
+    """Whether another tracker has taken this output's weight gradient over: a second one would cut the first off."""
+    return output.grad_fn is not None and output.grad_fn.name() == f"{_OneProduct.__name__}Backward"
+
+
 class _OneProduct(torch.autograd.Function):
     """Identity on the output; see `take_over`."""
 

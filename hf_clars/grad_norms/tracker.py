@@ -16,7 +16,7 @@ from hf_clars.grad_norms.errors import MixedDevicesError, SecondBackwardError, U
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.observation import observe
-from hf_clars.grad_norms.one_product import take_over
+from hf_clars.grad_norms.one_product import is_taken_over, take_over
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import inside_backward
@@ -319,7 +319,7 @@ def _state_of_grad(param: nn.Parameter) -> tuple[int, int] | None:
 
 def _may_take_over(call: RuleCall, x: Tensor, output: Tensor) -> bool:
     """Whether the weight gradient should, and can, come from the per-sample gradients of this call."""
-    if "weight" not in call.wanted:
+    if "weight" not in call.wanted or is_taken_over(output):
         return False
     weight = call.hooked.in_use("weight")
     decisions = call.hooked.decisions
