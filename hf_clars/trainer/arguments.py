@@ -23,7 +23,7 @@ class ClarsTrainingArguments(TrainingArguments):
 
     Defaults that differ from `TrainingArguments`: `learning_rate` None (linear scaling), `lr_scheduler_type`
     `"polynomial"` with power 2 down to 0, `max_grad_norm` 0 (clipping would change gradients after their norms were
-    measured), `logging_nan_inf_filter` False (it would wait for the device at every pass; `ClarsTrainer` does not wait),
+    measured), `logging_nan_inf_filter` False (it would wait for the device in every pass),
     `weight_decay` stays 0.
 
     Args:

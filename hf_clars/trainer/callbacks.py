@@ -107,11 +107,15 @@ class LayerRateCallback(TrainerCallback):
         """Merge the log into one file and draw it."""
         if self._log is None:
             return
-        empty = len(self._log) == 0
-        self._log.close()
+        log, self._log = self._log, None
+        empty = len(log) == 0
+        try:
+            log.close()
+        except RecordError as error:
+            self._not_written(error)
+            return
         if not empty:
-            plot_layer_rates(self._log, Path(str(args.output_dir)) / PICTURE)
-        self._log = None
+            plot_layer_rates(log, Path(str(args.output_dir)) / PICTURE)
 
 
 class LogAtCheckpointCallback(TrainerCallback):
