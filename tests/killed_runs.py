@@ -25,6 +25,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from hf_clars.errors import HfClarsError
 from hf_clars.records import QUANTITIES, LayerRateLog
 from tests.image_files import CLASSES, picture
 
@@ -127,6 +128,10 @@ def _run(arguments: list[str], rank: int, world: int, port: int, moment: Moment,
         train_image_classifier(settings)
     except RunInterruptedError:
         os._exit(RESUME_ME)
+    except HfClarsError as error:
+        message = Path(f"{settings.training.output_dir}.error.{rank}")
+        message.write_text(str(error))
+        os._exit(2)
     ended.value = True
     os._exit(0)  # two gloo processes sometimes abort at exit
 
@@ -136,7 +141,7 @@ _context.set_forkserver_preload(["hf_clars.trainer.image_classification", "tests
 
 
 def start(arguments: list[str], *, world: int = 1, moment: Moment | None = None) -> list[Any]:
-    """Start the processes of a run, the first of which is killed at a moment; (process, did it end) of each.
+    """Start the processes of a run, the first to be killed at a moment: (process, did it end) of each.
 
     Keep what is returned until the processes have started.
     """

@@ -19,6 +19,11 @@ def test_transformers_still_has_the_methods_that_are_overridden():
         "_load_optimizer_and_scheduler": ["self", "checkpoint"],
         "_save_rng_state": ["self", "output_dir"],
         "_load_rng_state": ["self", "checkpoint"],
+        "_save_scaler": ["self", "output_dir"],
+        "_load_scaler": ["self", "checkpoint"],
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_get_output_dir": ["self", "trial"],
+        "_push_from_checkpoint": ["self", "checkpoint_folder"],
     }.items():
         assert list(inspect.signature(getattr(Trainer, name)).parameters) == parameters
 
@@ -31,6 +36,46 @@ def test_random_states_come_back():
     assert first[:3] == second[:3]
     assert torch.equal(first[3], second[3])
 
+
+def test_transformers_still_saves_where_it_is_told_to(tmp_path, monkeypatch):
+    """Every part of a checkpoint goes to the folder that `_get_output_dir` names, and nothing to another."""
+    seen = []
+    monkeypatch.setattr("hf_clars.records.checkpoints.commit", lambda partial, final: seen.extend(partial.iterdir()))
+    ClarsTrainer(Plain(), clars_args(tmp_path, **{**SETTINGS, "max_steps": 3}), train_dataset=Images()).train()
+    assert {p.name for p in seen} == FILES
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_the_state_of_an_fp16_loss_scale_comes_back_without_pickle(tmp_path):
+    def trainer():
+        made = ClarsTrainer(Plain(), clars_args(tmp_path), train_dataset=Images())
+        made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+        return made
+
+    first, second = trainer(), trainer()
+    first.accelerator.scaler.load_state_dict(
+        {**first.accelerator.scaler.state_dict(), "scale": 1024.0, "_growth_tracker": 5}
+    )
+    first._save_scaler(str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["scaler.safetensors"]
+    second._load_scaler(str(tmp_path))
+    assert second.accelerator.scaler.state_dict() == first.accelerator.scaler.state_dict()
+    torch.save(first.accelerator.scaler.state_dict(), tmp_path / "scaler.pt")  # as the plain Trainer has it
+    (tmp_path / "scaler.safetensors").unlink()
+    third = trainer()
+    third._load_scaler(str(tmp_path))
+    assert third.accelerator.scaler.state_dict() == first.accelerator.scaler.state_dict()
+
+
+FILES = {
+    "model.safetensors",
+    "optimizer.safetensors",
+    "scheduler.safetensors",
+    "rng_state_0.safetensors",
+    "trainer_state.json",
+    "training_args.json",
+    "checkpoint.json",
+}
 
 SETTINGS = {
     "max_steps": 7,
@@ -52,8 +97,7 @@ def test_a_checkpoint_has_no_pickle_and_resumes_exactly(tmp_path, schedule):
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     names = {p.name for p in checkpoint.iterdir()}
-    assert {"model.safetensors", "optimizer.safetensors", "scheduler.safetensors", "rng_state_0.safetensors"} <= names
-    assert not [n for n in names if n.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    assert names == FILES
 
     resumed = ClarsTrainer(Plain(), clars_args(tmp_path / "resumed", **settings), train_dataset=Images())
     resumed.train(resume_from_checkpoint=str(checkpoint))

@@ -113,13 +113,17 @@ class LayerRateCallback(TrainerCallback):
         """
         if self._log is None:
             return
-        self._log.close()
+        log, self._log = self._log, None
+        try:
+            log.close()
+        except RecordError as error:
+            self._not_written(error)
+            return
         folder = Path(str(args.output_dir))
-        run = Run(folder.resolve().name, self._log, state.log_history)
+        run = Run(folder.resolve().name, log, state.log_history)
         for product in draw_run(run, folder, pictures=[RATES], page=True):
             if product.problem is not None and not product.missing:
                 logger.warning("Not drawn: %s", product.problem)
-        self._log = None
 
 
 class LogAtCheckpointCallback(TrainerCallback):

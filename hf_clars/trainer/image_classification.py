@@ -28,6 +28,7 @@ from hf_clars.records.checkpoints import newest_checkpoint
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.card import final_results, write_model_card
 from hf_clars.trainer.config import parse_config
+from hf_clars.trainer.outside_failures import outside_failures_explained
 from hf_clars.trainer.preflight import check_free_space, checkpoint_bytes, claim_output_dir
 from hf_clars.trainer.resuming import newest_to_resume
 from hf_clars.trainer.run_arguments import DataArguments, ModelArguments, OutputArguments
@@ -94,8 +95,9 @@ def train_image_classifier(settings: RunSettings) -> dict[str, float]:
     check_free_space(folder, checkpoint_bytes(_elements(model), args.save_total_limit))
     trainer = _trainer(settings, data, model, stop)
     before_training(trainer, data)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return _finish(trainer, settings, data)
+    with outside_failures_explained(args.ddp_timeout):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return _finish(trainer, settings, data)
 
 
 def _load(settings: RunSettings) -> ImageData:

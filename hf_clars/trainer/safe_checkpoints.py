@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,10 @@ class SafeCheckpoints(Trainer):
         except DISK_ERRORS as error:
             if self._partial is not None and self._keeps_own_format():
                 raise  # the saving of sharded engines has collective calls inside, which nobody can go past
-            self._save_problem = self._save_problem or f"{type(error).__name__}: {error}"
+            self._note(error)
+
+    def _note(self, error: Exception) -> None:
+        self._save_problem = self._save_problem or f"{type(error).__name__}: {error}"
 
     def _agree_on_problem(self) -> None:
         if self.accelerator.num_processes > 1:
@@ -172,12 +175,21 @@ class SafeCheckpoints(Trainer):
             output_dir: Where to; None: the run's folder.
             _internal_call: As Trainer passes it.
         """
-        with self._disk_errors_noted() if self._partial is not None else nullcontext():
+        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
+        try:
             super().save_model(output_dir, _internal_call)
-            folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
             if self.args.should_save:
                 (folder / "training_args.bin").unlink(missing_ok=True)
                 (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+        except (*DISK_ERRORS, RuntimeError) as error:  # torch's word for a full disk is RuntimeError
+            if self._keeps_own_format():
+                raise
+            if self._partial is None:
+                raise RecordError(
+                    f"The model could not be saved in {folder} ({error}). Checkpoints are unchanged: free some space, "
+                    "then go on with --resume_from_checkpoint true."
+                ) from error
+            self._note(error)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._keeps_own_format():

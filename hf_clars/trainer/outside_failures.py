@@ -1,0 +1,57 @@
+"""Failures of other processes (data-loader workers, other ranks), said in one paragraph with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from hf_clars.distributed import world_size
+from hf_clars.errors import DataError, HfClarsError
+
+
+class ProcessLostError(HfClarsError, RuntimeError):
+    """Another process of the run has ended or hangs, and this one cannot go on without it."""
+
+
+RESUME = "Checkpoints are complete: go on with --resume_from_checkpoint true."
+
+
+@contextmanager
+def outside_failures_explained(ddp_timeout: int) -> Iterator[None]:
+    """Within this, failures that other processes caused are raised as one paragraph.
+
+    Args:
+        ddp_timeout: Seconds after which a process that does not answer is given up, for the message.
+
+    Raises:
+        DataError: A worker has met bad data, or has died.
+        ProcessLostError: Another rank has ended, or has not answered for `ddp_timeout`.
+    """
+    try:
+        yield
+    except HfClarsError as error:
+        text = str(error)
+        if not text.startswith("Caught "):
+            raise
+        # torch hands on what a worker raised with the worker's traceback as message; its last line is our sentence.
+        raise type(error)(text.strip().splitlines()[-1].split(": ", 1)[-1]) from None
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text):
+            raise DataError(
+                f"A data-loading worker died ({text.splitlines()[0]}). Often memory or /dev/shm ran out: lower "
+                f"dataloader_num_workers or the batch of a pass, or give the container more shared memory. {RESUME}"
+            ) from error
+        if world_size() > 1 and _is_of_a_collective(error):
+            raise ProcessLostError(
+                f"Another process of this run has ended, or did not answer for {ddp_timeout} s (--ddp_timeout): look at "
+                f"what it printed. This one ends too ({text.splitlines()[0][:200]}). {RESUME}"
+            ) from error
+        raise
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """NCCL has exceptions of its own; gloo raises plain RuntimeError that names its source file."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

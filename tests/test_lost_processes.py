@@ -1,0 +1,78 @@
+"""Promise: when a worker or a rank dies or hangs, the others end in bounded time, with one paragraph that says so."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.image_files import picture
+from tests.killed_runs import COMMON, run, save_images, start
+
+LONG = [*COMMON, "--max_steps=100000", "--save_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_images(tmp_path_factory.mktemp("data") / "images")
+
+
+def begun(folder, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not list(folder.glob("checkpoint-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_worker_that_is_killed(tmp_path, data):
+    output = tmp_path / "run"
+    arguments = [*LONG, f"--dataset={data}", f"--output_dir={output}", "--dataloader_num_workers=2"]
+    ((process, _),) = started = start([*arguments, "--global_batch_size=8", "--dataloader_persistent_workers=true"])
+    begun(output)
+    victims = children(process.pid)
+    os.kill(victims[0], signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == 2, started
+    message = Path(f"{output}.error.0").read_text()
+    assert message.startswith("A data-loading worker died (DataLoader worker (pid")
+    assert message.endswith("go on with --resume_from_checkpoint true.")
+
+
+def test_what_a_worker_raises_is_one_sentence(tmp_path):
+    folder = tmp_path / "images" / "train" / "cat"
+    folder.mkdir(parents=True)
+    for i in range(12):
+        picture(i).save(folder / f"{i:02d}.png")
+    (folder / "07.png").write_bytes(b"")
+    output = tmp_path / "run"
+    arguments = [*COMMON, f"--dataset={tmp_path / 'images'}", f"--output_dir={output}", "--global_batch_size=8"]
+    assert not run([*arguments, "--dataloader_num_workers=2"])
+    message = Path(f"{output}.error.0").read_text()
+    assert message.startswith("Image 7 of the training split (")
+    assert "07.png) cannot be decoded: it is an empty file" in message
+    assert "\n" not in message
+    assert run([*arguments, "--dataloader_num_workers=2", "--bad_images=skip"])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "timeout"), [("SIGKILL", 1800), ("SIGSTOP", 5)])
+def test_a_rank_that_dies_or_hangs(tmp_path, data, name, timeout):
+    output = tmp_path / "run"
+    arguments = [*LONG, f"--dataset={data}", f"--output_dir={output}", f"--ddp_timeout={timeout}"]
+    (first, _), (second, _) = start([*arguments, "--global_batch_size=16"], world=2)
+    begun(output)
+    os.kill(second.pid, getattr(signal, name))
+    begin = time.monotonic()
+    first.join(90)
+    assert time.monotonic() - begin < 80
+    second.kill()
+    assert first.exitcode == 2
+    message = Path(f"{output}.error.0").read_text()
+    assert message.startswith(
+        f"Another process of this run has ended, or did not answer for {timeout} s (--ddp_timeout)"
+    )
