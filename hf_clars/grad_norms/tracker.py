@@ -38,21 +38,18 @@ class PerSampleGradNorms(NormAccumulator):
         norms.mean_norm["conv1"]      # scalar: n_k of Eq. 5
 
     A sample's gradient is that of its own use of the layer: the gradient with respect to the i-th copy of the weights
-    if
-    every sample had its own copy. Without batch coupling this is grad_k f_i; under train-mode BatchNorm it is the
+    if every sample had its own copy. Without batch coupling this is grad_k f_i; under train-mode BatchNorm it is the
     part of the batch gradient that enters through sample i. The parts always add up to the batch gradient.
 
     Several backward passes without clearing the gradients (gradient accumulation) are one batch: `per_sample` then
-    holds
-    their samples one after the other. After `zero_grad()` a new batch begins.
+    holds their samples one after the other. After `zero_grad()` a new batch begins.
 
     Args:
         model: Any module whose layers take and return tensors with the batch axis first.
         layers: `"module"` (default) or `"tensor"`, see `hf_clars.param_layers`; or a ready partition.
         samples: Measure only the first `samples` of each accumulated batch (the paper's J_t); None: all.
         loss_reduction: `"mean"` (default): the loss is a mean over the samples of each backward pass, and norms are
-            those
-            of grad_k f_i itself. `"sum"`: norms are of each sample's contribution to the loss as it is.
+            those of grad_k f_i itself. `"sum"`: norms are of each sample's contribution to the loss as it is.
         keep_per_sample: Keep the [B] tensors. False keeps sums only, in constant memory.
 
     Raises:
@@ -244,8 +241,7 @@ class PerSampleGradNorms(NormAccumulator):
         if missed:
             raise UncoveredParameterError(
                 f"{', '.join(missed)}: has a gradient, but its module was never called with gradients enabled since "
-                f"the "
-                "norm hooks were attached. Attach them before the first (compiled) call of the model, and call the "
+                "the norm hooks were attached. Attach them before the first (compiled) call of the model, and call the "
                 "modules that own the weights."
             )
 
