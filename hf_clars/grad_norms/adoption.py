@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.errors import BatchAxisError
+from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
 
 # Stands for the input of a module that takes no tensor, such as a table of position biases.
@@ -33,6 +34,7 @@ class Orphan:
         hooked: The module that was called.
         params: Its parameters.
         error: What to raise if no module around it can adopt them.
+        nodes: Where its outputs come from in the graph: the module that adopts it must have them inside.
         edge: Where its output comes from in the graph, if the batch may be folded into its first axis.
         rows: Rows a sample then.
         x: Its detached input then.
@@ -41,9 +43,16 @@ class Orphan:
     hooked: HookedModule
     params: tuple[nn.Parameter, ...]
     error: BatchAxisError
+    nodes: tuple[Node, ...] = ()
     edge: GradientEdge | None = None
     rows: int = 0
     x: Tensor | None = None
+
+    def is_inside(self, region: GraphRegion) -> bool:
+        """Whether the call was made between a module's inputs and outputs, and not on the way to its inputs."""
+        if not self.nodes:  # nothing is known of what it returned
+            return bool(region.uses({str(i): p for i, p in enumerate(self.params)}))
+        return any(node in region.nodes for node in self.nodes)
 
     def learn(self, outputs: Sequence[Tensor], batch_size: int) -> bool:
         """Prove, if it is so, that a sample's rows lie together, for later passes.
@@ -98,7 +107,8 @@ def orphan_of(
         outputs: Its differentiable outputs.
     """
     taken = "no tensor" if x is NO_INPUT else str(tuple(x.shape))
-    orphan = Orphan(hooked, tuple(params), hooked.no_batch_axis(taken, outputs, batch_size))
+    error = hooked.no_batch_axis(taken, outputs, batch_size)
+    orphan = Orphan(hooked, tuple(params), error, tuple(torch.autograd.graph.get_gradient_edge(t).node for t in outputs))
     rows = folded_rows(x, outputs[0], batch_size) if outputs and hooked.rule is not None else None
     if rows:
         orphan.edge = torch.autograd.graph.get_gradient_edge(outputs[0])

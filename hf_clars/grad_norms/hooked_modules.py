@@ -24,6 +24,7 @@ class HookedModule:
     Attributes:
         rule: The rule that serves it, if any does.
         inner: Measured parameters of the modules inside, by their name relative to this one; only without a rule.
+        strays: Those of them that are used without a call of their modules; found in the first pass.
         known_rows: Layouts (rows a sample, shape of a row) whose rows were proven to lie sample by sample.
         decisions: Whether the rule takes the weight gradient over, by shapes.
         ever_captured: Whether a call has been captured since the hooks were placed.
@@ -35,6 +36,7 @@ class HookedModule:
         self.params = params
         self.rule: LayerRule | None = find_rule(module) if params else None
         self.inner: dict[str, nn.Parameter] = {}
+        self.strays: dict[str, nn.Parameter] = {}
         self.known_rows: set[tuple[int, ...]] = set()
         self.decisions: dict[tuple[Any, ...], bool] = {}
         self.ever_captured = False

@@ -33,12 +33,12 @@ class ForwardPass:
         learned: Uses by calls that were adopted, but that the rule will measure from the next pass on.
         device: Where the first captured call took place.
         uses: How often each parameter was used by a captured module call.
+        uses_inside: Further uses that one call of the fallback is for; counted where coverage will be proven.
         rule_calls: Calls that rules measure.
         several: Parameters with more than one use.
         squares: {layer index: Tensor [kept]}, squared norms added up over the layer's parameters.
         pending: Per-sample gradients of parameters used more than once: those add up before they are squared.
         fallback_calls: Calls remembered for the fallback; each holds on to its graph until its gradient has come.
-        by_fallback: Parameters that the fallback differentiates.
         calls: Number of captured module calls.
         fired: Calls whose gradient has arrived.
         backward_seen: Whether a gradient has reached this pass.
@@ -54,12 +54,12 @@ class ForwardPass:
     learned: Counter[nn.Parameter] = field(default_factory=Counter)
     device: torch.device | None = None
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
+    uses_inside: Counter[nn.Parameter] = field(default_factory=Counter)
     rule_calls: list[RuleCall] = field(default_factory=list)
     several: set[nn.Parameter] = field(default_factory=set)
     squares: dict[int, Tensor] = field(default_factory=dict)
     pending: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     fallback_calls: list[ModuleCall] = field(default_factory=list)
-    by_fallback: set[nn.Parameter] = field(default_factory=set)
     calls: int = 0
     fired: set[int] = field(default_factory=set)
     backward_seen: bool = False
@@ -94,10 +94,23 @@ class ForwardPass:
         if uses > 1:
             self.several.add(param)
 
+    def count_inside(self, params: Iterable[nn.Parameter], used: Iterable[nn.Parameter]) -> None:
+        """Count the uses that one call of the fallback is for, all but the one that `add_use` counts.
+
+        Args:
+            params: The call's parameters.
+            used: One of them for each use in the module's graph.
+        """
+        inside = Counter(used)
+        self.uses_inside.update({p: inside[p] - 1 for p in params if inside[p] > 1})
+
     def captured_uses(self) -> Counter[nn.Parameter]:
-        """Uses by calls that rules measure, now or from the next pass on, and by operations on bare parameters."""
-        by_rules = Counter(p for call in self.rule_calls for p in call.wanted.values() if p in self.learned)
-        return self.uses | (self.learned + by_rules) if self.learned else self.uses
+        """Uses that are measured, now or by rules from the next pass on."""
+        counted = self.uses + self.uses_inside
+        if self.learned:
+            by_rules = Counter(p for call in self.rule_calls for p in call.wanted.values() if p in self.learned)
+            counted.update({p: max(self.uses[p], self.learned[p] + by_rules[p]) - counted[p] for p in self.learned})
+        return counted
 
     def supersede(self, hooked: HookedModule, params: Iterable[nn.Parameter]) -> None:
         """A module is differentiated as a whole for these parameters: uses inside it must not count once more."""

@@ -98,15 +98,16 @@ class PerSampleGradNorms(NormAccumulator):
 
     def _on_container_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """A module without parameters of its own matters only when one inside waits to be adopted."""
-        if self._passes and self._passes[-1].orphans:
-            self._on_call(hooked, module, args, kwargs, output)
+    ) -> Any:
+        """A module without parameters of its own matters only for what is used inside without the batch first."""
+        if self._passes and (self._passes[-1].orphans or self._unchecked or hooked.strays):
+            return self._on_call(hooked, module, args, kwargs, output)
+        return None
 
     def _on_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor | None:
-        """After a module's forward. A tensor that is returned takes the output's place."""
+    ) -> Any:
+        """After a module's forward. What is returned takes the output's place."""
         last = self._passes[-1] if self._passes else None
         if self._without_rule.busy or (last is not None and not last.kept and not last.implicit):
             return None  # also the cheapest way out when enough samples are measured
@@ -126,7 +127,7 @@ class PerSampleGradNorms(NormAccumulator):
 
     def _on_repeated_call(
         self, hooked: HookedModule, x: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any
-    ) -> Tensor | None:
+    ) -> Any:
         """Activation checkpointing runs the module again.
 
         Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
@@ -152,11 +153,10 @@ class PerSampleGradNorms(NormAccumulator):
         x: Tensor,
         call: tuple[tuple[Any, ...], dict[str, Any]],
         output: Any,
-    ) -> Tensor | None:
+    ) -> Any:
         """Arrange for the norms of one call."""
         if hooked.rule is None:
-            self._without_rule.capture(hooked, current, x, call, output)
-            return None
+            return self._without_rule.capture(hooked, current, x, call, output, prove=bool(self._unchecked))
         wanted = hooked.trainable()
         if not wanted or not isinstance(output, Tensor) or not output.requires_grad:
             return None
@@ -216,18 +216,16 @@ class PerSampleGradNorms(NormAccumulator):
 
     def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
         current.check_adopted()
-        # The fallback differentiates its whole module: every use inside it is one captured use.
-        unchecked = self._unchecked - (current.by_fallback - current.learned.keys()) if self._unchecked else None
-        if not unchecked or not current.kept:
+        if not self._unchecked or not current.kept:
             return
         names = {
             param: hooked.full_name(name)
             for hooked in self._hooked
             for name, param in hooked.params.items()
-            if param in unchecked
+            if param in self._unchecked
         }
         check_coverage(outputs, current.captured_uses(), names)
-        self._unchecked -= unchecked
+        self._unchecked.clear()
 
     def check_all_captured(self) -> None:
         """Raise if a parameter has a gradient that no hook has ever seen.
