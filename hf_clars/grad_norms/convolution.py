@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from hf_clars.grad_norms import norm_math
 from hf_clars.grad_norms.costs import Form, WeightUse, cheapest_form
 from hf_clars.grad_norms.linear import linear_squared_norm
 from hf_clars.grad_norms.registry import LayerRule, register_rule
+from hf_clars.grad_norms.torch_internals import convolution_input_grad
 
 # Up to so many inputs an output (an RGB image's first 3x3 convolution has 27) patches are cheap to write out.
 _THIN = 32
@@ -105,9 +105,7 @@ class ConvolutionRule(LayerRule):
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """See `LayerRule`."""
         assert isinstance(module, _Conv)
-        grad_fn = (conv1d_input, conv2d_input, conv3d_input)[len(module.kernel_size) - 1]
-        settings: dict[str, Any] = _settings(module, module.padding)
-        return grad_fn(x.shape, weight, g, **settings)
+        return convolution_input_grad(g, x, weight, **_settings(module, module.padding))
 
 
 def _settings(module: _Conv | _Transposed, padding: Any) -> dict[str, Any]:
