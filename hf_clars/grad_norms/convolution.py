@@ -157,7 +157,7 @@ def convolution_squared_norm(module: _Conv, x: Tensor, g: Tensor, form: Form) ->
 def _weight_grads(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor) -> Tensor:
     shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
     if _is_pointwise(module, padding):
-        return norm_math.linear_weight_grads(_visited(module, x), g.flatten(2).mT).view(-1, *shape)
+        return (g.flatten(2) @ _visited(module, x)).view(-1, *shape)
     settings = _settings(module, padding)
     if len(shape) == 4 and settings.pop("groups") == 1 and math.prod(shape[1:]) <= _THIN:
         return norm_math.thin_convolution_weight_grads(x, g, kernel_shape=shape, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ class HookedModule:
     Args:
         path: Its name in the model.
         module: The module.
-        params: Its own measured parameters by local name; none for a mere container.
+        layers: Its own measured parameters' layers by local name; none for a mere container.
 
     Attributes:
+        params: The same parameters by local name.
         rule: The rule that serves it, if any does.
         inner: Measured parameters of the modules inside, by their name relative to this one; only without a rule.
         strays: Those of them that are used without a call of their modules; found in the first pass.
@@ -30,11 +31,12 @@ class HookedModule:
         ever_captured: Whether a call has been captured since the hooks were placed.
     """
 
-    def __init__(self, path: str, module: nn.Module, params: dict[str, nn.Parameter]) -> None:
+    def __init__(self, path: str, module: nn.Module, layers: dict[str, int]) -> None:
         self.path = path
         self.module = module
-        self.params = params
-        self.rule: LayerRule | None = find_rule(module) if params else None
+        self.layers = layers
+        self.params = {n: p for n, p in module.named_parameters(recurse=False) if n in layers}
+        self.rule: LayerRule | None = find_rule(module) if layers else None
         self.inner: dict[str, nn.Parameter] = {}
         self.strays: dict[str, nn.Parameter] = {}
         self.known_rows: set[tuple[int, ...]] = set()
@@ -121,22 +123,22 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def find_hooked_modules(model: nn.Module, measured: Collection[nn.Parameter]) -> list[HookedModule]:
+def find_hooked_modules(model: nn.Module, layer_of: Mapping[nn.Parameter, int]) -> list[HookedModule]:
     """Every module that owns a measured parameter, directly or inside; a tied one is owned by several.
 
     Args:
         model: Where to look.
-        measured: The parameters.
+        layer_of: The measured parameters and the layer of each.
 
     Returns:
         In the order of `model.named_modules()`.
     """
     found = []
     for path, module in model.named_modules():
-        own = {name: p for name, p in module.named_parameters(recurse=False) if p in measured}
+        own = {name: layer_of[p] for name, p in module.named_parameters(recurse=False) if p in layer_of}
         hooked = HookedModule(path, module, own)
         if hooked.rule is None:
-            hooked.inner = {n: p for n, p in module.named_parameters() if p in measured and n not in own}
+            hooked.inner = {n: p for n, p in module.named_parameters() if p in layer_of and n not in own}
         if own or hooked.inner:
             found.append(hooked)
     return found

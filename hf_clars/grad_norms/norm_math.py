@@ -20,14 +20,14 @@ from hf_clars.grad_norms.torch_internals import convolution_weight_grad
 
 # What is made per sample (gradients, Gram matrices) exists for at most this many elements at once: 64 MiB in float32.
 MAX_ELEMENTS = 1 << 24
-# Below this it is the number of operations that counts.
-_SMALL = 1 << 15
+# Below this many numbers it is the number of operations that counts.
+SMALL = 1 << 15
 
 
 def squared_sum(x: Tensor) -> Tensor:
     """Squared 2-norm of every sample: [B, ...] -> [B]."""
     flat = x if x.dim() == 2 else x.flatten(1) if x.dim() > 2 else x.unsqueeze(1)
-    if x.numel() < _SMALL:
+    if x.numel() < SMALL:
         return torch.linalg.vecdot(flat, flat)
     return torch.linalg.vector_norm(flat, dim=1).square()  # half the time of a dot product with itself
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_clars.grad_norms.adoption import Orphan
 from hf_clars.grad_norms.fallback import ModuleCall
 from hf_clars.grad_norms.hooked_modules import HookedModule
-from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.norm_math import SMALL, squared_sum
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.rule_call import RuleCall
@@ -36,6 +36,7 @@ class ForwardPass:
         uses_inside: Further uses that one call of the fallback is for; counted where coverage will be proven.
         rule_calls: Calls that rules measure.
         several: Parameters with more than one use.
+        small: Layer index and per-sample gradients of small parameters, which are squared together in the end.
         squares: {layer index: Tensor [kept]}, squared norms added up over the layer's parameters.
         pending: Per-sample gradients of parameters used more than once: those add up before they are squared.
         fallback_calls: Calls remembered for the fallback; each holds on to its graph until its gradient has come.
@@ -57,6 +58,7 @@ class ForwardPass:
     uses_inside: Counter[nn.Parameter] = field(default_factory=Counter)
     rule_calls: list[RuleCall] = field(default_factory=list)
     several: set[nn.Parameter] = field(default_factory=set)
+    small: list[tuple[int, Tensor]] = field(default_factory=list)
     squares: dict[int, Tensor] = field(default_factory=dict)
     pending: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     fallback_calls: list[ModuleCall] = field(default_factory=list)
@@ -128,6 +130,24 @@ class ForwardPass:
         held = self.squares.get(layer)
         self.squares[layer] = squares if held is None else held + squares
 
+    def add_grads(self, layer: int, grads: Tensor) -> None:
+        """Add one parameter's per-sample gradients [kept, *shape] to its layer."""
+        if grads.numel() < SMALL:
+            self.small.append((layer, grads))
+        else:
+            self.add_squares(layer, squared_sum(grads))
+
+    def _square_small(self) -> None:
+        """Square all gradients of one shape at once: there are many of them, and each operation takes its time."""
+        by_shape: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
+        for layer, grads in self.small:
+            by_shape.setdefault((grads.shape, grads.dtype), []).append((layer, grads))
+        self.small.clear()
+        for group in by_shape.values():
+            stacked = torch.stack([grads.flatten(1) for _, grads in group])
+            for (layer, _), squares in zip(group, torch.linalg.vecdot(stacked, stacked).unbind(), strict=True):
+                self.add_squares(layer, squares)
+
     def add_pending(self, param: nn.Parameter, grads: Tensor) -> None:
         """Add one use's per-sample gradients [kept, *shape] of a parameter that has several uses."""
         held = self.pending.get(param)
@@ -148,6 +168,7 @@ class ForwardPass:
         for param, grads in self.pending.items():
             self.add_squares(layer_of[param], squared_sum(grads))
         self.pending.clear()
+        self._square_small()
         if not self.squares:
             return None
         zeros = torch.zeros_like(next(iter(self.squares.values())))

@@ -74,6 +74,11 @@ class LayerRule(ABC):
         """Each sample's squared gradient norm, {local parameter name: Tensor [B]}. Arguments as above."""
         return {n: squared_sum(grads) for n, grads in self.per_sample_grads(module, saved, g, wanted).items()}
 
+    @property
+    def squares_without_grads(self) -> bool:
+        """Whether `squared_norms` is more than the squares of `per_sample_grads`."""
+        return type(self).squared_norms is not LayerRule.squared_norms
+
     def takes_over(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """Whether the weight gradient should come from the per-sample gradients of this call. Default: no.
 

@@ -142,7 +142,7 @@ class PerSampleGradNorms(NormAccumulator):
                 wanted = hooked.trainable()
                 if rows is None or not wanted:
                     return None
-                repeated = RuleCall(hooked, hooked.rule, current, wanted, self._layer_of, rows, lambda: False)
+                repeated = RuleCall(hooked, hooked.rule, current, wanted, rows, lambda: False)
                 return self._follow(repeated, x, output)
         return None
 
@@ -167,7 +167,7 @@ class PerSampleGradNorms(NormAccumulator):
             return None
         ticket = self._captured(hooked, current, wanted, x)
         rule_call = RuleCall(
-            hooked, hooked.rule, current, wanted, self._layer_of, rows, lambda: self._arrived(hooked, current, ticket)
+            hooked, hooked.rule, current, wanted, rows, lambda: self._arrived(hooked, current, ticket)
         )
         current.rule_calls.append(rule_call)
         return self._follow(rule_call, x, output)
