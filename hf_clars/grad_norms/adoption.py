@@ -52,7 +52,9 @@ class Orphan:
         """Whether the call was made between a module's inputs and outputs, and not on the way to its inputs."""
         if not self.nodes:  # nothing is known of what it returned
             return bool(region.uses({str(i): p for i, p in enumerate(self.params)}))
-        return any(node in region.nodes for node in self.nodes)
+        # A view that was then modified in place has lost its own place in the graph, but not that of what it views.
+        before = {b for node in self.nodes for b, _ in node.next_functions if b is not None and b.next_functions}
+        return not region.nodes.isdisjoint({*self.nodes, *before})
 
     def learn(self, outputs: Sequence[Tensor], batch_size: int) -> bool:
         """Prove, if it is so, that a sample's rows lie together, for later passes.
@@ -108,8 +110,11 @@ def orphan_of(
     """
     taken = "no tensor" if x is NO_INPUT else str(tuple(x.shape))
     error = hooked.no_batch_axis(taken, outputs, batch_size)
-    orphan = Orphan(hooked, tuple(params), error, tuple(torch.autograd.graph.get_gradient_edge(t).node for t in outputs))
-    rows = folded_rows(x, outputs[0], batch_size) if outputs and hooked.rule is not None else None
+    orphan = Orphan(
+        hooked, tuple(params), error, tuple(torch.autograd.graph.get_gradient_edge(t).node for t in outputs)
+    )
+    has_rows = outputs and hooked.rule is not None and hooked.rule.has_batch_axis(hooked.module, x)
+    rows = folded_rows(x, outputs[0], batch_size) if has_rows else None
     if rows:
         orphan.edge = torch.autograd.graph.get_gradient_edge(outputs[0])
         orphan.rows, orphan.x = rows, x.detach()

@@ -71,6 +71,11 @@ class ConvolutionRule(LayerRule):
 
     parameters = frozenset({"weight", "bias"})
 
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """See `LayerRule`."""
+        assert isinstance(module, _Conv)
+        return x.dim() == 2 + len(module.kernel_size)
+
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
@@ -169,6 +174,11 @@ class TransposedConvolutionRule(LayerRule):
     """The convolution that maps the output to the input: the same weight gradient with x and g exchanged."""
 
     parameters = frozenset({"weight", "bias"})
+
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """See `LayerRule`."""
+        assert isinstance(module, _Transposed)
+        return x.dim() == 2 + len(module.kernel_size)
 
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]

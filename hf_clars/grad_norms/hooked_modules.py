@@ -27,6 +27,7 @@ class HookedModule:
         inner: Measured parameters of the modules inside, by their name relative to this one; only without a rule.
         strays: Those of them that are used without a call of their modules; found in the first pass.
         known_rows: Layouts (rows a sample, shape of a row) whose rows were proven to lie sample by sample.
+        proven_dims: Numbers of axes with which its calls were proven to have the batch first.
         decisions: Whether the rule takes the weight gradient over, by shapes.
         ever_captured: Whether a call has been captured since the hooks were placed.
     """
@@ -40,6 +41,7 @@ class HookedModule:
         self.inner: dict[str, nn.Parameter] = {}
         self.strays: dict[str, nn.Parameter] = {}
         self.known_rows: set[tuple[int, ...]] = set()
+        self.proven_dims: set[int] = set()
         self.decisions: dict[tuple[Any, ...], bool] = {}
         self.ever_captured = False
 
@@ -70,6 +72,8 @@ class HookedModule:
             batch_size: Samples in the pass.
             alone: No module is around this one that could prove anything.
         """
+        if self.rule is not None and not self.rule.has_batch_axis(self.module, x):
+            return None
         if x.shape[0] == batch_size == output.shape[0]:
             certain = self.rule is None or self.rule.batch_axis_is_certain or alone or batch_size == 1
             return 1 if certain or _layout(1, x) in self.known_rows else None

@@ -87,6 +87,15 @@ class GroupNormRule(_ChannelRule):
 class InstanceNormRule(_ChannelRule):
     """Statistics per sample and channel; running ones only in eval mode with `track_running_stats`."""
 
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """See `LayerRule`."""
+        dims = next(
+            d
+            for d, kind in ((3, nn.InstanceNorm1d), (4, nn.InstanceNorm2d), (5, nn.InstanceNorm3d))
+            if isinstance(module, kind)
+        )
+        return x.dim() == dims
+
     def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C] or [C] each."""
         assert isinstance(module, _InstanceNorm)
@@ -105,6 +114,11 @@ class LayerNormRule(LayerRule):
     parameters = frozenset({"weight", "bias"})
 
     positions_in_the_middle = True
+
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """See `LayerRule`."""
+        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        return x.dim() > len(module.normalized_shape)
 
     def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
         """The input, its mean unless that stays, and 1 / its scale; nothing for the bias alone."""

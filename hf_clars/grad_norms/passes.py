@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import Orphan
+from hf_clars.grad_norms.batch_axis import OpenCall, is_open
 from hf_clars.grad_norms.fallback import ModuleCall
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import SMALL, squared_sum
@@ -30,6 +31,7 @@ class ForwardPass:
         captured: Modules whose calls are waiting for their gradients.
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
         orphans: Calls that wait for a module around them.
+        open_calls: Calls that have yet to be proven to have the batch first; they hold on to the graph until then.
         learned: Uses by calls that were adopted, but that the rule will measure from the next pass on.
         device: Where the first captured call took place.
         uses: How often each parameter was used by a captured module call.
@@ -52,6 +54,7 @@ class ForwardPass:
     captured: set[HookedModule] = field(default_factory=set)
     without_grad: Counter[HookedModule] = field(default_factory=Counter)
     orphans: list[Orphan] = field(default_factory=list)
+    open_calls: list[OpenCall] = field(default_factory=list)
     learned: Counter[nn.Parameter] = field(default_factory=Counter)
     device: torch.device | None = None
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
@@ -73,6 +76,7 @@ class ForwardPass:
             call.edges.clear()
         self.fallback_calls.clear()
         self.orphans.clear()
+        self.open_calls.clear()
 
     def check_adopted(self) -> None:
         """Raise if a call was left to no one, so that its norms would be missing.
@@ -84,6 +88,13 @@ class ForwardPass:
             error = self.orphans[0].error
             self.orphans.clear()
             raise error
+
+    def note_if_open(self, hooked: HookedModule, output: Tensor) -> None:
+        """Keep a call for the proof that the batch is its first axis, if its shape leaves that open."""
+        if output.dim() in hooked.proven_dims or self.implicit or not is_open(output, self.batch_size):
+            return
+        edge = torch.autograd.graph.get_gradient_edge(output)
+        self.open_calls.append(OpenCall(hooked, edge, tuple(output.shape)))
 
     def next_call(self) -> int:
         """A number for a captured module call."""

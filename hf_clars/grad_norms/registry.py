@@ -34,6 +34,15 @@ class LayerRule(ABC):
         """Whether the rule is right for this very module; if not, the general fallback serves. Default: yes."""
         return True
 
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether an input has the axis of a batch: some modules take a single sample without it too. Default: yes.
+
+        Args:
+            module: The module.
+            x: Its input.
+        """
+        return True
+
     def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
         """What to keep from the forward pass for the backward pass. Default: the input.
 

@@ -30,6 +30,11 @@ def saved_tensors_are_packed() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def is_view(t: Tensor) -> bool:
+    """Whether a tensor is a view of another: an in-place operation then gives it another place in the graph."""
+    return t._is_view()
+
+
 def batch_statistics(x: Tensor, output: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(mean, 1 / standard deviation) of each channel over a batch, [C] each.
 
@@ -125,8 +130,8 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
         None,
         None,
         None,
-        mean.expand(channels).reshape(-1),
-        rstd.expand(channels).reshape(-1),
+        mean.expand(channels).reshape(-1).contiguous(),  # the kernel takes no strides
+        rstd.expand(channels).reshape(-1).contiguous(),
         True,
         0.0,
         [False, True, True],

@@ -166,11 +166,12 @@ class PerSampleGradNorms(NormAccumulator):
             current.orphans.append(orphan_of(hooked, current.batch_size, wanted.values(), x, [output]))
             return None
         ticket = self._captured(hooked, current, wanted, x)
-        rule_call = RuleCall(
-            hooked, hooked.rule, current, wanted, rows, lambda: self._arrived(hooked, current, ticket)
-        )
+        rule_call = RuleCall(hooked, hooked.rule, current, wanted, rows, lambda: self._arrived(hooked, current, ticket))
         current.rule_calls.append(rule_call)
-        return self._follow(rule_call, x, output)
+        replaced = self._follow(rule_call, x, output)
+        if rows == 1 and hooked.rule.positions_in_the_middle:
+            current.note_if_open(hooked, output if replaced is None else replaced)
+        return replaced
 
     def _captured(self, hooked: HookedModule, current: ForwardPass, wanted: dict[str, nn.Parameter], x: Tensor) -> int:
         """Take note of a call that will be measured; returns its number in the pass."""
@@ -194,8 +195,7 @@ class PerSampleGradNorms(NormAccumulator):
         """Take the weight gradient over, or watch the ordinary one."""
         if call.current.kept == call.current.batch_size and call.rows == 1 and _may_take_over(call, x, output):
             return take_over(call, x, output)
-        observe(call, call.rule.save(call.module, x.detach(), output, call.wanted.keys()), output)
-        return None
+        return observe(call, call.rule.save(call.module, x.detach(), output, call.wanted.keys()), output)
 
     # ---- backward --------------------------------------------------------------------------------------------
 
@@ -216,6 +216,8 @@ class PerSampleGradNorms(NormAccumulator):
 
     def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
         current.check_adopted()
+        if current.open_calls:
+            self._without_rule.check_batch_axis(current, outputs)
         if not self._unchecked or not current.kept:
             return
         names = {

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import NO_INPUT, Orphan, orphan_of
+from hf_clars.grad_norms.batch_axis import check_batch_axis
 from hf_clars.grad_norms.errors import BatchAxisError
 from hf_clars.grad_norms.fallback import Fallback, ModuleCall
 from hf_clars.grad_norms.graph_uses import GraphRegion, GraphUse
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.own_place import own_place
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import at_least_float32
 from hf_clars.grad_norms.torch_internals import saved_tensors_are_packed
@@ -55,7 +57,7 @@ class _Watched:
         return self.hooked, self.hooked.module.training, tuple(self.wanted)
 
     def direct_uses(self) -> list[GraphUse]:
-        """Where the graph uses the module's own parameters, if that may be looked at and they are all that is wanted."""
+        """Where the graph uses the module's own parameters, if it may be looked at and they are all that is wanted."""
         if self.adopted or saved_tensors_are_packed() or self.wanted.keys() != self.hooked.trainable().keys():
             return []
         return self.region.uses(self.wanted)
@@ -134,8 +136,7 @@ class CallsWithoutRule:
         others = [i for i, t in outputs.items() if not t.dim() or t.shape[0] != current.batch_size]
         if others and not hooked.params and hooked.path:
             return None  # a gradient may come through those too: leave it to a module further out
-        if len(outputs) > 1:
-            output, outputs = _apart(output, outputs)
+        output, outputs = _in_own_places(output, outputs)
         for i in others:
             hooked.refuse_gradient_through(outputs.pop(i), current.batch_size)
         watched = _Watched(hooked, current, x, call, outputs, wanted, adopted, region)
@@ -143,7 +144,19 @@ class CallsWithoutRule:
             if prove:
                 current.count_inside(wanted.values(), (use.param for use in region.uses(wanted)))
             self._watch_module(watched)
-        return output if len(found) > 1 else None
+        return output
+
+    def check_batch_axis(self, current: ForwardPass, outputs: Sequence[Tensor]) -> None:
+        """Prove that the batch is the first axis of calls whose shapes leave that open; see `batch_axis.py`."""
+        self.busy = True
+        calls = list(current.open_calls)
+        current.open_calls.clear()
+        try:
+            check_batch_axis(outputs, calls, current.batch_size)
+        finally:
+            self.busy = False
+        for call in calls:
+            call.hooked.proven_dims.add(len(call.shape))
 
     def _watch_uses(self, watched: _Watched) -> bool:
         """Measure a module's bare parameters where the graph uses them, if that is known to be right for it."""
@@ -198,6 +211,8 @@ class CallsWithoutRule:
     def _watch_module(self, watched: _Watched) -> None:
         """Measure a module by the fallback; the first time, look whether the graph's uses would give the same."""
         hooked, current, outputs = watched.hooked, watched.current, watched.outputs
+        for output in outputs.values():
+            current.note_if_open(hooked, output)
         uses = watched.direct_uses() if watched.key not in self._direct else []
         self._adopt(hooked, current, watched.adopted, list(outputs.values()))
         ticket = self._captured(hooked, current, watched.wanted, watched.x)
@@ -247,13 +262,11 @@ class CallsWithoutRule:
             current.add_squares(self._layer_of[param], squared_sum(grads))
 
 
-def _apart(output: Any, outputs: dict[int, Tensor]) -> tuple[Any, dict[int, Tensor]]:
-    """Views of several outputs, in place of them: where one is made from another (a hidden state and what is pooled
-    from it), the gradient of the view is only that of its own uses outside.
-    """
-    output = map_tensors(lambda t: t.view_as(t) if t.requires_grad and t.is_floating_point() else t, output)
-    views = list(tensors_in(output))
-    return output, {i: views[i] for i in outputs}
+def _in_own_places(output: Any, outputs: dict[int, Tensor]) -> tuple[Any, dict[int, Tensor]]:
+    """All that a module returned, and its differentiable outputs, with places of their own in the graph."""
+    output = map_tensors(lambda t: own_place(t) if t.requires_grad and t.is_floating_point() else t, output)
+    placed = list(tensors_in(output))
+    return output, {i: placed[i] for i in outputs}
 
 
 def _close(found: Tensor | None, expected: Tensor) -> bool:
@@ -262,8 +275,9 @@ def _close(found: Tensor | None, expected: Tensor) -> bool:
 
 
 def _strays(hooked: HookedModule, current: ForwardPass, region: GraphRegion) -> dict[str, nn.Parameter]:
-    """Parameters of modules inside that were used although no call of their modules was seen: `table.weight` handed to
-    a function, a ParameterList, a method other than `forward`.
+    """Parameters of modules inside that were used although no call of their modules was seen.
+
+    Such as `table.weight` handed to a function, a ParameterList, or a method other than `forward`.
     """
     waiting = {p for orphan in current.orphans for p in orphan.params}
     unseen = {n: p for n, p in hooked.inner.items() if not current.uses[p] and p not in waiting}
