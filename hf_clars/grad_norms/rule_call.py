@@ -88,7 +88,7 @@ class RuleCall:
             self._add_grads(name, t.unflatten(0, (self.current.kept, self.rows)).sum(1) if folded else t)
 
     def _add_grads(self, name: str, grads: Tensor) -> None:
-        """Add per-sample gradients [kept, *shape]; those of a parameter's several uses add up before they are squared."""
+        """Add per-sample gradients [kept, *shape]; those of several uses add up before they are squared."""
         several = self.current.several
         if several and self.wanted[name] in several:
             self.current.add_pending(self.wanted[name], grads)
