@@ -1,14 +1,11 @@
 """Per-sample gradients of any module's own parameters, for modules that no rule knows. Two exact ways.
 
 **Replay**: the forward runs again under `torch.func.vmap`, one sample at a time in one batched call. As cheap as one
-more
-forward and backward of the module, but it needs a module that treats samples apart and draws no random numbers.
+more forward and backward of the module, but it needs a module that treats samples apart and draws no random numbers.
 
 **Masks**: the module's own graph is differentiated once for every sample, with the output gradient of all other
-samples set
-to zero: what reaches the parameters then is that sample's own use of them. This is the definition itself, so it is
-right for
-coupled samples and random layers too, and costs a backward pass of the module for every sample.
+samples set to zero: what reaches the parameters then is that sample's own use of them. This is the definition itself,
+so it is right for coupled samples and random layers too, and costs a backward pass of the module for every sample.
 
 The replay is compared with the real output at the first call in each mode; where it fails or differs, masks are used.
 """

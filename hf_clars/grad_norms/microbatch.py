@@ -1,9 +1,8 @@
 """Norms of micro-batch gradients: the estimator of the authors' published code.
 
 Their code measures ||g_k|| of 64 batches of 8 samples and takes the mean. Here a micro-batch is one forward and
-backward of
-the accumulated batch, so 8 samples a device and step give theirs. It needs no layer rules, and it is biased low: within
-a micro-batch gradients cancel before the norm is taken.
+backward of the accumulated batch, so 8 samples a device and step give theirs. It needs no layer rules, and it is
+biased low: within a micro-batch gradients cancel before the norm is taken.
 """
 
 from __future__ import annotations
