@@ -210,7 +210,8 @@ class CallsWithoutRule:
 
     def _watch_module(self, watched: _Watched) -> None:
         """Measure a module by the fallback; the first time, look whether the graph's uses would give the same."""
-        hooked, current, outputs = watched.hooked, watched.current, watched.outputs
+        # The hook below must not hold on to `watched`, which knows the graph.
+        hooked, current, outputs, wanted = watched.hooked, watched.current, watched.outputs, watched.wanted
         for output in outputs.values():
             current.note_if_open(hooked, output)
         uses = watched.direct_uses() if watched.key not in self._direct else []
@@ -236,7 +237,7 @@ class CallsWithoutRule:
 
         def on_gradients(grads: Sequence[Tensor | None]) -> None:
             if self._arrived(hooked, current, ticket):
-                per_sample = self._measure(current, remembered, watched.wanted, grads)
+                per_sample = self._measure(current, remembered, wanted, grads)
                 trial.expected = per_sample if trial.waiting else {}
 
         torch.autograd.graph.register_multi_grad_hook(list(outputs.values()), on_gradients, mode="all")

@@ -46,8 +46,8 @@ def outside_failures_explained(ddp_timeout: int) -> Iterator[None]:
             ) from error
         if world_size() > 1 and _is_of_a_collective(error):
             raise ProcessLostError(
-                f"Another process of this run has ended, or did not answer for {ddp_timeout} s (--ddp_timeout): look at "
-                f"what it printed. This one ends too ({text.splitlines()[0][:200]}). {RESUME}"
+                f"Another process of this run has ended, or did not answer for {ddp_timeout} s (--ddp_timeout): look "
+                f"at what it printed. This one ends too ({text.splitlines()[0][:200]}). {RESUME}"
             ) from error
         raise
 
