@@ -17,6 +17,7 @@ from hf_clars.models import build_model
 
 BATCH, STEPS, SIDE, CLASSES = 32, 20, 8, 3
 SUBSET = 8
+MIDDLE = 10  # the step after which checkpoints are resumed
 
 
 class Images(Dataset):
@@ -98,6 +99,9 @@ LOADERS = {
 }
 
 
+BF16 = Case("group norm", "clars", 4)
+
+
 def cases(accumulations=(1, 4)):
     """Every model with CLARS on all samples, and the other methods on one model."""
     pairs = [(m, "clars") for m in MODELS] + [("group norm", method) for method in METHODS if method != "clars"]
@@ -125,11 +129,11 @@ def arguments(case, folder, processes, **changes):
     return ClarsTrainingArguments(str(folder), **settings)
 
 
-def run(case, folder, processes, order=None, model=None, trainer_class=ClarsTrainer, **changes):
-    """Train one case and return the trainer."""
+def run(case, folder, processes, order=None, model=None, trainer_class=ClarsTrainer, resume=None, **changes):
+    """Train one case, from a checkpoint if one is given, and return the trainer."""
     model = MODELS[case.model]() if model is None else model
     trainer = trainer_class(model, arguments(case, folder, processes, **changes), train_dataset=Images(order))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_clars import ClarsTrainer
-from tests.launchers.cases import BATCH, LOADERS, Case, cases, run, save_weights
+from tests.launchers.cases import BATCH, BF16, LOADERS, Case, cases, run, save_weights
 from tests.launchers.cpu_fsdp import CpuFsdpTrainer
 
 TRAINERS = {"fsdp2": CpuFsdpTrainer}
@@ -51,6 +51,14 @@ def main(out, kind):
         if trainer.is_world_process_zero():
             save_weights(state, folder)
         print(case.name, flush=True)
+    unset_hf_deepspeed_config()
+    folder = Path(out) / "bf16"
+    trainer = run(
+        BF16, folder, int(os.environ["WORLD_SIZE"]), trainer_class=TRAINERS.get(kind, ClarsTrainer), bf16=True
+    )
+    state = gathered(trainer)
+    if trainer.is_world_process_zero():
+        save_weights(state, folder)
     if kind == "ddp":
         train_with_other_loaders(out)
     dist.barrier()
