@@ -141,32 +141,30 @@ _context.set_forkserver_preload(["hf_clars.trainer.image_classification", "tests
 
 
 def start(arguments: list[str], *, world: int = 1, moment: Moment | None = None) -> list[Any]:
-    """Start the processes of a run, the first to be killed at a moment: (process, did it end) of each.
-
-    Keep what is returned until the processes have started.
-    """
+    """Start the processes of a run, the first to be killed at a moment; `ended.value` of each: did it finish."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
+    processes: list[Any] = []
     for rank in range(world):
         ended = _context.Value("b", False)
         own = moment if rank == 0 and moment is not None else Moment()
         process = _context.Process(target=_run, args=(arguments, rank, world, port, own, ended))
         process.start()
-        processes.append((process, ended))
+        process.ended = ended
+        processes.append(process)
     return processes
 
 
 def run(arguments: list[str], *, world: int = 1, moment: Moment | None = None) -> bool:
     """Run to its end (True) or until killed; with two processes the second one is killed as well."""
-    (first, ended), *others = start(arguments, world=world, moment=moment)
+    first, *others = start(arguments, world=world, moment=moment)
     wait_for(first)
-    for process, done in others:
-        if not ended.value and not done.value:
+    for process in others:
+        if not first.ended.value and not process.ended.value:
             process.kill()
         wait_for(process)
-    return bool(ended.value)
+    return bool(first.ended.value)
 
 
 def wait_for(process: Any) -> None:

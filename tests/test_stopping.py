@@ -78,8 +78,7 @@ def test_two_processes_stop_after_the_same_step_whichever_is_signalled_and_go_on
     arguments = [*COMMON, f"--dataset={data}", "--global_batch_size=16", "--dataloader_num_workers=1"]
     assert run([*arguments, f"--output_dir={tmp_path / 'whole'}"], world=2)
     stopped = [*arguments, f"--output_dir={tmp_path / 'stopped'}"]
-    started = start(stopped, world=2)
-    processes = [process for process, _ in started]
+    processes = start(stopped, world=2)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "stopped").glob("checkpoint-*")):  # so training is under way
         assert time.monotonic() < deadline

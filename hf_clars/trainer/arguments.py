@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from hf_clars.errors import ConfigError
@@ -119,6 +122,7 @@ class ClarsTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Resolve and check the settings."""
+        self._join_processes_on_cpu()
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns at every epoch
@@ -131,6 +135,13 @@ class ClarsTrainingArguments(TrainingArguments):
             self.learning_rate = self.gamma_base * self.total_batch_size / self.base_batch_size
         if self.eta is None:
             self.eta = DEFAULT_ETA[self.method]
+
+    def _join_processes_on_cpu(self) -> None:
+        """Start the process group with `ddp_timeout`, which transformers heeds on accelerators only."""
+        launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        engine = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        if self.use_cpu and launched and not engine and not dist.is_initialized():
+            dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
 
     @property
     def total_batch_size(self) -> int:

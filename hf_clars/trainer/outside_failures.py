@@ -37,19 +37,25 @@ def outside_failures_explained(ddp_timeout: int) -> Iterator[None]:
             raise
         # torch hands on what a worker raised with the worker's traceback as message; its last line is our sentence.
         raise type(error)(text.strip().splitlines()[-1].split(": ", 1)[-1]) from None
+    except (ConnectionError, EOFError) as error:  # a worker died while it was handing over a batch
+        raise _worker_died(error) from error
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text):
-            raise DataError(
-                f"A data-loading worker died ({text.splitlines()[0]}). Often memory or /dev/shm ran out: lower "
-                f"dataloader_num_workers or the batch of a pass, or give the container more shared memory. {RESUME}"
-            ) from error
+            raise _worker_died(error) from error
         if world_size() > 1 and _is_of_a_collective(error):
             raise ProcessLostError(
                 f"Another process of this run has ended, or did not answer for {ddp_timeout} s (--ddp_timeout): look "
                 f"at what it printed. This one ends too ({text.splitlines()[0][:200]}). {RESUME}"
             ) from error
         raise
+
+
+def _worker_died(error: Exception) -> DataError:
+    return DataError(
+        f"A data-loading worker died ({str(error).splitlines()[0]}). Often memory or /dev/shm ran out: lower "
+        f"dataloader_num_workers or the batch of a pass, or give the container more shared memory. {RESUME}"
+    )
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:
