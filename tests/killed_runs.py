@@ -141,7 +141,7 @@ _context.set_forkserver_preload(["hf_clars.trainer.image_classification", "tests
 
 
 def start(arguments: list[str], *, world: int = 1, moment: Moment | None = None) -> list[Any]:
-    """Start the processes of a run, the first to be killed at a moment; `ended.value` of each: did it finish."""
+    """Start the processes of a run, the first to be killed at a moment; `ended.value` tells if it ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -185,7 +185,7 @@ def run_with_kills(arguments: list[str], kills: int, chance: random.Random, *, w
 
 
 def assert_same(expected: Path, found: Path, *, also_losses: bool = True) -> None:
-    """Bit for bit: weights, layer-rate log, losses, and the kept checkpoints' optimizer, schedule and random states."""
+    """Bit for bit: weights, layer-rate log, loss log; optimizer, schedule and random states of the checkpoints."""
     ours, theirs = load_file(expected / "model.safetensors"), load_file(found / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():

@@ -52,8 +52,9 @@ def outside_failures_explained(ddp_timeout: int) -> Iterator[None]:
 
 
 def _worker_died(error: Exception) -> DataError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return DataError(
-        f"A data-loading worker died ({str(error).splitlines()[0]}). Often memory or /dev/shm ran out: lower "
+        f"A data-loading worker died ({reason}). Often memory or /dev/shm ran out: lower "
         f"dataloader_num_workers or the batch of a pass, or give the container more shared memory. {RESUME}"
     )
 

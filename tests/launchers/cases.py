@@ -158,4 +158,4 @@ def outcome(folder):
     log = LayerRateLog.open(folder)
     found = {f"log {q}": log[q] for q in ("rate", "weight_norm", "grad_norm", "mean_sample_norm", "ratio")}
     found["log steps"] = np.asarray(log.steps)
-    return found | {f"weight {n}": t.numpy() for n, t in load_file(weights_file(folder)).items()}, log.layers
+    return found | {f"weight {n}": t.float().numpy() for n, t in load_file(weights_file(folder)).items()}, log.layers
