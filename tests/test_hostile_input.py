@@ -228,7 +228,8 @@ def main(count: int) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(
             f"{kind:16} {count:,} cases in {time.perf_counter() - begin:6.0f} s: {found['accepted']:,} accepted, "
-            f"{found['refused']:,} refused, slowest {found['slowest']:.2f} s, peak memory +{(peak - used) / 2**20:.0f} MB",
+            f"{found['refused']:,} refused, slowest {found['slowest']:.2f} s, "
+            f"peak memory +{(peak - used) / 2**20:.0f} MB",
             flush=True,
         )
 

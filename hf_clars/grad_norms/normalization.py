@@ -13,6 +13,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from hf_clars.distributed import world_size
+from hf_clars.grad_norms.errors import SharedStatisticsError
 from hf_clars.grad_norms.registry import LayerRule, register_rule
 from hf_clars.grad_norms.torch_internals import (
     affine_sums,
@@ -21,7 +23,7 @@ from hf_clars.grad_norms.torch_internals import (
     layer_statistics,
 )
 
-_BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+_BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 _InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 
 
@@ -71,6 +73,21 @@ class BatchNormRule(_ChannelRule):
         """[C] each."""
         assert isinstance(module, _BatchNorm)
         return _running_statistics(module) or batch_statistics(x, output, module.eps)
+
+
+@register_rule(nn.SyncBatchNorm)
+class SyncBatchNormRule(BatchNormRule):
+    """As BatchNorm, in one process or with frozen statistics; statistics of several processes are refused."""
+
+    def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """[C] each."""
+        if module.training and world_size() > 1:
+            raise SharedStatisticsError(
+                "SyncBatchNorm takes its statistics over all processes, and the norms of a sample's gradient would "
+                "need them: leave BatchNorm as it is (each process then normalises its own samples), freeze its "
+                "statistics (module.eval()), or use GroupNorm."
+            )
+        return super().statistics(module, x, output)
 
 
 @register_rule(nn.GroupNorm)
