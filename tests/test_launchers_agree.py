@@ -18,14 +18,16 @@ LAUNCHERS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
-def launch(name, module, *arguments, processes=2):
+def launch(name, module, *arguments, processes=2, seconds=560):
     """Run a module of the tests under a launcher; returns what it printed."""
     if name.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'hf_clars[deepspeed]'")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{name}.yaml"]
     command += ["--num_processes", str(processes), "--main_process_port", "0", "-m", module, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
 
@@ -70,6 +72,17 @@ def test_a_launcher_gives_the_numbers_of_one_process(launched, single, case):
     _, out = launched
     order = subset_order(case, 2) if case.method == "clars subset" else None
     assert_same(outcome(out / case.name), single(case.model, case.method, order=order))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_model_with_every_method_on_more_processes(launcher, processes, single, tmp_path):
+    launch(launcher, "tests.launchers.worker", tmp_path, launcher, "every", processes=processes, seconds=2900)
+    for case in cases(every=True):
+        order = subset_order(case, processes) if case.method == "clars subset" else None
+        assert_same(outcome(tmp_path / case.name), single(case.model, case.method, order=order))
 
 
 def test_bf16_gives_the_rates_of_float32_to_its_own_precision(launched, single):

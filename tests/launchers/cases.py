@@ -102,8 +102,10 @@ LOADERS = {
 BF16 = Case("group norm", "clars", 4)
 
 
-def cases(accumulations=(1, 4)):
-    """Every model with CLARS on all samples, and the other methods on one model."""
+def cases(accumulations=(1, 4), *, every=False):
+    """Every model with CLARS on all samples, and the other methods on one model, or on every model too."""
+    if every:
+        return [Case(model, method, a) for model in MODELS for method in METHODS for a in accumulations]
     pairs = [(m, "clars") for m in MODELS] + [("group norm", method) for method in METHODS if method != "clars"]
     return [Case(model, method, a) for model, method in pairs for a in accumulations]
 

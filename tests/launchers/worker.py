@@ -41,9 +41,9 @@ def train_with_other_loaders(out):
             save_weights(trainer.model.state_dict(), folder)
 
 
-def main(out, kind):
+def main(out, kind, which="usual"):
     torch.set_num_threads(1)
-    for case in cases():
+    for case in cases(every=which == "every"):
         folder = Path(out) / case.name
         unset_hf_deepspeed_config()  # what a run before has left would have ZeRO 3 draw other first weights
         trainer = run(case, folder, int(os.environ["WORLD_SIZE"]), trainer_class=TRAINERS.get(kind, ClarsTrainer))
