@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,51 +13,13 @@ from torch.optim import Optimizer
 from hf_clars.distributed import LocalNorms, ZeroPieces, local_norms, sum_over_ranks, zero_pieces
 from hf_clars.distributed.zero import UnsupportedEngineError, is_flat_piece
 from hf_clars.layers import LayerMode
-from hf_clars.optim.groups import ADAPTIVE, FROZEN, LAYER, layer_groups
+from hf_clars.optim.groups import ADAPTIVE, FROZEN, LAYER, layer_groups, validate_settings
 from hf_clars.optim.loop_guard import LoopGuard
+from hf_clars.optim.measures import LayerMeasures, StepTensors
 from hf_clars.optim.nonfinite import hold_unless_finite
 from hf_clars.optim.update import MomentumForm, multi_tensor_update, single_tensor_update
 
 BUFFER = "momentum_buffer"
-
-
-@dataclass(frozen=True)
-class LayerMeasures:
-    """What one step measured, each [K], on the weights' device; layers in the order of `layer_names`.
-
-    Attributes:
-        rate: gamma_k.
-        weight_norm: ||w_k|| before the update.
-        grad_norm: ||g_k||.
-        mean_sample_norm: n_k in the units of `p.grad`; None for methods that do not measure it.
-        ratio: R_k = ||g_k|| / n_k, in [0, 1]; None likewise.
-        finite: Bool: the layer's gradient norms are neither NaN nor infinite; None for methods that measure none.
-        applied: Bool, 0-dim: the step was taken, because all of them are; None likewise.
-    """
-
-    rate: Tensor
-    weight_norm: Tensor
-    grad_norm: Tensor
-    mean_sample_norm: Tensor | None = None
-    ratio: Tensor | None = None
-    finite: Tensor | None = None
-    applied: Tensor | None = None
-
-    def stacked(self) -> Tensor:
-        """[5, K] in the order of the attributes, NaN where a quantity was not measured."""
-        missing = torch.full_like(self.rate, float("nan"))
-        rows = (self.rate, self.weight_norm, self.grad_norm, self.mean_sample_norm, self.ratio)
-        return torch.stack([missing if row is None else row for row in rows])
-
-
-@dataclass
-class _StepTensors:
-    """The tensors that a step works on, and the layer (group) of each."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    buffers: list[Tensor]
-    layer: list[int]
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -79,7 +40,7 @@ class LayerwiseOptimizer(Optimizer):
         momentum_form: MomentumForm,
         foreach: bool | None,
     ) -> None:
-        _validate(defaults)
+        validate_settings(defaults)
         self.partition, groups = layer_groups(
             model, layers=layers, params=params, scale_norm_and_bias=scale_norm_and_bias
         )
@@ -90,7 +51,7 @@ class LayerwiseOptimizer(Optimizer):
         self._calls_left = 0
         super().__init__(groups, {ADAPTIVE: True, FROZEN: False, **defaults})
         for group in self.param_groups:
-            _validate(group)
+            validate_settings(group)
         # ZeRO shows `step()` one group at a time; the rates need the settings of all.
         self._all_groups = self.param_groups
         trained = [p for layer in self.partition for p in layer.params]
@@ -224,8 +185,8 @@ class LayerwiseOptimizer(Optimizer):
         if self._guard is not None:
             self._guard.groups = self.param_groups
 
-    def _gather(self) -> _StepTensors:
-        tensors = _StepTensors([], [], [], [])
+    def _gather(self) -> StepTensors:
+        tensors = StepTensors([], [], [], [])
         for k, group in self._groups_shown():
             for p in group["params"]:
                 if p.grad is None:
@@ -251,7 +212,7 @@ class LayerwiseOptimizer(Optimizer):
         shown = {id(group) for group in self.param_groups}
         return ((k, group) for k, group in enumerate(self._all_groups) if id(group) in shown)
 
-    def _update(self, tensors: _StepTensors, rates: Tensor, applied: Tensor | None) -> None:
+    def _update(self, tensors: StepTensors, rates: Tensor, applied: Tensor | None) -> None:
         """Apply the update, once for each pair of (momentum, weight decay) among the groups."""
         # On the CPU each weight is updated at one go, while it is in cache; a rate is read there without waiting.
         on_host = self.foreach is None and rates.device.type == "cpu"
@@ -285,10 +246,10 @@ class LayerwiseOptimizer(Optimizer):
         return True
 
     @abstractmethod
-    def _measure(self, tensors: _StepTensors) -> LayerMeasures:
+    def _measure(self, tensors: StepTensors) -> LayerMeasures:
         """The step's norms and rates."""
 
-    def _layer_norms(self, tensors: _StepTensors, beside: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _layer_norms(self, tensors: StepTensors, beside: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Norms of all layers, and the sum over ranks of what a method needs beside them: one all-reduce at most.
 
         Args:
@@ -311,7 +272,7 @@ class LayerwiseOptimizer(Optimizer):
         weights, grads = summed[: 2 * layers].sqrt().split(layers)
         return weights, grads, None if beside is None else summed[2 * layers :]
 
-    def _local_norms(self, tensors: _StepTensors) -> LocalNorms:
+    def _local_norms(self, tensors: StepTensors) -> LocalNorms:
         layers, foreach = len(self.partition), self.foreach is not False
         if self._zero is not None:
             return self._zero.local_norms(layers, foreach=foreach)
@@ -349,17 +310,3 @@ class LayerwiseOptimizer(Optimizer):
 
     def _weight_decays(self, like: Tensor) -> Tensor | float:
         return self._per_group([group["weight_decay"] for group in self._all_groups], like)
-
-
-def _validate(group: dict[str, Any]) -> None:
-    """Refuse settings that cannot work."""
-    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "lr": (lambda v: v >= 0, "at least 0"),
-        "eta": (lambda v: v > 0, "above 0"),
-        "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
-        "weight_decay": (lambda v: v >= 0, "at least 0"),
-        "trust_clip": (lambda v: v is None or v > 0, "above 0, or None for no bound"),
-    }
-    for name, (valid, allowed) in rules.items():
-        if name in group and not valid(group[name]):
-            raise ValueError(f"{name}={group[name]!r} cannot work: it must be {allowed}.")

@@ -12,8 +12,8 @@ from hf_clars.distributed import world_size
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms import MicroBatchGradNorms, NormTotals, PerSampleGradNorms
 from hf_clars.layers import LayerMode
-from hf_clars.optim.base import LayerMeasures, _StepTensors
 from hf_clars.optim.lars import LARS, TRUST_CLIP
+from hf_clars.optim.measures import LayerMeasures, StepTensors
 from hf_clars.optim.rates import mean_sample_norm, trust_ratio
 from hf_clars.optim.update import MomentumForm
 
@@ -154,7 +154,7 @@ class CLARS(LARS):
 
     # ---- the step ------------------------------------------------------------------------------------------
 
-    def _measure(self, tensors: _StepTensors) -> LayerMeasures:
+    def _measure(self, tensors: StepTensors) -> LayerMeasures:
         if isinstance(self.norms, PerSampleGradNorms):
             self.norms.check_all_captured()
         totals = self.norms.totals()

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hf_clars.layers import LayerMode
-from hf_clars.optim.base import LayerMeasures, LayerwiseOptimizer, _StepTensors
+from hf_clars.optim.base import LayerwiseOptimizer
+from hf_clars.optim.measures import LayerMeasures, StepTensors
 from hf_clars.optim.update import MomentumForm
 
 
@@ -64,7 +65,7 @@ class NAG(LayerwiseOptimizer):
         """Whether `measure` was set."""
         return self.measure
 
-    def _measure(self, tensors: _StepTensors) -> LayerMeasures:
+    def _measure(self, tensors: StepTensors) -> LayerMeasures:
         if self.measure:
             weight_norm, grad_norm, _ = self._layer_norms(tensors)
         else:

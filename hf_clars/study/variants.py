@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_clars.optim import CLARS, LayerMeasures
-from hf_clars.optim.base import _StepTensors
+from hf_clars.optim.measures import StepTensors
 
 SMALLEST_RATIO = 1e-12
 
@@ -30,7 +30,7 @@ class RatioVariant(CLARS):
         super().__init__(model, lr, **settings)
         self.factor = factor
 
-    def _measure(self, tensors: _StepTensors) -> LayerMeasures:
+    def _measure(self, tensors: StepTensors) -> LayerMeasures:
         measures = super()._measure(tensors)
         assert measures.ratio is not None
         ratio = measures.ratio.clamp(min=SMALLEST_RATIO)
