@@ -82,6 +82,8 @@ def hub(monkeypatch):
     """A server that the client in this process talks to, with a token that it knows."""
     with hub_server() as (address, state):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        # The client behind `huggingface_hub.create_repo`, which Trainer calls, took its address when it was imported.
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between the client's retries
