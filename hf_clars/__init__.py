@@ -1,7 +1,7 @@
 """Large-batch training without warmup: CLARS, LARS and exact per-sample gradient norms.
 
-Importing this package registers its small networks with transformers' Auto classes. What needs the Trainer is imported
-at first use.
+Importing this package registers its small networks with transformers' Auto classes. What needs the Trainer, and
+`theory`, is imported at first use.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hf_clars.layers import ParamLayer, param_layers
 from hf_clars.optim import CLARS, LARS, NAG
 
 if TYPE_CHECKING:
+    from hf_clars import theory
     from hf_clars.records import LayerRateLog
     from hf_clars.trainer import ClarsTrainer, ClarsTrainingArguments
 
@@ -35,10 +36,13 @@ __all__ = [
     "PerSampleGradNorms",
     "models",
     "param_layers",
+    "theory",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "theory":
+        return import_module("hf_clars.theory")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'hf_clars' has no attribute {name!r}")

@@ -7,8 +7,8 @@ on its own, as most LARS codes do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -45,6 +45,10 @@ class ParamLayer:
     params: tuple[nn.Parameter, ...]
     param_names: tuple[str, ...]
     norm_or_bias: bool = False
+
+    def with_params(self, new_of: Mapping[nn.Parameter, nn.Parameter]) -> ParamLayer:
+        """The same layer of other parameters, where a launcher has put them in the place of these."""
+        return replace(self, params=tuple(new_of.get(p, p) for p in self.params))
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from hf_clars.errors import ConfigError, HfClarsError
-from hf_clars.trainer import ClarsTrainer, ClarsTrainingArguments
+from hf_clars.trainer import ClarsTrainer
 from hf_clars.trainer import preflight as preflight_module
 from hf_clars.trainer.image_classification import parse_run, train_image_classifier
 from hf_clars.trainer.preflight import OutputError, claim_output_dir
@@ -170,24 +169,6 @@ def test_labels_that_do_not_fit_a_pretrained_model_are_refused(config, tmp_path)
 def test_the_trainer_asks_for_its_own_arguments(tmp_path):
     with pytest.raises(ConfigError, match="needs ClarsTrainingArguments, not TrainingArguments"):
         ClarsTrainer(Plain(), plain_args(tmp_path), train_dataset=Images())
-
-
-def test_an_optimizer_that_deepspeed_would_replace_is_refused(tmp_path):
-    model = Plain()
-    args = ClarsTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    given = (torch.optim.SGD(model.parameters(), 0.1), None)
-    trainer = ClarsTrainer(model, args, train_dataset=Images(), optimizers=given)
-    trainer.is_deepspeed_enabled = True
-    with pytest.raises(ConfigError, match="dropped under DeepSpeed"):
-        trainer.check_optimizer_is_kept()
-
-
-@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
-def test_engines_that_split_weights_are_refused_for_now(tmp_path, engine):
-    trainer = ClarsTrainer(Plain(), ClarsTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
-    setattr(trainer, f"is_{engine}_enabled", True)
-    with pytest.raises(ConfigError, match=r"splits weights.*--multi_gpu"):
-        trainer.check_optimizer_is_kept()
 
 
 def test_the_script_ends_with_code_2_and_one_paragraph(config, tmp_path):

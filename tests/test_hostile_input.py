@@ -127,13 +127,10 @@ class Cases:
         assert isinstance(weight_differences([self._with(content)], self.model), list)
 
     def manifest(self, chance: random.Random) -> None:
-        files = {"weights": len(self.weights)}
-        good = {"format": checkpoints.FORMAT, "version": "1", "settings": {"a": 1}, "files": files}
+        good = {"format": checkpoints.FORMAT, "version": "1", "settings": {"a": 1}, "files": {"case": 3, "x/y": 2}}
         (self.folder / "checkpoint.json").write_bytes(mutated(chance, json.dumps(good).encode()))
         (self.folder / "trainer_state.json").write_bytes(mutated(chance, b'{"global_step": 12, "epoch": 0.5}'))
-        missing = checkpoints.what_is_missing(self.folder)
-        if missing is not None:
-            raise HfClarsError(missing)
+        assert checkpoints.what_is_missing(self.folder) != ""
 
     def image(self, chance: random.Random) -> None:
         content = mutated(chance, chance.choice(self.images)) if chance.random() < 0.9 else chance.randbytes(200)
@@ -199,7 +196,7 @@ def test_remote_code_is_never_trusted_and_pickles_are_never_loaded():
         "torch.load(",
         "eval(",
         "exec(",
-        "system(",
+        "os.system",
     )
     lines = [
         f"{path}: {line.strip()}"
@@ -230,8 +227,9 @@ def main(count: int) -> None:
             found = attack(kind, count, seed=1, folder=Path(folder))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(
-            f"{kind:16} {count:,} cases in {time.perf_counter() - begin:.0f} s: {found['accepted']:,} accepted, "
-            f"{found['refused']:,} refused, slowest {found['slowest']:.2f} s, peak memory +{(peak - used) >> 20} MB",
+            f"{kind:16} {count:,} cases in {time.perf_counter() - begin:6.0f} s: {found['accepted']:,} accepted, "
+            f"{found['refused']:,} refused, slowest {found['slowest']:.2f} s, "
+            f"peak memory +{(peak - used) / 2**20:.0f} MB",
             flush=True,
         )
 

@@ -17,7 +17,17 @@ from hf_clars.models import (
     model_names,
 )
 
-OWN = ["clars-cnn", "fcn5", "cnn5", "resnet8", "resnet20", "resnet56", "vgg11-bn"]
+OWN = [
+    "clars-cnn",
+    "fcn5",
+    "cnn5",
+    "resnet8",
+    "resnet20",
+    "resnet56",
+    "vgg11-bn",
+    "densenet-bc",
+    "mobilenet_v2-small",
+]
 
 
 def parameters(model):
@@ -46,6 +56,8 @@ def images(side=28, channels=1, count=4):
         ("resnet20", 10, 32, 3, 269_722),  # 0.27 M in He et al. 2016, table 6
         ("resnet56", 10, 32, 3, 853_018),  # 0.85 M there
         ("vgg11-bn", 10, 32, 3, 9_228_362),
+        ("densenet-bc", 10, 32, 3, 769_162),  # 0.8 M in Huang et al. 2017, table 2
+        ("mobilenet_v2-small", 1000, 32, 3, 3_504_872),  # 3.4 M in Sandler et al. 2018, who leave the norms out
         ("fcn5", 10, 28, 1, 784 * 128 + 128 + 3 * (128 * 128 + 128) + 1290),
         ("cnn5", 10, 28, 1, 160 + 4_640 + 18_496 + (1024 * 128 + 128) + 1290),
         ("clars-cnn", 10, 28, 1, 400 + 32 + 4_608 + 64 + 18_432 + 128 + 10_250),
@@ -90,7 +102,10 @@ def test_outputs_follow_labels_and_return_dict():
     assert isinstance(model(x), tuple)
 
 
-@pytest.mark.parametrize("name", ["clars-cnn", "fcn5", "cnn5", "resnet8", "vgg11-bn"])  # one of each class
+ONE_OF_EACH_CLASS = [name for name in OWN if name not in ("resnet20", "resnet56")]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS)
 def test_a_saved_network_comes_back_the_same_and_without_a_warning(name, tmp_path, capfd):
     model = own(name, classes=3, label_names=["cat", "dog", "owl"])
     model(images())  # moves the running statistics away from their first values

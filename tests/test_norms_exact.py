@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_clars.grad_norms import PerSampleGradNorms, find_rule
+from hf_clars.grad_norms.normalization import LayerNormRule
 from hf_clars.grad_norms.timm_layers import BatchNormActRule
 from hf_clars.layers import param_layers
 from tests.oracle import layer_norms, per_sample_grads
@@ -120,6 +121,14 @@ def timm_norm(act):
     return layer
 
 
+def timm_layer_norm():
+    from timm.layers import LayerNorm
+
+    layer = LayerNorm(6)
+    assert isinstance(find_rule(layer), LayerNormRule)
+    return layer
+
+
 def images(channels=4, side=7):
     return torch.randn(B, channels, side, side)
 
@@ -186,6 +195,7 @@ NORM = {
         images,
     ),
     "InstanceNorm2d": (lambda: nn.InstanceNorm2d(4, affine=True), images),
+    "timm LayerNorm": (timm_layer_norm, lambda: torch.randn(B, 3, 6)),
     "RMSNorm": (lambda: nn.RMSNorm(6), lambda: torch.randn(B, 3, 6)),
 }
 OTHER = {

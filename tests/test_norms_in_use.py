@@ -200,3 +200,31 @@ def test_a_copy_of_the_model_takes_no_part(copied):
     optimizer.step()
     loss_on(*batch(2))(other).backward()
     assert optimizer.norms.totals() is None
+
+
+def test_two_trackers_and_an_optimizer_on_one_model_see_the_same():
+    """Each would take the weight gradient over: whoever comes second must watch, and cut nobody off."""
+
+    def convolutions():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()
+        ).double()
+
+    x = torch.randn(6, 1, 12, 12, dtype=torch.double)
+    alone = convolutions()
+    with PerSampleGradNorms(alone) as expected:
+        alone(x).square().mean().backward()
+    model = convolutions()
+    optimizer = CLARS(model, 0.1)
+    with PerSampleGradNorms(model) as outer, PerSampleGradNorms(model) as inner:
+        model(x).square().mean().backward()
+    for name, values in expected.per_sample.items():
+        assert (values > 0).all()
+        torch.testing.assert_close(outer.per_sample[name], values, rtol=1e-9, atol=0)
+        torch.testing.assert_close(inner.per_sample[name], values, rtol=1e-9, atol=0)
+    optimizer.step()
+    n = torch.stack([values.mean() for values in expected.per_sample.values()])
+    torch.testing.assert_close(optimizer.last_step.mean_sample_norm, n, rtol=1e-9, atol=0)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)

@@ -1,82 +1,27 @@
-"""The picture of a log is complete and readable: names, scales, no overlap, and a word where a quantity is missing."""
+"""Promise: the picture of a log is complete and readable: names, scales, no overlap, a word where values miss."""
 
-import subprocess
 import sys
 import warnings
+from importlib import import_module
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 from PIL import Image
 
 from hf_clars.plots import PlotError, plot_layer_rates
-from hf_clars.plots.panels import INFINITE, NO_VALUE, ZERO, Columns, log_norm, shortened
-from hf_clars.records import LayerRateLog
-
-NAN = float("nan")
-
-
-def make_log(
-    folder, *, layers: int = 5, steps: int = 30, method: str = "clars", names=None, change=None
-) -> LayerRateLog:
-    """Write a log whose rates fall over time and differ by layer; R_k only for CLARS."""
-    names = names or [f"encoder.stages.{index}.convolution" for index in range(layers)]
-    log = LayerRateLog.create(folder, layers=names, settings={"method": method, "global_batch": 1024})
-    for step in range(1, steps + 1):
-        values = torch.ones(5, len(names))
-        values[0] = torch.logspace(-2, 0, len(names)) * (1.001 - step / steps) ** 2
-        values[4] = torch.linspace(0.1, 0.9, len(names)) / step
-        if method != "clars":
-            values[3:] = NAN
-        if change:
-            change(step, values)
-        log.append(step, values)
-    log.flush()
-    return log
-
-
-def texts(figure: Figure) -> str:
-    found = [text.get_text() for axes in figure.axes for text in axes.texts]
-    found += [axes.get_title(loc="left") + axes.get_xlabel() + axes.get_ylabel() for axes in figure.axes]
-    return "\n".join(found)
+from hf_clars.plots.columns import Columns, log_range, shortened
+from hf_clars.plots.panels import INFINITE, NO_VALUE, ZERO
+from tests.picture_kit import NAN, make_log, misplaced, texts
 
 
 def labels(figure: Figure) -> list[str]:
     return [label.get_text() for label in figure.axes[0].get_yticklabels()]
-
-
-def drawn_texts(figure: Figure) -> list[tuple[str, Bbox]]:
-    """Return every text that is drawn, and where; tick labels beyond the ends of an axis are not."""
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
-    found = list(figure.texts)
-    for axes in figure.axes:
-        left = axes.get_title(loc="left")
-        titles = [text for text in axes.findobj(Text) if text.get_text() == left]
-        found += [*axes.texts, *titles, axes.xaxis.label, axes.yaxis.label]
-        found += axes.get_legend().get_texts() if axes.get_legend() else []
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
-            found += [label for place, label in ticks if low <= place <= high]
-    return [(text.get_text(), text.get_window_extent(renderer)) for text in found if text.get_text()]
-
-
-def misplaced(figure: Figure) -> list[tuple[str, ...]]:
-    """Return the pairs of texts that cover each other, and the texts that stick out of the figure."""
-    found = drawn_texts(figure)
-    assert len(found) > 20
-    pairs = [(a, b) for i, a in enumerate(found) for b in found[i + 1 :]]
-    width, height = figure.bbox.width, figure.bbox.height
-    return [(a[0], b[0]) for a, b in pairs if a[1].padded(-1).overlaps(b[1].padded(-1))] + [
-        (text,) for text, box in found if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height
-    ]
 
 
 @pytest.mark.parametrize(
@@ -154,8 +99,8 @@ def test_one_spike_or_the_end_of_a_schedule_does_not_squeeze_the_scale(tmp_path)
     def spike(step: int, values: torch.Tensor) -> None:
         values[0] = torch.linspace(0.1, 1, 5) * (1e11 if step == 7 else 1e-9 if step > 298 else 1)
 
-    norm = log_norm(make_log(tmp_path, steps=300, change=spike)["rate"])
-    assert (norm.vmin, norm.vmax) == pytest.approx((0.1, 1), rel=1e-3)
+    ends = log_range(make_log(tmp_path, steps=300, change=spike)["rate"])
+    assert ends == pytest.approx((0.1, 1), rel=1e-3)
 
 
 def test_many_steps_are_gathered_into_columns_without_losing_the_extremes(tmp_path):
@@ -215,13 +160,14 @@ def test_an_unknown_ending_or_a_missing_folder_is_named(tmp_path):
         plot_layer_rates(log, tmp_path / "nowhere" / "p.png")
 
 
-def test_drawing_needs_no_display_and_leaves_pyplot_alone(tmp_path):
+def test_drawing_needs_no_display_and_leaves_pyplot_alone(tmp_path, monkeypatch):
+    """The pictures' modules are imported anew where pyplot and every toolkit's window cannot be had."""
     make_log(tmp_path).close()
-    code = (
-        "import sys; from hf_clars.plots import plot_layer_rates; "
-        "plot_layer_rates(sys.argv[1], sys.argv[1] + '/p.png'); "
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], check=True, env={"MPLBACKEND": "TkAgg", "HOME": str(tmp_path)}
-    )
+    for name in [name for name in sys.modules if name.startswith("hf_clars.plots")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("matplotlib.pyplot", "tkinter", "matplotlib.backends.backend_tkagg", "PyQt6", "PySide6", "gi", "wx"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it now raises
+    monkeypatch.delenv("DISPLAY", raising=False)
+    with rc_context({"backend": "TkAgg"}):  # what MPLBACKEND=TkAgg sets
+        import_module("hf_clars.plots").plot_layer_rates(tmp_path, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000

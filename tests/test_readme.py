@@ -1,4 +1,4 @@
-"""Promise: the README's code runs as printed."""
+"""Promise: the code in README and docs runs as printed, page by page."""
 
 import re
 from pathlib import Path
@@ -10,44 +10,65 @@ from hf_clars.data import PixelSettings, build_image_processor
 from hf_clars.models import build_model
 from tests.trainer_kit import Images, Plain
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if blocks(page)]
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory):
-    """What the text calls `your own model and data`."""
-    folder = tmp_path_factory.mktemp("readme")
-    run = folder / "run"
-    build_model("clars-cnn", num_labels=3, image_size=28, num_channels=1).save_pretrained(run)
-    build_image_processor(PixelSettings(image_size=28, num_channels=1)).save_pretrained(run)
+def run(tmp_path_factory):
+    """A trained folder, as far as loading goes."""
+    folder = tmp_path_factory.mktemp("readme") / "run"
+    build_model("clars-cnn", num_labels=3, image_size=28, num_channels=1).save_pretrained(folder)
+    build_image_processor(PixelSettings(image_size=28, num_channels=1)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def names(run, tmp_path, monkeypatch):
+    """What the text calls `your own model and data`; runs write to a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.TrainingArguments.use_cpu", not torch.cuda.is_available(), raising=False)
     data = Images(count=2048)
     batches = [{"pixel_values": data.x[i : i + 8], "labels": data.y[i : i + 8]} for i in range(0, 64, 8)]
-    return {"model": Plain(), "dataset": data, "batches": batches, "run": str(run), "folder": folder}
+    return {"model": Plain(), "dataset": data, "batches": batches, "run": str(run)}
 
 
-def test_it_has_code():
-    assert len(BLOCKS) >= 5
-
-
-def test_every_block_runs(names, monkeypatch):
-    monkeypatch.chdir(names["folder"])
-    monkeypatch.setattr("transformers.TrainingArguments.use_cpu", not torch.cuda.is_available(), raising=False)
+def execute(page, names):
+    """Run a page's blocks one after the other; the names at its end."""
     scope = dict(names)
-    for block in BLOCKS:
-        if "ClarsTrainer(" in block or "Trainer(model" in block:
+    for block in blocks(page):
+        if "Trainer(model" in block:
             scope["model"] = Plain()
-        exec(compile(block, str(README), "exec"), scope)
+        exec(compile(block, str(page), "exec"), scope)
+    return scope
+
+
+def test_the_readme_runs(names, tmp_path):
+    assert len(blocks(README)) >= 4
+    scope = execute(README, names)
     assert scope["norms"].per_sample["conv"].shape == (8,)
     assert scope["classifier"].config.num_labels == 3
-    assert (names["folder"] / "runs" / "mine" / "layer_rates.png").exists()
+    assert (tmp_path / "runs" / "mine" / "layer_rates.png").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_runs(page, names):
+    execute(page, names)
+
+
+def test_pages_with_code_are_found():
+    assert {"three-ways-in.md", "per-sample-norms.md", "reading-the-picture.md"} <= {page.name for page in PAGES}
 
 
 def test_the_layer_rule_of_the_engines_readme_is_exact():
-    text = (README.parent / "hf_clars" / "grad_norms" / "README.md").read_text()
-    scope = {}
-    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-        exec(compile(block, "grad_norms/README.md", "exec"), scope)
+    scope = execute(ROOT / "hf_clars" / "grad_norms" / "README.md", {})
     model, x = scope["Gain"](4), torch.randn(5, 4)
     with scope["PerSampleGradNorms"](model) as norms:
         model(x).square().sum(1).mean().backward()

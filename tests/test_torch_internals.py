@@ -86,3 +86,51 @@ def test_a_mean_far_from_zero_costs_no_digits():
     weighted, _ = internals.affine_sums(x, g, mean, rstd)
     exact = ((x.double() - mean[:, None, None].double()) * g.double()).sum((2, 3))
     torch.testing.assert_close(weighted.double(), exact, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("channels", [6, 1])
+def test_affine_sums_of_groups_and_of_a_single_channel(groups, channels):
+    """A statistic spread over samples or channels is no memory that a kernel could read."""
+    groups = min(groups, channels)
+    x, g = torch.randn(4, channels, 3, 3), torch.randn(4, channels, 3, 3)
+    for shape in ((4, groups), (channels,)):
+        mean, rstd = torch.randn(shape), torch.rand(shape) + 0.5
+        each = [t.repeat_interleave(channels // groups, 1) if t.dim() == 2 else t.repeat(4, 1) for t in (mean, rstd)]
+        weighted, plain = internals.affine_sums(x, g, mean, rstd)
+        x_hat = (x - each[0][..., None, None]) * each[1][..., None, None]
+        torch.testing.assert_close(weighted, (x_hat * g).sum((2, 3)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(plain, g.sum((2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6,), (3, 6)])
+def test_layer_statistics_come_from_the_graph(shape, dtype, monkeypatch):
+    norm, x = nn.LayerNorm(shape).to(dtype), torch.randn(4, 2, 3, 6, dtype=dtype, requires_grad=True)
+    output, dims = norm(x), len(shape)
+    slow = internals.layer_statistics(x, torch.ones(1), dims, norm.eps)
+    if dtype == torch.float32:
+        monkeypatch.delattr(torch, "var_mean")  # the slow way would fail now
+    for found, want in zip(internals.layer_statistics(x, output, dims, norm.eps), slow, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_gradients_of_a_convolution(layout, groups):
+    conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, dilation=2, groups=groups, bias=False)
+    x = torch.randn(3, 4, 9, 8).to(memory_format=layout).requires_grad_()
+    output = conv(x)
+    g = torch.randn_like(output)
+    settings = {"stride": (2, 2), "padding": (1, 1), "dilation": (2, 2), "groups": groups}
+    x_grad, weight_grad = torch.autograd.grad(output, (x, conv.weight), g)
+    torch.testing.assert_close(internals.convolution_input_grad(g, x, conv.weight, **settings), x_grad)
+    found = internals.convolution_weight_grad(g, x, tuple(conv.weight.shape), **settings)
+    torch.testing.assert_close(found, weight_grad, rtol=1e-4, atol=1e-4)
+
+
+def test_views_are_seen():
+    x = torch.ones(2, 3, 4)
+    assert internals.is_view(x[0])
+    assert not internals.is_view(x * 2)

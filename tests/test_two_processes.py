@@ -2,6 +2,7 @@
 
 import copy
 import os
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_clars.optim import CLARS, LARS, NAG, ShardedWeightsError
+from hf_clars.optim import CLARS, LARS, NAG
 from tests.twin import batch, loss_on
 
 STEPS = 4
@@ -22,11 +23,28 @@ CASES = {
     "LARS": (LARS, {}),
     "NAG": (NAG, {}),
 }
+SHARDED = [case for case in CASES if "micro" not in case and "8 samples" not in case and case != "NAG"]
 
 
 def make_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(48, 3)).double()
+
+
+@contextmanager
+def counted_reductions(counts):
+    """Note every all-reduce that is called inside."""
+    original = dist.all_reduce
+
+    def counted(*args, **kwargs):
+        counts.append(1)
+        return original(*args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        yield
+    finally:
+        dist.all_reduce = original
 
 
 def train(case, rank, world, accumulation):
@@ -35,41 +53,57 @@ def train(case, rank, world, accumulation):
     model = make_model()
     optimizer = cls(model, 0.5, **settings)
     wrapped = DistributedDataParallel(model) if world > 1 else model
-    reductions = 0
+    reductions = []
     for step in range(STEPS):
         x, y = batch(step, 32)
         x, y = x.double()[rank::world], y[rank::world]
         optimizer.zero_grad()
-        for part_x, part_y in zip(x.chunk(accumulation), y.chunk(accumulation), strict=True):
-            (loss_on(part_x, part_y)(wrapped) / accumulation).backward()
-        before = dist.all_reduce
-        if world > 1:
-
-            def counted(*args, original=before, **kwargs):
-                nonlocal reductions
-                reductions += 1
-                return original(*args, **kwargs)
-
-            dist.all_reduce = counted
-        optimizer.step()
-        dist.all_reduce = before
-    return model, optimizer, reductions
+        for i, (part_x, part_y) in enumerate(zip(x.chunk(accumulation), y.chunk(accumulation), strict=True)):
+            last = i == accumulation - 1
+            with nullcontext() if last or world == 1 else wrapped.no_sync():
+                (loss_on(part_x, part_y)(wrapped) / accumulation).backward()
+        with counted_reductions(reductions):
+            optimizer.step()
+    return model, optimizer, len(reductions)
 
 
-def refusal_of_shards():
-    """What a step says when FSDP has split the weights."""
+def train_sharded(case, rank, world):
+    """The same after torch's fully_shard, the optimizer being created on weights that are split already."""
     from torch.distributed.fsdp import fully_shard
 
-    model = make_model().float()
-    fully_shard(model)
-    optimizer = LARS(model, 0.5)
-    x, y = batch(0, 8)
-    loss_on(x, y)(model).backward()
-    try:
-        optimizer.step()
-    except ShardedWeightsError as error:
-        return str(error)
-    return "no refusal"
+    cls, settings = CASES[case]
+    model = make_model()
+    for module in (model[0], model[3], model):
+        fully_shard(module)
+    optimizer = cls(model, 0.5, **settings)
+    reductions = []
+    for step in range(STEPS):
+        x, y = batch(step, 32)
+        optimizer.zero_grad()
+        loss_on(x.double()[rank::world], y[rank::world])(model).backward()
+        with counted_reductions(reductions):
+            optimizer.step()
+    return {n: t.full_tensor() for n, t in model.state_dict().items()}, optimizer.last_step.rate, len(reductions)
+
+
+def train_unevenly(rank, world, *, loss_scale=None):
+    """Rank 0 has 20 of the 32 samples, rank 1 twelve: each gives its share of the mean loss, times the ranks.
+
+    With a loss scale the gradients are unscaled before the step, as fp16 training does.
+    """
+    model = make_model()
+    optimizer = CLARS(model, 0.5)
+    wrapped = DistributedDataParallel(model)
+    own = slice(0, 20) if rank == 0 else slice(20, 32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale or 1.0, enabled=loss_scale is not None)
+    for step in range(STEPS):
+        x, y = batch(step, 32)
+        x, y = x.double()[own], y[own]
+        optimizer.zero_grad()
+        scaler.scale(loss_on(x, y)(wrapped) * (len(y) * world / 32)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return {n: t.detach().clone() for n, t in model.state_dict().items()}, optimizer.last_step.rate, None
 
 
 def worker(rank, world, port, folder):
@@ -85,7 +119,10 @@ def worker(rank, world, port, folder):
                 optimizer.last_step.rate,
                 reductions,
             )
-    results["shards"] = refusal_of_shards()
+    for case in SHARDED:
+        results[case, "sharded"] = train_sharded(case, rank, world)
+    results["uneven"] = train_unevenly(rank, world)
+    results["uneven, scaled"] = train_unevenly(rank, world, loss_scale=2.0**12)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -145,5 +182,23 @@ def test_a_subset_shared_by_two_processes_estimates_what_every_sample_gives(two)
 
 
 @pytest.mark.distributed
-def test_weights_split_by_fsdp_are_refused(two):
-    assert all("sharded over processes" in results["shards"] for results in two)
+@pytest.mark.parametrize("case", SHARDED)
+def test_weights_split_by_fsdp_equal_one_process_with_one_reduction_a_step(two, case):
+    model, optimizer, _ = train_as_two(case, 1)
+    for rank in range(2):
+        weights, rate, reductions = two[rank][case, "sharded"]
+        torch.testing.assert_close(rate, optimizer.last_step.rate, rtol=1e-9, atol=0)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-9, atol=1e-12)
+        assert reductions == STEPS
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["uneven", "uneven, scaled"])
+def test_ranks_with_different_numbers_of_samples_and_a_loss_scale_equal_one_process(two, kind):
+    model, optimizer, _ = train_as_two("CLARS", 1)
+    for rank in range(2):
+        weights, rate, _ = two[rank][kind]
+        torch.testing.assert_close(rate, optimizer.last_step.rate, rtol=1e-9, atol=0)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-9, atol=1e-12)

@@ -52,6 +52,7 @@ def test_the_files_are_there(finished):
         "preprocessor_config.json",
         "layer_rates.safetensors",
         "layer_rates.png",
+        "layer_rates.html",
         "README.md",
         "all_results.json",
         "trainer_state.json",
@@ -108,6 +109,7 @@ def test_card_and_results_hold_the_same_numbers(finished):
     assert stored["eval_accuracy"] == results["eval_accuracy"]
     assert stored["train_loss"] == results["train_loss"]
     card = ModelCard.load(folder / "README.md")
+    assert "What batch size this run could have used" in card.text
     accuracy = next(r.metric_value for r in card.data.eval_results if r.metric_type == "accuracy")
     assert accuracy == pytest.approx(results["eval_accuracy"], abs=1e-4)
     assert card.data.license == "apache-2.0"

@@ -15,6 +15,7 @@ from hf_clars.grad_norms.convolution import ConvolutionRule, convolution_squared
 from hf_clars.grad_norms.costs import MACHINES, Form, WeightUse, cheapest_form
 from hf_clars.grad_norms.linear import LinearRule, linear_squared_norm, linear_use
 from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.torch_internals import convolution_weight_grad
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LARGEST_GRAM = 1 << 28
@@ -112,9 +113,8 @@ def _positions(t: Tensor) -> Tensor:
 def _weight_grad(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     """What autograd does for the weight."""
     if isinstance(module, CONVOLUTIONS):
-        grad_fn = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)
-        settings = (module.stride, module.padding, module.dilation, module.groups)
-        return grad_fn[len(module.kernel_size) - 1](x, module.weight.shape, g, *settings)
+        settings = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups")}
+        return convolution_weight_grad(g, x, tuple(module.weight.shape), **settings)
     return g.flatten(0, -2).mT @ x.flatten(0, -2)
 
 

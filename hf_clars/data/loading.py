@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_clars.data.augmenting import SharedEpoch
 from hf_clars.data.decoding import BadImages, ImageDecoder
+from hf_clars.data.device_pixels import FLIP, IMAGES
 from hf_clars.data.pixels import PixelTransform
 from hf_clars.data.samples import Samples, leave_stop_signals_to_the_main_process
 from hf_clars.data.streaming import ImageStream
@@ -38,10 +39,12 @@ class _ImagesByNumber(torch.utils.data.Dataset):
         """How many bad images were passed over."""
         return self._samples.decoder.skipped
 
-    def _decoded(self, split: Dataset, row: dict[str, Any], index: int) -> tuple[dict[str, Any], Tensor]:
-        """(the row, its pixels); those of the next good one where bad images are skipped."""
+    def _good(
+        self, split: Dataset, row: dict[str, Any], index: int, read: Callable[[Any], Any] | None = None
+    ) -> tuple[dict[str, Any], Any]:
+        """(the row, its pixels as `read`); those of the next good one where bad images are skipped."""
         return self._samples.decoder.first_good(
-            row, index, self._samples.image_column, lambda ahead: split[(index + ahead) % len(split)]
+            row, index, self._samples.image_column, lambda ahead: split[(index + ahead) % len(split)], read
         )
 
 
@@ -69,11 +72,15 @@ class MapImages(_ImagesByNumber):
         """The samples of a batch, their rows read at one go; torch's data loader calls this."""
         leave_stop_signals_to_the_main_process()
         epoch, columns = self._epoch.get(), self._split[list(indices)]
-        found = []
-        for n, index in enumerate(indices):
-            row, pixels = self._decoded(self._split, {name: values[n] for name, values in columns.items()}, index)
-            found.append(self._samples.make(pixels, row[self._samples.label_column], index, epoch, index))
-        return found
+        rows = [{name: values[n] for name, values in columns.items()} for n in range(len(indices))]
+        return [self._sample(row, index, epoch) for row, index in zip(rows, indices, strict=True)]
+
+    def _sample(self, row: dict[str, Any], index: int, epoch: int) -> dict[str, Any]:
+        def read(value: Any) -> dict[str, Any]:
+            return self._samples.read(value, epoch, index)
+
+        used, pixels = self._good(self._split, row, index, read)
+        return self._samples.labelled(pixels, used[self._samples.label_column], index)
 
 
 class InMemoryImages(_ImagesByNumber):
@@ -90,7 +97,7 @@ class InMemoryImages(_ImagesByNumber):
     def __init__(self, split: Dataset, samples: Samples) -> None:
         super().__init__(samples)
         plain = samples.undecoded(split)
-        used = [self._decoded(plain, plain[index], index) for index in range(len(plain))]
+        used = [self._good(plain, plain[index], index) for index in range(len(plain))]
         sizes = {tuple(pixels.shape) for _, pixels in used}
         if len(sizes) != 1:
             raise DataError(
@@ -124,6 +131,7 @@ def trainable(
     seed: int = 0,
     classes: int | None = None,
     bad_images: BadImages = "raise",
+    on_device: bool = False,
 ) -> Any:
     """A split as a Trainer takes it.
 
@@ -140,9 +148,14 @@ def trainable(
         seed: For that shuffling and for augmentation.
         classes: How many classes there are, to refuse other labels; None (default): not checked.
         bad_images: What to do about images that cannot be decoded: `"raise"` (default) or `"skip"`, see `ImageDecoder`.
+        on_device: Leave mirroring and normalisation to `DevicePixels`: `pixel_values` are uint8 then, and random
+            transforms give `"flip"` too. Default False.
 
     Returns:
-        A dataset of `{"pixel_values": float32 [C, H, W], "labels": int}`. A stream to train on has no end.
+        A dataset of `{"pixel_values": float32 [C, H, W], "labels": int}`. Map-style sets are shuffled wholly by the
+        Trainer's sampler, by seed and epoch: every order is equally likely, and a resumed run goes on in the order that
+        it began. A stream is shuffled by files and within its buffer only: images of one class that lie together in a
+        file stay near each other, so store the files shuffled. A stream to train on has no end.
 
     Raises:
         DataError: If a stream is to be held in memory; while it is read, for images and labels that are wrong.
@@ -157,6 +170,7 @@ def trainable(
         label_column=label_column,
         classes=classes,
         seed=seed,
+        on_device=on_device,
     )
     if in_memory:
         return InMemoryImages(split, samples)
@@ -169,12 +183,18 @@ def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows to a batch.
 
     Args:
-        rows: Of `{"pixel_values": [C, H, W], "labels": int}`.
+        rows: Of `{"pixel_values": [C, H, W], "labels": int}`, and perhaps `"flip"`.
 
     Returns:
-        `{"pixel_values": float32 [B, C, H, W], "labels": int64 [B]}`.
+        `{"pixel_values": [B, C, H, W], "labels": int64 [B]}`, pixels of the rows' type, and `"flip"`: bool [B], if the
+        rows have it.
     """
-    return {
-        "pixel_values": torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows]),
-        "labels": torch.tensor([int(row["labels"]) for row in rows]),
-    }
+    # default_collate stacks straight into the memory that a worker shares with the main process.
+    stack = torch.utils.data.default_collate
+    pixels = [torch.as_tensor(row[IMAGES]) for row in rows]
+    if pixels[0].dtype == torch.uint8:  # decoders interleave the channels; in that order images are copied whole
+        stacked = stack([image.permute(1, 2, 0) for image in pixels]).permute(0, 3, 1, 2)
+    else:
+        stacked = stack(pixels)
+    batch = {IMAGES: stacked, "labels": torch.tensor([int(row["labels"]) for row in rows])}
+    return batch | {FLIP: torch.tensor([row[FLIP] for row in rows])} if FLIP in rows[0] else batch

@@ -1,9 +1,8 @@
-"""From a decoded image to `pixel_values`: random crops for training, resize and centre crop for evaluation."""
+"""From an image to `pixel_values`: random crops for training, resize and centre crop for evaluation."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,62 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from hf_clars.errors import ConfigError
-
-Augment = Literal["imagenet", "cifar", "none"]
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class PixelSettings:
-    """How images become tensors.
-
-    Attributes:
-        image_size: Height and width of `pixel_values`.
-        num_channels: 3 (RGB, default) or 1 (grey).
-        augment: In training: `"imagenet"` (random resized crop of 8 to 100 % of the area, and flip; default), `"cifar"`
-            (4 pixels of padding, random crop, flip) or `"none"` (as in evaluation).
-        crop_ratio: In evaluation the shorter side is resized to image_size / crop_ratio before the centre crop.
-            Default:
-            0.875 with `"imagenet"`, otherwise 1.
-        mean: Per channel, of values in [0, 1]. Default: ImageNet's for RGB, 0.5 for grey.
-        std: Likewise. Default: ImageNet's, or 0.5.
-    """
-
-    image_size: int = 224
-    num_channels: int = 3
-    augment: str = "imagenet"
-    crop_ratio: float | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot work."""
-        if self.augment not in ("imagenet", "cifar", "none"):
-            raise ConfigError(f"augment={self.augment!r} is unknown: use imagenet, cifar or none.")
-        if self.num_channels not in (1, 3):
-            raise ConfigError(f"num_channels={self.num_channels}: images have 1 (grey) or 3 (RGB) channels.")
-        if self.image_size < 1 or not 0 < (self.crop_ratio or 1.0) <= 1:
-            raise ConfigError(
-                f"image_size={self.image_size}, crop_ratio={self.crop_ratio}: use a size above 0, a ratio in (0, 1]."
-            )
-
-    @property
-    def resize_to(self) -> int:
-        """The shorter side before the centre crop of evaluation."""
-        ratio = self.crop_ratio or (0.875 if self.augment == "imagenet" else 1.0)
-        return round(self.image_size / ratio)
-
-    @property
-    def channel_mean(self) -> tuple[float, ...]:
-        """The mean in use."""
-        return self.mean or (IMAGENET_MEAN if self.num_channels == 3 else (0.5,))
-
-    @property
-    def channel_std(self) -> tuple[float, ...]:
-        """The standard deviation in use."""
-        return self.std or (IMAGENET_STD if self.num_channels == 3 else (0.5,))
+from hf_clars.data.device_pixels import DevicePixels
+from hf_clars.data.jpeg import Box, decode_crop, is_upright, read_jpeg_header
+from hf_clars.data.pixel_settings import PixelSettings
 
 
 def to_uint8(image: Image.Image, num_channels: int) -> Tensor:
@@ -99,13 +45,9 @@ class PixelTransform:
     def __init__(self, settings: PixelSettings, *, train: bool) -> None:
         self.settings = settings
         self.train = train
+        self.flips = train and settings.augment != "none"
         self.geometry = v2.Compose(_geometry(settings, train))
-        self.finish = v2.Compose(
-            [
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(list(settings.channel_mean), list(settings.channel_std)),
-            ]
-        )
+        self.finish = DevicePixels(settings)
 
     @property
     def random(self) -> bool:
@@ -122,14 +64,45 @@ class PixelTransform:
             float32 [C, image_size, image_size].
         """
         pixels = image if isinstance(image, Tensor) else to_uint8(image, self.settings.num_channels)
-        return self.finish(self.geometry(pixels))
+        cropped = self.geometry(pixels)
+        return self.finish(cropped[None], torch.tensor([self.draw_flip()]))[0]
+
+    def crop_file(self, content: bytes) -> Tensor | None:
+        """A random crop straight from a JPEG file, where only the rows of the crop are decoded; see `decode_crop`.
+
+        The crop is the one that `geometry` would have drawn from the same random numbers.
+
+        Args:
+            content: An image file.
+
+        Returns:
+            uint8 [C, image_size, image_size]; None where the whole image must be decoded: the split has no random
+            resized crops, the model sees one channel, or the file is no baseline JPEG that stands upright.
+        """
+        crop = self.geometry.transforms[0]
+        if not isinstance(crop, v2.RandomResizedCrop) or self.settings.num_channels != 3:
+            return None
+        header = read_jpeg_header(content)
+        if header is None or not is_upright(content, header):
+            return None
+        drawn = crop.make_params([torch.empty(3, header.height, header.width, device="meta")])
+        box = Box(drawn["top"], drawn["left"], drawn["height"], drawn["width"])
+        try:
+            return decode_crop(content, header, box, self.settings.image_size)
+        except ValueError:  # damaged: whoever decodes the whole image says how
+            return None
+
+    def draw_flip(self) -> bool:
+        """Whether to mirror one image: with probability 1/2 in training, never in evaluation."""
+        return self.flips and torch.rand(()).item() < 0.5
 
 
 def _geometry(settings: PixelSettings, train: bool) -> list[Any]:
+    """What happens to a uint8 image before it may be mirrored."""
     size = settings.image_size
     if train and settings.augment == "imagenet":
-        return [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        return [v2.RandomResizedCrop(size, antialias=True)]
     evaluation: list[Any] = [v2.Resize(settings.resize_to, antialias=True), v2.CenterCrop(size)]
     if train and settings.augment == "cifar":
-        return [*evaluation, v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
+        return [*evaluation, v2.RandomCrop(size, padding=4)]
     return evaluation

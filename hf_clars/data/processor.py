@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, BitImageProcessor, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from hf_clars.data.pixels import PixelSettings
+from hf_clars.data.pixel_settings import PixelSettings
 
 
 class GreyImageProcessor(BitImageProcessor):

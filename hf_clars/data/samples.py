@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 import torch.utils.data
 from datasets import Image
 from torch import Tensor
 
 from hf_clars.data.augmenting import random_numbers_from, sample_seed
 from hf_clars.data.decoding import ImageDecoder
+from hf_clars.data.device_pixels import FLIP, IMAGES
 from hf_clars.data.pixels import PixelTransform
 from hf_clars.errors import DataError
 
@@ -27,6 +31,7 @@ class Samples:
         label_column: Column of the labels.
         classes: How many there are; None: not checked.
         seed: Of the augmentation.
+        on_device: Give uint8 pixels, and whether to mirror them: `DevicePixels` does the rest.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class Samples:
         label_column: str,
         classes: int | None,
         seed: int,
+        on_device: bool = False,
     ) -> None:
         self.transform = transform
         self.decoder = decoder
@@ -45,13 +51,14 @@ class Samples:
         self.label_column = label_column
         self.classes = classes
         self.seed = seed
+        self.on_device = on_device
 
     def undecoded(self, split: Any) -> Any:
         """The split with images as bytes or paths: they are decoded where their number is known."""
         return split.cast_column(self.image_column, Image(decode=False))
 
     def make(self, pixels: Tensor, label: Any, index: int, *place: int) -> dict[str, Any]:
-        """One sample.
+        """One sample of an image that is decoded already.
 
         Args:
             pixels: uint8 [C, H, W].
@@ -60,7 +67,38 @@ class Samples:
             place: What its augmentation depends on beside the seed.
 
         Returns:
-            `{"pixel_values", "labels"}`.
+            `{"pixel_values", "labels"}`, and `"flip"` with `on_device`.
+
+        Raises:
+            DataError: The label is none of the classes.
+        """
+        return self.labelled(self._augmented(lambda: self.transform.geometry(pixels), place), label, index)
+
+    def read(self, value: Any, *place: int) -> dict[str, Any]:
+        """The pixels of one image, of which no more is decoded than they need.
+
+        Args:
+            value: As `datasets` stores it, see `ImageDecoder`.
+            place: What its augmentation depends on beside the seed.
+
+        Returns:
+            `{"pixel_values"}`, and `"flip"` with `on_device`.
+
+        Raises:
+            BadImageError: It cannot be decoded.
+        """
+        return self._augmented(lambda: self._crop(value), place)
+
+    def labelled(self, pixels: dict[str, Any], label: Any, index: int) -> dict[str, Any]:
+        """A sample of what `read` returned.
+
+        Args:
+            pixels: From `read`.
+            label: Its class.
+            index: What messages call it.
+
+        Returns:
+            The pixels, and `"labels"`.
 
         Raises:
             DataError: The label is none of the classes.
@@ -70,10 +108,19 @@ class Samples:
                 f"Image {index} of the {self.decoder.name} has the label {label}, but there are {self.classes} classes "
                 f"(0 to {self.classes - 1}): mend the column {self.label_column!r}, or choose another split."
             )
-        if not self.transform.random:
-            return {"pixel_values": self.transform(pixels), "labels": label}
-        with random_numbers_from(sample_seed(self.seed, *place)):
-            return {"pixel_values": self.transform(pixels), "labels": label}
+        return {**pixels, "labels": label}
+
+    def _crop(self, value: Any) -> Tensor:
+        cropped = self.transform.crop_file(self.decoder.content(value)) if self.transform.random else None
+        return self.transform.geometry(self.decoder.decode(value)) if cropped is None else cropped
+
+    def _augmented(self, crop: Callable[[], Tensor], place: tuple[int, ...]) -> dict[str, Any]:
+        seeded = random_numbers_from(sample_seed(self.seed, *place)) if self.transform.random else nullcontext()
+        with seeded:
+            cropped, flip = crop(), self.transform.draw_flip()
+        if self.on_device:
+            return {IMAGES: cropped, FLIP: flip} if self.transform.random else {IMAGES: cropped}
+        return {IMAGES: self.transform.finish(cropped[None], torch.tensor([flip]))[0]}
 
 
 _shielded: set[int] = set()

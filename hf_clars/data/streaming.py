@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.utils.data
 from datasets import IterableDataset
-from torch import Tensor
 
 from hf_clars.data.augmenting import sample_seed
 from hf_clars.data.samples import Samples, leave_stop_signals_to_the_main_process
@@ -42,16 +41,22 @@ class ImageStream(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         number = 0 if worker is None else worker.id  # each worker reads files of its own, and counts from 0
         index = passes = 0
+
+        def read(value: Any) -> dict[str, Any]:
+            return self._samples.read(value, number, index)
+
         while True:
             before = index
-            for row, pixels in self._one_pass(passes):
-                yield self._samples.make(pixels, row[self._samples.label_column], index, number, index)
+            for row, pixels in self._one_pass(passes, read):
+                yield self._samples.labelled(pixels, row[self._samples.label_column], index)
                 index += 1
             passes += 1
             if not self._endless or index == before:  # a worker beyond the number of files has nothing to read
                 return
 
-    def _one_pass(self, number: int) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    def _one_pass(
+        self, number: int, read: Callable[[Any], dict[str, Any]]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         samples, split, position = self._samples, self._split, -1
         if self._buffer:
             split = split.shuffle(seed=sample_seed(samples.seed, number) % 2**32, buffer_size=self._buffer)
@@ -65,6 +70,6 @@ class ImageStream(torch.utils.data.IterableDataset):
         while True:
             try:
                 row = following(0)
-                yield samples.decoder.first_good(row, position, samples.image_column, following)
+                yield samples.decoder.first_good(row, position, samples.image_column, following, read)
             except StopIteration:  # bad images before the end are passed over too
                 return

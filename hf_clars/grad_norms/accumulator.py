@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_clars.distributed import keeps_gradients_elsewhere
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.passes import ForwardPass, NormTotals
 from hf_clars.grad_norms.torch_internals import inside_backward
@@ -91,9 +92,7 @@ class NormAccumulator:
                 self._passes.append(current)
 
     def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
-        for current in self._dropped:
-            current.let_go()
-        self._dropped.clear()
+        self._let_go_of_dropped()
         self._close()
         self._drop_if_cleared()
         kept = batch_size
@@ -103,6 +102,11 @@ class NormAccumulator:
         opened = ForwardPass(batch_size, kept, implicit)
         self._passes.append(opened)
         return opened
+
+    def _let_go_of_dropped(self) -> None:
+        for current in self._dropped:
+            current.let_go()
+        self._dropped.clear()
 
     def _current(self, batch_size: int | None) -> ForwardPass | None:
         """The pass that a submodule's call belongs to: the open one, or a new one for a model called in parts.
@@ -121,10 +125,15 @@ class NormAccumulator:
 
         Sharded engines keep gradients elsewhere while they accumulate, so `p.grad is None` says nothing there.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if not any(p.backward_seen for p in self._passes) or any(p.grad is not None for p in self._layer_of):
             return
-        if any(p.backward_seen for p in self._passes) and all(p.grad is None for p in self._layer_of):
+        if not self._engine_holds_gradients():
             self.reset()
+
+    def _engine_holds_gradients(self) -> bool:
+        """Whether DeepSpeed or FSDP keeps this model's gradients."""
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return parallel and any(keeps_gradients_elsewhere(p) for p in self.model.parameters())
 
     # ---- results ---------------------------------------------------------------------------------------------
 

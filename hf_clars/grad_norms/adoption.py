@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.errors import BatchAxisError
+from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
 
 # Stands for the input of a module that takes no tensor, such as a table of position biases.
@@ -33,6 +34,7 @@ class Orphan:
         hooked: The module that was called.
         params: Its parameters.
         error: What to raise if no module around it can adopt them.
+        nodes: Where its outputs come from in the graph: the module that adopts it must have them inside.
         edge: Where its output comes from in the graph, if the batch may be folded into its first axis.
         rows: Rows a sample then.
         x: Its detached input then.
@@ -41,9 +43,20 @@ class Orphan:
     hooked: HookedModule
     params: tuple[nn.Parameter, ...]
     error: BatchAxisError
+    nodes: tuple[Node, ...] = ()
     edge: GradientEdge | None = None
     rows: int = 0
     x: Tensor | None = None
+
+    def is_inside(self, region: GraphRegion) -> bool:
+        """Whether the call was made between a module's inputs and outputs, and not on the way to its inputs."""
+        if not self.nodes:  # nothing is known of what it returned
+            own = {id(p) for p in self.params}
+            named = {**self.hooked.params, **self.hooked.inner}
+            return bool(region.uses(self.hooked.leaves({n: p for n, p in named.items() if id(p) in own})))
+        # A view that was then modified in place has lost its own place in the graph, but not that of what it views.
+        before = {b for node in self.nodes for b, _ in node.next_functions if b is not None and b.next_functions}
+        return not region.nodes.isdisjoint({*self.nodes, *before})
 
     def learn(self, outputs: Sequence[Tensor], batch_size: int) -> bool:
         """Prove, if it is so, that a sample's rows lie together, for later passes.
@@ -98,8 +111,12 @@ def orphan_of(
         outputs: Its differentiable outputs.
     """
     taken = "no tensor" if x is NO_INPUT else str(tuple(x.shape))
-    orphan = Orphan(hooked, tuple(params), hooked.no_batch_axis(taken, outputs, batch_size))
-    rows = folded_rows(x, outputs[0], batch_size) if outputs and hooked.rule is not None else None
+    error = hooked.no_batch_axis(taken, outputs, batch_size)
+    orphan = Orphan(
+        hooked, tuple(params), error, tuple(torch.autograd.graph.get_gradient_edge(t).node for t in outputs)
+    )
+    has_rows = outputs and hooked.rule is not None and hooked.rule.has_batch_axis(hooked.module, x)
+    rows = folded_rows(x, outputs[0], batch_size) if has_rows else None
     if rows:
         orphan.edge = torch.autograd.graph.get_gradient_edge(outputs[0])
         orphan.rows, orphan.x = rows, x.detach()

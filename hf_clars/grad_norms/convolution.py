@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from hf_clars.grad_norms import norm_math
 from hf_clars.grad_norms.costs import Form, WeightUse, cheapest_form
 from hf_clars.grad_norms.linear import linear_squared_norm
 from hf_clars.grad_norms.registry import LayerRule, register_rule
+from hf_clars.grad_norms.torch_internals import convolution_input_grad
 
 # Up to so many inputs an output (an RGB image's first 3x3 convolution has 27) patches are cheap to write out.
 _THIN = 32
@@ -71,6 +71,11 @@ class ConvolutionRule(LayerRule):
 
     parameters = frozenset({"weight", "bias"})
 
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """See `LayerRule`."""
+        assert isinstance(module, _Conv)
+        return x.dim() == 2 + len(module.kernel_size)
+
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
@@ -105,9 +110,7 @@ class ConvolutionRule(LayerRule):
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """See `LayerRule`."""
         assert isinstance(module, _Conv)
-        grad_fn = (conv1d_input, conv2d_input, conv3d_input)[len(module.kernel_size) - 1]
-        settings: dict[str, Any] = _settings(module, module.padding)
-        return grad_fn(x.shape, weight, g, **settings)
+        return convolution_input_grad(g, x, weight, **_settings(module, module.padding))
 
 
 def _settings(module: _Conv | _Transposed, padding: Any) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def convolution_squared_norm(module: _Conv, x: Tensor, g: Tensor, form: Form) ->
 def _weight_grads(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor) -> Tensor:
     shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
     if _is_pointwise(module, padding):
-        return norm_math.linear_weight_grads(_visited(module, x), g.flatten(2).mT).view(-1, *shape)
+        return (g.flatten(2) @ _visited(module, x)).view(-1, *shape)
     settings = _settings(module, padding)
     if len(shape) == 4 and settings.pop("groups") == 1 and math.prod(shape[1:]) <= _THIN:
         return norm_math.thin_convolution_weight_grads(x, g, kernel_shape=shape, **settings)
@@ -171,6 +174,11 @@ class TransposedConvolutionRule(LayerRule):
     """The convolution that maps the output to the input: the same weight gradient with x and g exchanged."""
 
     parameters = frozenset({"weight", "bias"})
+
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """See `LayerRule`."""
+        assert isinstance(module, _Transposed)
+        return x.dim() == 2 + len(module.kernel_size)
 
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]

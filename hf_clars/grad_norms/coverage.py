@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from hf_clars.grad_norms.errors import UncoveredParameterError
 
 
-def uses_in_graph(outputs: Iterable[Tensor], params: Iterable[nn.Parameter]) -> Counter[nn.Parameter]:
+def uses_in_graph(outputs: Iterable[Tensor], leaves: Mapping[nn.Parameter, nn.Parameter]) -> Counter[nn.Parameter]:
     """Count the operations that use each parameter on the way to the outputs.
 
     Args:
         outputs: Tensors of a forward pass.
-        params: Leaf parameters to look for.
+        leaves: Leaf tensors to look for, and the parameter that each stands for.
 
     Returns:
         {parameter: number of operations in the outputs' graph that take it}; parameters that are not used are absent.
     """
-    leaf_of = {torch.autograd.graph.get_gradient_edge(p).node: p for p in params if p.requires_grad}
+    leaf_of = {torch.autograd.graph.get_gradient_edge(t).node: p for t, p in leaves.items() if t.requires_grad}
     uses: Counter[nn.Parameter] = Counter()
     stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
     seen = set(stack)
@@ -41,7 +41,10 @@ def uses_in_graph(outputs: Iterable[Tensor], params: Iterable[nn.Parameter]) -> 
 
 
 def check_coverage(
-    outputs: Iterable[Tensor], captured: Mapping[nn.Parameter, int], names: Mapping[nn.Parameter, str]
+    outputs: Iterable[Tensor],
+    captured: Mapping[nn.Parameter, int],
+    names: Mapping[nn.Parameter, str],
+    in_use: Mapping[nn.Parameter, nn.Parameter],
 ) -> None:
     """Raise unless the hooks captured every use.
 
@@ -49,11 +52,12 @@ def check_coverage(
         outputs: Output tensors of the model's forward pass.
         captured: How many uses of each parameter the hooks captured in that pass.
         names: The parameters to check, with their names.
+        in_use: Tensors that an engine lets modules compute with instead, and the parameter that each stands for.
 
     Raises:
         UncoveredParameterError: Naming each parameter that the graph uses more often than the hooks saw.
     """
-    uses = uses_in_graph(outputs, names)
+    uses = uses_in_graph(outputs, {**{p: p for p in names}, **{t: p for t, p in in_use.items() if p in names}})
     missed = [
         f"{names[p]} (used {n} times, {captured.get(p, 0)} seen)" for p, n in uses.items() if n > captured.get(p, 0)
     ]

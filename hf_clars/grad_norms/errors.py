@@ -17,5 +17,9 @@ class SecondBackwardError(HfClarsError, RuntimeError):
     """`backward()` ran twice through one forward pass."""
 
 
+class SharedStatisticsError(HfClarsError, RuntimeError):
+    """A normalisation takes its statistics over several processes, which couples samples that no rule sees together."""
+
+
 class MixedDevicesError(HfClarsError, ValueError):
     """The model's layers are on different devices."""

@@ -1,14 +1,11 @@
 """Per-sample gradients of any module's own parameters, for modules that no rule knows. Two exact ways.
 
 **Replay**: the forward runs again under `torch.func.vmap`, one sample at a time in one batched call. As cheap as one
-more
-forward and backward of the module, but it needs a module that treats samples apart and draws no random numbers.
+more forward and backward of the module, but it needs a module that treats samples apart and draws no random numbers.
 
 **Masks**: the module's own graph is differentiated once for every sample, with the output gradient of all other
-samples set
-to zero: what reaches the parameters then is that sample's own use of them. This is the definition itself, so it is
-right for
-coupled samples and random layers too, and costs a backward pass of the module for every sample.
+samples set to zero: what reaches the parameters then is that sample's own use of them. This is the definition itself,
+so it is right for coupled samples and random layers too, and costs a backward pass of the module for every sample.
 
 The replay is compared with the real output at the first call in each mode; where it fails or differs, masks are used.
 """
@@ -44,6 +41,7 @@ class ModuleCall:
         training: The mode it ran in.
         batch_size: Length of the batch axis. Inputs of another length are shared by all samples.
         count: How many of the first samples are wanted.
+        replayable: False where an engine's hooks would gather and split weights again if the module were called.
     """
 
     module: nn.Module
@@ -56,6 +54,7 @@ class ModuleCall:
     training: bool
     batch_size: int
     count: int
+    replayable: bool = True
 
 
 class Fallback:
@@ -89,7 +88,7 @@ class Fallback:
             UncoveredParameterError: If neither way works.
         """
         key = (call.module, call.training)
-        replay = self._replays.get(key, True) and call.module.training == call.training
+        replay = call.replayable and self._replays.get(key, True) and call.module.training == call.training
         if replay:
             try:
                 result, outputs = _by_replay(call, grads)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -59,30 +60,44 @@ class GraphUse:
         self.node.register_prehook(before_backward)
 
 
-def find_graph_uses(
-    outputs: Iterable[Tensor], inputs: Iterable[Tensor], params: Mapping[str, nn.Parameter]
-) -> list[GraphUse]:
-    """Every operation between a module's inputs and outputs that takes one of its parameters.
+class GraphRegion:
+    """The part of the graph between a module's inputs and its outputs; walked when it is first asked for.
 
     Args:
-        outputs: Differentiable tensors that it returned.
+        outputs: Differentiable tensors that the module returned.
         inputs: Tensors that it was given.
-        params: The parameters by name.
     """
-    leaves = {torch.autograd.graph.get_gradient_edge(p).node: (n, p) for n, p in params.items()}
-    seen = {t.grad_fn for t in inputs}
-    stack = [t.grad_fn for t in outputs if t.grad_fn is not None and t.grad_fn not in seen]
-    seen.update(stack)
-    uses = []
-    while stack:
-        node = stack.pop()
-        for index, (before, _) in enumerate(node.next_functions):
-            if before in leaves:
-                uses.append(GraphUse(*leaves[before], node, index))
-            elif before is not None and before not in seen:
-                seen.add(before)
-                stack.append(before)
-    return uses
+
+    def __init__(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
+        self._ends = [t.grad_fn for t in outputs]
+        self._starts = {t.grad_fn for t in inputs}
+
+    @cached_property
+    def nodes(self) -> set[Node]:
+        """Every operation in it."""
+        seen = {node for node in self._ends if node is not None} - self._starts
+        stack = list(seen)
+        while stack:
+            for node, _ in stack.pop().next_functions:
+                if node is not None and node not in seen and node not in self._starts:
+                    seen.add(node)
+                    stack.append(node)
+        return seen
+
+    def uses(self, params: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> list[GraphUse]:
+        """Every operation in it that takes one of some parameters.
+
+        Args:
+            params: By name, each parameter and the tensor that the module computes with in its place.
+        """
+        edge = torch.autograd.graph.get_gradient_edge
+        leaves = {edge(used).node: (n, p) for n, (p, used) in params.items() if used.requires_grad}
+        return [
+            GraphUse(*leaves[before], node, index)
+            for node in self.nodes
+            for index, (before, _) in enumerate(node.next_functions)
+            if before in leaves
+        ]
 
 
 def unbroadcast(spread: Tensor, shape: tuple[int, ...], batch_size: int) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,23 +19,29 @@ class HookedModule:
     Args:
         path: Its name in the model.
         module: The module.
-        params: Its own measured parameters by local name; none for a mere container.
+        layers: Its own measured parameters' layers by local name; none for a mere container.
 
     Attributes:
+        params: The same parameters by local name.
         rule: The rule that serves it, if any does.
         inner: Measured parameters of the modules inside, by their name relative to this one; only without a rule.
+        strays: Those of them that are used without a call of their modules; found in the first pass.
         known_rows: Layouts (rows a sample, shape of a row) whose rows were proven to lie sample by sample.
+        proven_dims: Numbers of axes with which its calls were proven to have the batch first.
         decisions: Whether the rule takes the weight gradient over, by shapes.
         ever_captured: Whether a call has been captured since the hooks were placed.
     """
 
-    def __init__(self, path: str, module: nn.Module, params: dict[str, nn.Parameter]) -> None:
+    def __init__(self, path: str, module: nn.Module, layers: dict[str, int]) -> None:
         self.path = path
         self.module = module
-        self.params = params
-        self.rule: LayerRule | None = find_rule(module) if params else None
+        self.layers = layers
+        self.params = {n: p for n, p in module.named_parameters(recurse=False) if n in layers}
+        self.rule: LayerRule | None = find_rule(module) if layers else None
         self.inner: dict[str, nn.Parameter] = {}
+        self.strays: dict[str, nn.Parameter] = {}
         self.known_rows: set[tuple[int, ...]] = set()
+        self.proven_dims: set[int] = set()
         self.decisions: dict[tuple[Any, ...], bool] = {}
         self.ever_captured = False
 
@@ -46,9 +52,28 @@ class HookedModule:
         """A parameter's name in the model."""
         return f"{self.path}.{name}" if self.path else name
 
+    def in_use(self, name: str) -> nn.Parameter:
+        """The tensor that the module computes with now; FSDP puts another one in the recorded one's place.
+
+        Args:
+            name: A parameter's name, relative to this module.
+        """
+        path, _, local = name.rpartition(".")
+        return getattr(self.module.get_submodule(path) if path else self.module, local)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Its own measured parameters that are not frozen now, by local name."""
-        return {n: p for n, p in self.params.items() if p.requires_grad}
+        return {n: p for n, p in self.params.items() if self.in_use(n).requires_grad}
+
+    def leaves(self, params: Mapping[str, nn.Parameter]) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Parameters of this module or inside, by name, each with the tensor that is computed with in its place."""
+        return {n: (p, self.in_use(n)) for n, p in params.items()}
+
+    def follow(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Know parameters by those that an engine has put in their place: {old: new}."""
+        self.params = {n: swapped.get(p, p) for n, p in self.params.items()}
+        self.inner = {n: swapped.get(p, p) for n, p in self.inner.items()}
+        self.strays = {n: swapped.get(p, p) for n, p in self.strays.items()}
 
     def contains(self, other: HookedModule) -> bool:
         """Whether the other module is inside this one."""
@@ -66,6 +91,8 @@ class HookedModule:
             batch_size: Samples in the pass.
             alone: No module is around this one that could prove anything.
         """
+        if self.rule is not None and not self.rule.has_batch_axis(self.module, x):
+            return None
         if x.shape[0] == batch_size == output.shape[0]:
             certain = self.rule is None or self.rule.batch_axis_is_certain or alone or batch_size == 1
             return 1 if certain or _layout(1, x) in self.known_rows else None
@@ -119,22 +146,22 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def find_hooked_modules(model: nn.Module, measured: Collection[nn.Parameter]) -> list[HookedModule]:
+def find_hooked_modules(model: nn.Module, layer_of: Mapping[nn.Parameter, int]) -> list[HookedModule]:
     """Every module that owns a measured parameter, directly or inside; a tied one is owned by several.
 
     Args:
         model: Where to look.
-        measured: The parameters.
+        layer_of: The measured parameters and the layer of each.
 
     Returns:
         In the order of `model.named_modules()`.
     """
     found = []
     for path, module in model.named_modules():
-        own = {name: p for name, p in module.named_parameters(recurse=False) if p in measured}
+        own = {name: layer_of[p] for name, p in module.named_parameters(recurse=False) if p in layer_of}
         hooked = HookedModule(path, module, own)
         if hooked.rule is None:
-            hooked.inner = {n: p for n, p in module.named_parameters() if p in measured and n not in own}
+            hooked.inner = {n: p for n, p in module.named_parameters() if p in layer_of and n not in own}
         if own or hooked.inner:
             found.append(hooked)
     return found

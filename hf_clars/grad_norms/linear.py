@@ -29,6 +29,10 @@ class LinearRule(LayerRule):
 
     positions_in_the_middle = True
 
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """See `LayerRule`."""
+        return x.dim() > 1
+
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:

@@ -1,9 +1,8 @@
 """Norms of micro-batch gradients: the estimator of the authors' published code.
 
 Their code measures ||g_k|| of 64 batches of 8 samples and takes the mean. Here a micro-batch is one forward and
-backward of
-the accumulated batch, so 8 samples a device and step give theirs. It needs no layer rules, and it is biased low: within
-a micro-batch gradients cancel before the norm is taken.
+backward of the accumulated batch, so 8 samples a device and step give theirs. It needs no layer rules, and it is
+biased low: within a micro-batch gradients cancel before the norm is taken.
 """
 
 from __future__ import annotations
@@ -93,11 +92,16 @@ class MicroBatchGradNorms(NormAccumulator):
 
     @torch.no_grad()
     def totals(self) -> NormTotals | None:
-        """Sums over micro-batches: `captured` and `total` count micro-batches."""
+        """Sums over the measured micro-batches, all of one size, in which `captured` and `total` count.
+
+        What was not measured may have come in passes of another size.
+        """
         self._close()
         if not self._products:
             return None
-        total = sum(p.backward_seen for p in self._passes)
+        done = [p for p in self._passes if p.backward_seen]
+        samples = sum(p.kept for p in done)
+        total = sum(p.batch_size for p in done) * len(self._products) / samples
         squares = torch.stack([p.squares for p in self._products])
         if self.weight_decay:
             # One micro-batch adds c g_m to p.grad with c = 1 / total: its decayed gradient is c (g_m + decay * w).

@@ -14,19 +14,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import unfold
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+from torch.nn.functional import pad
+
+from hf_clars.grad_norms.torch_internals import convolution_weight_grad
 
 # What is made per sample (gradients, Gram matrices) exists for at most this many elements at once: 64 MiB in float32.
 MAX_ELEMENTS = 1 << 24
-# Below this it is the number of operations that counts.
-_SMALL = 1 << 15
+# Below this many numbers it is the number of operations that counts.
+SMALL = 1 << 15
 
 
 def squared_sum(x: Tensor) -> Tensor:
     """Squared 2-norm of every sample: [B, ...] -> [B]."""
     flat = x if x.dim() == 2 else x.flatten(1) if x.dim() > 2 else x.unsqueeze(1)
-    if x.numel() < _SMALL:
+    if x.numel() < SMALL:
         return torch.linalg.vecdot(flat, flat)
     return torch.linalg.vector_norm(flat, dim=1).square()  # half the time of a dot product with itself
 
@@ -77,12 +78,10 @@ def convolution_weight_grads(
         [B, out, in / groups, *kernel].
     """
     batch, out_channels = x.shape[0], kernel_shape[0]
-    dims = len(kernel_shape) - 2
-    grad_fn = (conv1d_weight, conv2d_weight, conv3d_weight)[dims - 1]
-    grads = grad_fn(
+    grads = convolution_weight_grad(
+        g.reshape(1, batch * out_channels, *g.shape[2:]),
         x.reshape(1, batch * x.shape[1], *x.shape[2:]),
         (batch * out_channels, *kernel_shape[1:]),
-        g.reshape(1, batch * out_channels, *g.shape[2:]),
         stride=stride,
         padding=padding,
         dilation=dilation,
@@ -101,7 +100,14 @@ def thin_convolution_weight_grads(
     dilation: tuple[int, ...],
 ) -> Tensor:
     """`convolution_weight_grads` of a 2-D convolution without groups by written-out patches: for very few inputs."""
-    patches = unfold(x, kernel_shape[2:], dilation, padding, stride)
+    x = pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    batch, channel, row, column = x.stride()
+    taps = (row * dilation[0], column * dilation[1])
+    patches = x.as_strided(
+        (*x.shape[:2], *kernel_shape[2:], *g.shape[2:]),
+        (batch, channel, *taps, row * stride[0], column * stride[1]),
+        x.storage_offset(),
+    ).reshape(x.shape[0], math.prod(kernel_shape[1:]), -1)  # half the time of `unfold`
     return (g.flatten(2) @ patches.mT).view(-1, *kernel_shape)
 
 

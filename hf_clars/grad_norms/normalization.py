@@ -10,18 +10,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
+from hf_clars.distributed import world_size
+from hf_clars.grad_norms.errors import SharedStatisticsError
 from hf_clars.grad_norms.registry import LayerRule, register_rule
-from hf_clars.grad_norms.torch_internals import affine_sums, batch_statistics, group_statistics
+from hf_clars.grad_norms.torch_internals import (
+    affine_sums,
+    batch_statistics,
+    group_statistics,
+    layer_statistics,
+)
 
-_BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+_BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 _InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 
 
 class _ChannelRule(LayerRule):
-    """Affine per channel, channels on axis 1. Saved: the input, its mean and 1 / standard deviation, [B, C] or [C]."""
+    """Affine per channel, channels on axis 1. Saved: the input and its statistics, [C], [B, C] or [B, groups]."""
 
     parameters = frozenset({"weight", "bias"})
 
@@ -38,7 +45,7 @@ class _ChannelRule(LayerRule):
 
     @abstractmethod
     def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, 1 / standard deviation) that the module has just normalised with, [B, C] or [C] each."""
+        """(mean, 1 / standard deviation) that the module has just normalised with, [C], [B, C] or [B, groups] each."""
 
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
@@ -68,21 +75,43 @@ class BatchNormRule(_ChannelRule):
         return _running_statistics(module) or batch_statistics(x, output, module.eps)
 
 
+@register_rule(nn.SyncBatchNorm)
+class SyncBatchNormRule(BatchNormRule):
+    """As BatchNorm, in one process or with frozen statistics; statistics of several processes are refused."""
+
+    def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """[C] each."""
+        if module.training and world_size() > 1:
+            raise SharedStatisticsError(
+                "SyncBatchNorm takes its statistics over all processes, and the norms of a sample's gradient would "
+                "need them: leave BatchNorm as it is (each process then normalises its own samples), freeze its "
+                "statistics (module.eval()), or use GroupNorm."
+            )
+        return super().statistics(module, x, output)
+
+
 @register_rule(nn.GroupNorm)
 class GroupNormRule(_ChannelRule):
     """Statistics per sample and group."""
 
     def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C] each."""
+        """[B, groups] each."""
         assert isinstance(module, nn.GroupNorm)
-        mean, rstd = group_statistics(x, output, module.num_groups, module.eps)
-        width = module.num_channels // module.num_groups
-        return mean.repeat_interleave(width, 1), rstd.repeat_interleave(width, 1)
+        return group_statistics(x, output, module.num_groups, module.eps)
 
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 class InstanceNormRule(_ChannelRule):
     """Statistics per sample and channel; running ones only in eval mode with `track_running_stats`."""
+
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """See `LayerRule`."""
+        dims = next(
+            d
+            for d, kind in ((3, nn.InstanceNorm1d), (4, nn.InstanceNorm2d), (5, nn.InstanceNorm3d))
+            if isinstance(module, kind)
+        )
+        return x.dim() == dims
 
     def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C] or [C] each."""
@@ -90,13 +119,12 @@ class InstanceNormRule(_ChannelRule):
         return _running_statistics(module) or group_statistics(x, output, x.shape[1], module.eps)
 
 
-def _trailing(t: Tensor, dims: int) -> Tensor:
-    """Sum over the axes between the batch and the last `dims`: [B, ..., *shape] -> [B, *shape]."""
-    between = tuple(range(1, t.dim() - dims))
-    return t.sum(between) if between else t
+def _positions(t: Tensor, dims: int) -> Tensor:
+    """[B, ..., *shape of `dims` axes] -> [B, T, size of that shape]."""
+    return t.flatten(t.dim() - dims).flatten(1, -2) if t.dim() > dims + 1 else t.flatten(1).unsqueeze(1)
 
 
-@register_rule(nn.LayerNorm, nn.RMSNorm)
+@register_rule(nn.LayerNorm, "timm.layers.norm.LayerNorm", nn.RMSNorm)
 class LayerNormRule(LayerRule):
     """Statistics over the last axes, affine per element of them, shared by all axes between."""
 
@@ -104,19 +132,40 @@ class LayerNormRule(LayerRule):
 
     positions_in_the_middle = True
 
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """See `LayerRule`."""
+        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        return x.dim() > len(module.normalized_shape)
+
+    def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
+        """The input, its mean unless that stays, and 1 / its scale; nothing for the bias alone."""
+        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        if "weight" not in wanted:
+            return ()
+        dims = len(module.normalized_shape)
+        if isinstance(module, nn.LayerNorm):
+            return x, *layer_statistics(x, output, dims, module.eps)
+        return x, _inverse_scale(module, x, dims)
+
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
         assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
         shape = tuple(module.normalized_shape)
+        g = _positions(g, len(shape))
         grads = {}
         if "weight" in wanted:
-            if isinstance(module, nn.LayerNorm):
-                x_hat = F.layer_norm(saved[0], shape, eps=module.eps)
-            else:
-                x_hat = F.rms_norm(saved[0], shape, eps=module.eps)
-            grads["weight"] = _trailing(x_hat.mul_(g), len(shape))
+            x, *mean, scale = (_positions(t, len(shape)) for t in saved)
+            # The mean goes first, for g * x - mean * g would cancel; the scales come with the sum over positions.
+            weighted = (x - mean[0]).mul_(g) if mean else x * g
+            grads["weight"] = (scale.mT @ weighted).view(-1, *shape)
         if "bias" in wanted:
-            grads["bias"] = _trailing(g, len(shape))
+            grads["bias"] = g.sum(1).view(-1, *shape)
         return grads
+
+
+def _inverse_scale(module: nn.RMSNorm, x: Tensor, dims: int) -> Tensor:
+    eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+    exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return (exact.square().mean(tuple(range(-dims, 0)), keepdim=True) + eps).rsqrt()

@@ -8,18 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_clars.grad_norms.own_place import own_place
 from hf_clars.grad_norms.rule_call import RuleCall
-from hf_clars.grad_norms.torch_internals import saved_tensors_are_packed
+from hf_clars.grad_norms.torch_internals import is_view, saved_tensors_are_packed
 
 
-def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> None:
+def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
     """Measure a call when the gradient of its output comes.
 
     Args:
         call: The call.
         saved: What the rule needs of the forward pass.
         output: What the module returned.
+
+    Returns:
+        What takes the output's place; None to leave it.
     """
+    view = is_view(output)
+    watched = own_place(output) if view else output
     held = [hold(saved)]
 
     def on_gradient(g: Tensor) -> None:
@@ -27,7 +33,8 @@ def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> None:
             # Let go at once, as autograd does with what it saved, and not when the whole graph goes.
             call.measure(held.pop()(), g.detach())
 
-    output.register_hook(on_gradient)
+    watched.register_hook(on_gradient)
+    return watched if view else None
 
 
 def hold(tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:

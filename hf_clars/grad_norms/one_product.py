@@ -27,7 +27,12 @@ def take_over(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
         The same values in the same memory.
     """
     names = list(call.wanted)
-    return _OneProduct.apply(call, names, output.detach(), x, *(call.wanted[n] for n in names))
+    return _OneProduct.apply(call, names, output.detach(), x, *(call.hooked.in_use(n) for n in names))
+
+
+def is_taken_over(output: Tensor) -> bool:
+    """Whether another tracker has taken this output's weight gradient over: a second one would cut the first off."""
+    return output.grad_fn is not None and output.grad_fn.name() == f"{_OneProduct.__name__}Backward"
 
 
 class _OneProduct(torch.autograd.Function):
@@ -36,6 +41,7 @@ class _OneProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: RuleCall, names: list[str], output: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         ctx.call, ctx.names, ctx.dtype = call, names, output.dtype
+        ctx.param_dtypes = [p.dtype for p in params]
         # Under autocast the module computed with a copy of its input in the lower precision.
         x_kept = x if x.dtype == output.dtype else x.to(output.dtype)
         ctx.save_for_backward(x_kept, params[names.index("weight")])
@@ -49,7 +55,7 @@ class _OneProduct(torch.autograd.Function):
         call: RuleCall = ctx.call
         with no_autocast(g.device.type):
             sums = call.summed_grads(x, g)
-            grads = [_as(sums.pop(n), call.wanted[n].dtype) for n in ctx.names]
+            grads = [_as(sums.pop(n), dtype) for n, dtype in zip(ctx.names, ctx.param_dtypes, strict=True)]
             x_grad = None
             if ctx.needs_input_grad[3]:
                 x_grad = _as(call.rule.input_grad(call.module, x, _as(weight, ctx.dtype), g), ctx.x_dtype)

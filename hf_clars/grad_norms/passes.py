@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import Orphan
+from hf_clars.grad_norms.batch_axis import OpenCall, is_open
 from hf_clars.grad_norms.fallback import ModuleCall
 from hf_clars.grad_norms.hooked_modules import HookedModule
-from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.norm_math import SMALL, squared_sum
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.rule_call import RuleCall
@@ -30,15 +31,17 @@ class ForwardPass:
         captured: Modules whose calls are waiting for their gradients.
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
         orphans: Calls that wait for a module around them.
+        open_calls: Calls that have yet to be proven to have the batch first; they hold on to the graph until then.
         learned: Uses by calls that were adopted, but that the rule will measure from the next pass on.
         device: Where the first captured call took place.
         uses: How often each parameter was used by a captured module call.
+        uses_inside: Further uses that one call of the fallback is for; counted where coverage will be proven.
         rule_calls: Calls that rules measure.
         several: Parameters with more than one use.
+        small: Layer index and per-sample gradients of small parameters, which are squared together in the end.
         squares: {layer index: Tensor [kept]}, squared norms added up over the layer's parameters.
         pending: Per-sample gradients of parameters used more than once: those add up before they are squared.
         fallback_calls: Calls remembered for the fallback; each holds on to its graph until its gradient has come.
-        by_fallback: Parameters that the fallback differentiates.
         calls: Number of captured module calls.
         fired: Calls whose gradient has arrived.
         backward_seen: Whether a gradient has reached this pass.
@@ -51,15 +54,17 @@ class ForwardPass:
     captured: set[HookedModule] = field(default_factory=set)
     without_grad: Counter[HookedModule] = field(default_factory=Counter)
     orphans: list[Orphan] = field(default_factory=list)
+    open_calls: list[OpenCall] = field(default_factory=list)
     learned: Counter[nn.Parameter] = field(default_factory=Counter)
     device: torch.device | None = None
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
+    uses_inside: Counter[nn.Parameter] = field(default_factory=Counter)
     rule_calls: list[RuleCall] = field(default_factory=list)
     several: set[nn.Parameter] = field(default_factory=set)
+    small: list[tuple[int, Tensor]] = field(default_factory=list)
     squares: dict[int, Tensor] = field(default_factory=dict)
     pending: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     fallback_calls: list[ModuleCall] = field(default_factory=list)
-    by_fallback: set[nn.Parameter] = field(default_factory=set)
     calls: int = 0
     fired: set[int] = field(default_factory=set)
     backward_seen: bool = False
@@ -71,6 +76,7 @@ class ForwardPass:
             call.edges.clear()
         self.fallback_calls.clear()
         self.orphans.clear()
+        self.open_calls.clear()
 
     def check_adopted(self) -> None:
         """Raise if a call was left to no one, so that its norms would be missing.
@@ -83,6 +89,13 @@ class ForwardPass:
             self.orphans.clear()
             raise error
 
+    def note_if_open(self, hooked: HookedModule, output: Tensor) -> None:
+        """Keep a call for the proof that the batch is its first axis, if its shape leaves that open."""
+        if output.dim() in hooked.proven_dims or self.implicit or not is_open(output, self.batch_size):
+            return
+        edge = torch.autograd.graph.get_gradient_edge(output)
+        self.open_calls.append(OpenCall(hooked, edge, tuple(output.shape)))
+
     def next_call(self) -> int:
         """A number for a captured module call."""
         self.calls += 1
@@ -94,10 +107,23 @@ class ForwardPass:
         if uses > 1:
             self.several.add(param)
 
+    def count_inside(self, params: Iterable[nn.Parameter], used: Iterable[nn.Parameter]) -> None:
+        """Count the uses that one call of the fallback is for, all but the one that `add_use` counts.
+
+        Args:
+            params: The call's parameters.
+            used: One of them for each use in the module's graph.
+        """
+        inside = Counter(used)
+        self.uses_inside.update({p: inside[p] - 1 for p in params if inside[p] > 1})
+
     def captured_uses(self) -> Counter[nn.Parameter]:
-        """Uses by calls that rules measure, now or from the next pass on, and by operations on bare parameters."""
-        by_rules = Counter(p for call in self.rule_calls for p in call.wanted.values() if p in self.learned)
-        return self.uses | (self.learned + by_rules) if self.learned else self.uses
+        """Uses that are measured, now or by rules from the next pass on."""
+        counted = self.uses + self.uses_inside
+        if self.learned:
+            by_rules = Counter(p for call in self.rule_calls for p in call.wanted.values() if p in self.learned)
+            counted.update({p: max(self.uses[p], self.learned[p] + by_rules[p]) - counted[p] for p in self.learned})
+        return counted
 
     def supersede(self, hooked: HookedModule, params: Iterable[nn.Parameter]) -> None:
         """A module is differentiated as a whole for these parameters: uses inside it must not count once more."""
@@ -114,6 +140,24 @@ class ForwardPass:
         """Add one parameter's squared norms [kept] to its layer."""
         held = self.squares.get(layer)
         self.squares[layer] = squares if held is None else held + squares
+
+    def add_grads(self, layer: int, grads: Tensor) -> None:
+        """Add one parameter's per-sample gradients [kept, *shape] to its layer."""
+        if grads.numel() < SMALL:
+            self.small.append((layer, grads))
+        else:
+            self.add_squares(layer, squared_sum(grads))
+
+    def _square_small(self) -> None:
+        """Square all gradients of one shape at once: there are many of them, and each operation takes its time."""
+        by_shape: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
+        for layer, grads in self.small:
+            by_shape.setdefault((grads.shape, grads.dtype), []).append((layer, grads))
+        self.small.clear()
+        for group in by_shape.values():
+            stacked = torch.stack([grads.flatten(1) for _, grads in group])
+            for (layer, _), squares in zip(group, torch.linalg.vecdot(stacked, stacked).unbind(), strict=True):
+                self.add_squares(layer, squares)
 
     def add_pending(self, param: nn.Parameter, grads: Tensor) -> None:
         """Add one use's per-sample gradients [kept, *shape] of a parameter that has several uses."""
@@ -135,6 +179,7 @@ class ForwardPass:
         for param, grads in self.pending.items():
             self.add_squares(layer_of[param], squared_sum(grads))
         self.pending.clear()
+        self._square_small()
         if not self.squares:
             return None
         zeros = torch.zeros_like(next(iter(self.squares.values())))
@@ -150,11 +195,12 @@ class NormTotals:
     Attributes:
         norms: [K], sum of ||c g_i|| where c g_i is what sample i adds to `p.grad`.
         squares: [K], sum of ||c g_i||^2.
-        captured: Samples measured.
-        total: Samples that went into `p.grad`.
+        captured: Samples (or micro-batches) measured.
+        total: Samples that went into `p.grad`, in the unit of `captured` (samples, or micro-batches of the measured
+            size).
     """
 
     norms: Tensor
     squares: Tensor
     captured: int
-    total: int
+    total: float

@@ -34,6 +34,15 @@ class LayerRule(ABC):
         """Whether the rule is right for this very module; if not, the general fallback serves. Default: yes."""
         return True
 
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether an input has the axis of a batch: some modules take a single sample without it too. Default: yes.
+
+        Args:
+            module: The module.
+            x: Its input.
+        """
+        return True
+
     def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
         """What to keep from the forward pass for the backward pass. Default: the input.
 
@@ -73,6 +82,11 @@ class LayerRule(ABC):
     ) -> dict[str, Tensor]:
         """Each sample's squared gradient norm, {local parameter name: Tensor [B]}. Arguments as above."""
         return {n: squared_sum(grads) for n, grads in self.per_sample_grads(module, saved, g, wanted).items()}
+
+    @property
+    def squares_without_grads(self) -> bool:
+        """Whether `squared_norms` is more than the squares of `per_sample_grads`."""
+        return type(self).squared_norms is not LayerRule.squared_norms
 
     def takes_over(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """Whether the weight gradient should come from the per-sample gradients of this call. Default: no.

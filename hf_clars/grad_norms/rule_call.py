@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,6 @@ class RuleCall:
         rule: Its rule.
         current: The pass that the call belongs to.
         wanted: Parameters to measure, by local name.
-        layer_of: Layer index of every parameter.
         rows: Rows of the module's first axis that make up one sample; 1 unless the model folds something into it.
         arrived: Called when the gradient comes; False says to leave it unmeasured.
         superseded: Parameters that a module around this one is measured for as a whole.
@@ -38,7 +37,6 @@ class RuleCall:
     rule: LayerRule
     current: ForwardPass
     wanted: dict[str, nn.Parameter]
-    layer_of: dict[nn.Parameter, int]
     rows: int
     arrived: Callable[[], bool]
     superseded: set[str] = field(default_factory=set)
@@ -77,23 +75,25 @@ class RuleCall:
             self._add(saved, g)
 
     def _add(self, saved: tuple[Tensor, ...], g: Tensor) -> None:
-        shared = self.shared - self.superseded
-        single = self.wanted.keys() - shared - self.superseded if shared or self.superseded else self.wanted.keys()
-        if self.rows > 1 and not self.rule.positions_in_the_middle:
-            per_row = self.rule.per_sample_grads(self.module, saved, g, self.wanted.keys())
-            grads = {n: t.unflatten(0, (self.current.kept, self.rows)).sum(1) for n, t in per_row.items()}
-            for name in single:
-                self.add_squares(name, squared_sum(grads[name]))
-        else:
-            grads = self.rule.per_sample_grads(self.module, saved, g, shared) if shared else {}
+        names = self.wanted.keys() - self.superseded if self.superseded else self.wanted.keys()
+        by_grads: Collection[str] = names
+        folded = self.rows > 1 and not self.rule.positions_in_the_middle
+        if not folded and self.rule.squares_without_grads:
+            by_grads = self.shared & names
+            single = names - by_grads if by_grads else names
             for name, squares in self.rule.squared_norms(self.module, saved, g, single).items() if single else ():
-                self.add_squares(name, squares)
-        for name in shared:
-            self.current.add_pending(self.wanted[name], grads[name])
+                self.current.add_squares(self.hooked.layers[name], squares)
+        grads = self.rule.per_sample_grads(self.module, saved, g, by_grads) if by_grads else {}
+        for name, t in grads.items():
+            self._add_grads(name, t.unflatten(0, (self.current.kept, self.rows)).sum(1) if folded else t)
 
-    def add_squares(self, name: str, squares: Tensor) -> None:
-        """Add a parameter's squared norms [kept] to its layer."""
-        self.current.add_squares(self.layer_of[self.wanted[name]], squares)
+    def _add_grads(self, name: str, grads: Tensor) -> None:
+        """Add per-sample gradients [kept, *shape]; those of several uses add up before they are squared."""
+        several = self.current.several
+        if several and self.wanted[name] in several:
+            self.current.add_pending(self.wanted[name], grads)
+        else:
+            self.current.add_grads(self.hooked.layers[name], grads)
 
     def summed_grads(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         """The batch gradient as the sum of the per-sample ones, whose norms are added on the way.
@@ -108,23 +108,24 @@ class RuleCall:
         measured = self.arrived()
         shared = self.shared
         sums: dict[str, Tensor] = {}
-        squares: dict[str, list[Tensor]] = {name: [] for name in self.wanted}
+        parts: dict[str, list[Tensor]] = {}
         size = sum(p.numel() for p in self.wanted.values())
         for x_part, g_part in slices_of(x, g, elements_per_sample=size):
             grads = self.rule.per_sample_grads(self.module, (x_part,), g_part, self.wanted.keys())
             for name, t in grads.items():
                 t = at_least_float32(t)
                 sums[name] = sums[name] + t.sum(0) if name in sums else t.sum(0)
-                if measured and name not in self.superseded:
-                    squares[name].append(t.detach() if name in shared else squared_sum(t.detach()))
-        for name, parts in squares.items():
-            if not parts:
-                continue
-            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+                if not measured or name in self.superseded:
+                    continue
+                if x_part is x:
+                    self._add_grads(name, t.detach())
+                else:
+                    parts.setdefault(name, []).append(t.detach() if name in shared else squared_sum(t.detach()))
+        for name, part in parts.items():
             if name in shared:
-                self.current.add_pending(self.wanted[name], joined)
+                self._add_grads(name, torch.cat(part))
             else:
-                self.add_squares(name, joined)
+                self.current.add_squares(self.hooked.layers[name], torch.cat(part))
         return sums
 
 

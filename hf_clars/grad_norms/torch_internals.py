@@ -7,11 +7,14 @@ changes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
+_LAYER_NORM_NODES = ("NativeLayerNormBackward",)
 _GROUP_NORM_NODES = ("NativeGroupNormBackward",)
 # Between a normalisation and its module's output stand at most a view, an activation and a dropout.
 _NODES_TO_SEARCH = 4
@@ -25,6 +28,11 @@ def inside_backward() -> bool:
 def saved_tensors_are_packed() -> bool:
     """Whether saved tensors go through hooks now (checkpointing, offload): then a graph's tensors must not be read."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def is_view(t: Tensor) -> bool:
+    """Whether a tensor is a view of another: an in-place operation then gives it another place in the graph."""
+    return t._is_view()
 
 
 def batch_statistics(x: Tensor, output: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -81,6 +89,17 @@ def _is_of(node: torch.autograd.graph.Node, x: Tensor) -> bool:
     return of is not None and of.data_ptr() == x.data_ptr() and of.shape == x.shape
 
 
+def layer_statistics(x: Tensor, output: Tensor, dims: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / standard deviation) over the last `dims` axes, kept as axes of length 1; as `batch_statistics`."""
+    shape = (*x.shape[: x.dim() - dims], *(1,) * dims)
+    found = _statistics_in_graph(x, output, _LAYER_NORM_NODES, shape)
+    if found is None or found[0].dtype in (torch.float16, torch.bfloat16):
+        exact = x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()
+        var, mean = torch.var_mean(exact, dim=tuple(range(-dims, 0)), correction=0, keepdim=True)
+        return mean, (var + eps).rsqrt()
+    return found
+
+
 def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over positions of g * x_hat and of g, x_hat = (x - mean) * rstd, in one pass over both tensors.
 
@@ -90,32 +109,71 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
     Args:
         x: Input [B, C, ...].
         g: Gradient [B, C, ...].
-        mean: [B, C] or [C].
-        rstd: [B, C] or [C].
+        mean: [B, C] or [C]; or [B, G] for G groups of channels.
+        rstd: As `mean`.
 
     Returns:
         Two tensors [B, C].
     """
     channels = x.shape[:2]
+    mean, rstd = _for_each_channel(mean, channels), _for_each_channel(rstd, channels)
     if x.dim() == 2:
         return g * (x - mean) * rstd, g
     if not (x.is_contiguous() and g.is_contiguous()) or x.numel() == 0:
         # Channels last: no kernel to borrow; the mean goes first, for g * x - mean * g would cancel.
         centred = (x.flatten(2) - mean.unsqueeze(-1)).mul_(g.flatten(2))
         return centred.sum(2) * rstd, g.flatten(2).sum(2)
+    rows = (1, channels[0] * channels[1], -1)
     _, weighted, plain = torch.ops.aten.native_batch_norm_backward(
-        g.view(1, channels.numel(), -1),
-        x.view(1, channels.numel(), -1),
+        g.view(rows),
+        x.view(rows),
         None,
         None,
         None,
-        mean.repeat(channels[0]) if mean.dim() == 1 else mean.reshape(-1),
-        rstd.repeat(channels[0]) if rstd.dim() == 1 else rstd.reshape(-1),
+        mean.expand(channels).reshape(-1).contiguous(),  # the kernel takes no strides
+        rstd.expand(channels).reshape(-1).contiguous(),
         True,
         0.0,
         [False, True, True],
     )
     return weighted.view(channels), plain.view(channels)
+
+
+def _for_each_channel(statistic: Tensor, channels: Sequence[int]) -> Tensor:
+    """[B, groups] -> [B, C]; others as they are."""
+    if statistic.dim() == 1 or statistic.shape[1] == channels[1]:
+        return statistic
+    groups = statistic.shape[1]
+    return statistic.unsqueeze(2).expand(channels[0], groups, channels[1] // groups).reshape(tuple(channels))
+
+
+def convolution_input_grad(g: Tensor, x: Tensor, weight: Tensor, **settings: Any) -> Tensor:
+    """Gradient of a convolution's input.
+
+    `torch.nn.grad` has it too, but puts an expanded number in the place of `x`, which costs a copy or a slower kernel.
+
+    Args:
+        g: Gradient of the output.
+        x: The input; only what it is like matters.
+        weight: The weight.
+        settings: `stride`, `padding`, `dilation` and `groups`.
+    """
+    return _convolution_backward(g, x, weight, settings, [True, False, False])[0]
+
+
+def convolution_weight_grad(g: Tensor, x: Tensor, shape: tuple[int, ...], **settings: Any) -> Tensor:
+    """Gradient of a convolution's weight of this shape; arguments as for `convolution_input_grad`."""
+    return _convolution_backward(g, x, x.new_empty(shape), settings, [False, True, False])[1]
+
+
+def _convolution_backward(
+    g: Tensor, x: Tensor, weight: Tensor, settings: dict[str, Any], which: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    stride, padding, dilation, groups = (settings[name] for name in ("stride", "padding", "dilation", "groups"))
+    no_output_padding = (0,) * (x.dim() - 2)
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, dilation, False, no_output_padding, groups, which
+    )
 
 
 def broadcast_factor(node: torch.autograd.graph.Node, index: int) -> Tensor | float | None:

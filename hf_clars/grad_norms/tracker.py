@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from hf_clars.grad_norms.errors import MixedDevicesError, SecondBackwardError, U
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.observation import observe
-from hf_clars.grad_norms.one_product import take_over
+from hf_clars.grad_norms.one_product import is_taken_over, take_over
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import inside_backward
@@ -38,21 +38,18 @@ class PerSampleGradNorms(NormAccumulator):
         norms.mean_norm["conv1"]      # scalar: n_k of Eq. 5
 
     A sample's gradient is that of its own use of the layer: the gradient with respect to the i-th copy of the weights
-    if
-    every sample had its own copy. Without batch coupling this is grad_k f_i; under train-mode BatchNorm it is the
+    if every sample had its own copy. Without batch coupling this is grad_k f_i; under train-mode BatchNorm it is the
     part of the batch gradient that enters through sample i. The parts always add up to the batch gradient.
 
     Several backward passes without clearing the gradients (gradient accumulation) are one batch: `per_sample` then
-    holds
-    their samples one after the other. After `zero_grad()` a new batch begins.
+    holds their samples one after the other. After `zero_grad()` a new batch begins.
 
     Args:
         model: Any module whose layers take and return tensors with the batch axis first.
         layers: `"module"` (default) or `"tensor"`, see `hf_clars.param_layers`; or a ready partition.
         samples: Measure only the first `samples` of each accumulated batch (the paper's J_t); None: all.
         loss_reduction: `"mean"` (default): the loss is a mean over the samples of each backward pass, and norms are
-            those
-            of grad_k f_i itself. `"sum"`: norms are of each sample's contribution to the loss as it is.
+            those of grad_k f_i itself. `"sum"`: norms are of each sample's contribution to the loss as it is.
         keep_per_sample: Keep the [B] tensors. False keeps sums only, in constant memory.
 
     Raises:
@@ -81,6 +78,7 @@ class PerSampleGradNorms(NormAccumulator):
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
         self._without_rule = CallsWithoutRule(self._layer_of, self._captured, self._arrived)
         self._ever_captured: set[nn.Parameter] = set()
+        self._in_use: dict[nn.Parameter, nn.Parameter] = {}
         self._hooked = find_hooked_modules(model, self._layer_of)
         for hooked in self._hooked:
             # Before the user's own hooks: they shall see the output that goes on.
@@ -92,6 +90,24 @@ class PerSampleGradNorms(NormAccumulator):
             self._handles.append(handle)
         self._watch_results()
 
+    def follow(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Know parameters by those that an engine has put in their place, and let go of the old ones.
+
+        Args:
+            swapped: {old: new}; between two batches.
+        """
+        self.reset()
+        self._let_go_of_dropped()
+        self.layers = [layer.with_params(swapped) for layer in self.layers]
+        self._layer_of.clear()
+        self._layer_of.update((p, k) for k, layer in enumerate(self.layers) for p in layer.params)
+        for hooked in self._hooked:
+            hooked.follow(swapped)
+        self._unchecked = {swapped.get(p, p) for p in self._unchecked}
+        self._ever_captured = {swapped.get(p, p) for p in self._ever_captured}
+        self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
+        self._in_use = {used: swapped.get(p, p) for used, p in self._in_use.items()}
+
     # ---- forward ---------------------------------------------------------------------------------------------
 
     @property
@@ -101,21 +117,26 @@ class PerSampleGradNorms(NormAccumulator):
 
     def _on_container_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """A module without parameters of its own matters only when one inside waits to be adopted."""
-        if self._passes and self._passes[-1].orphans:
-            self._on_call(hooked, module, args, kwargs, output)
+    ) -> Any:
+        """A module without parameters of its own matters only for what is used inside without the batch first."""
+        if self._unchecked:
+            self._learn_what_is_in_use(hooked)
+        if self._passes and (self._passes[-1].orphans or self._unchecked or hooked.strays):
+            return self._on_call(hooked, module, args, kwargs, output)
+        return None
 
     def _on_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor | None:
-        """After a module's forward. A tensor that is returned takes the output's place."""
+    ) -> Any:
+        """After a module's forward. What is returned takes the output's place."""
         last = self._passes[-1] if self._passes else None
         if self._without_rule.busy or (last is not None and not last.kept and not last.implicit):
             return None  # also the cheapest way out when enough samples are measured
         x = args[0] if args and isinstance(args[0], Tensor) else next(tensors_in((args, kwargs)), None)
         if x is None or x.dim() == 0:
             x = NO_INPUT
+        if self._unchecked:
+            self._learn_what_is_in_use(hooked)
         if not torch.is_grad_enabled():
             if last is not None:
                 last.without_grad[hooked] += 1
@@ -127,9 +148,16 @@ class PerSampleGradNorms(NormAccumulator):
             return None
         return self._capture(hooked, current, x, (args, kwargs), output) if current.kept else None
 
+    def _learn_what_is_in_use(self, hooked: HookedModule) -> None:
+        """FSDP lets a module compute with a gathered tensor that is not the parameter which was recorded."""
+        for name, param in {**hooked.params, **hooked.inner}.items():
+            used = hooked.in_use(name)
+            if used is not param:
+                self._in_use[used] = param
+
     def _on_repeated_call(
         self, hooked: HookedModule, x: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any
-    ) -> Tensor | None:
+    ) -> Any:
         """Activation checkpointing runs the module again.
 
         Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
@@ -144,7 +172,7 @@ class PerSampleGradNorms(NormAccumulator):
                 wanted = hooked.trainable()
                 if rows is None or not wanted:
                     return None
-                repeated = RuleCall(hooked, hooked.rule, current, wanted, self._layer_of, rows, lambda: False)
+                repeated = RuleCall(hooked, hooked.rule, current, wanted, rows, lambda: False)
                 return self._follow(repeated, x, output)
         return None
 
@@ -155,11 +183,10 @@ class PerSampleGradNorms(NormAccumulator):
         x: Tensor,
         call: tuple[tuple[Any, ...], dict[str, Any]],
         output: Any,
-    ) -> Tensor | None:
+    ) -> Any:
         """Arrange for the norms of one call."""
         if hooked.rule is None:
-            self._without_rule.capture(hooked, current, x, call, output)
-            return None
+            return self._without_rule.capture(hooked, current, x, call, output, prove=bool(self._unchecked))
         wanted = hooked.trainable()
         if not wanted or not isinstance(output, Tensor) or not output.requires_grad:
             return None
@@ -169,11 +196,12 @@ class PerSampleGradNorms(NormAccumulator):
             current.orphans.append(orphan_of(hooked, current.batch_size, wanted.values(), x, [output]))
             return None
         ticket = self._captured(hooked, current, wanted, x)
-        rule_call = RuleCall(
-            hooked, hooked.rule, current, wanted, self._layer_of, rows, lambda: self._arrived(hooked, current, ticket)
-        )
+        rule_call = RuleCall(hooked, hooked.rule, current, wanted, rows, lambda: self._arrived(hooked, current, ticket))
         current.rule_calls.append(rule_call)
-        return self._follow(rule_call, x, output)
+        replaced = self._follow(rule_call, x, output)
+        if rows == 1 and hooked.rule.positions_in_the_middle:
+            current.note_if_open(hooked, output if replaced is None else replaced)
+        return replaced
 
     def _captured(self, hooked: HookedModule, current: ForwardPass, wanted: dict[str, nn.Parameter], x: Tensor) -> int:
         """Take note of a call that will be measured; returns its number in the pass."""
@@ -197,8 +225,7 @@ class PerSampleGradNorms(NormAccumulator):
         """Take the weight gradient over, or watch the ordinary one."""
         if call.current.kept == call.current.batch_size and call.rows == 1 and _may_take_over(call, x, output):
             return take_over(call, x, output)
-        observe(call, call.rule.save(call.module, x.detach(), output, call.wanted.keys()), output)
-        return None
+        return observe(call, call.rule.save(call.module, x.detach(), output, call.wanted.keys()), output)
 
     # ---- backward --------------------------------------------------------------------------------------------
 
@@ -219,18 +246,18 @@ class PerSampleGradNorms(NormAccumulator):
 
     def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
         current.check_adopted()
-        # The fallback differentiates its whole module: every use inside it is one captured use.
-        unchecked = self._unchecked - (current.by_fallback - current.learned.keys()) if self._unchecked else None
-        if not unchecked or not current.kept:
+        if current.open_calls:
+            self._without_rule.check_batch_axis(current, outputs)
+        if not self._unchecked or not current.kept:
             return
         names = {
             param: hooked.full_name(name)
             for hooked in self._hooked
             for name, param in hooked.params.items()
-            if param in unchecked
+            if param in self._unchecked
         }
-        check_coverage(outputs, current.captured_uses(), names)
-        self._unchecked -= unchecked
+        check_coverage(outputs, current.captured_uses(), names, self._in_use)
+        self._unchecked.clear()
 
     def check_all_captured(self) -> None:
         """Raise if a parameter has a gradient that no hook has ever seen.
@@ -244,8 +271,7 @@ class PerSampleGradNorms(NormAccumulator):
         if missed:
             raise UncoveredParameterError(
                 f"{', '.join(missed)}: has a gradient, but its module was never called with gradients enabled since "
-                f"the "
-                "norm hooks were attached. Attach them before the first (compiled) call of the model, and call the "
+                "the norm hooks were attached. Attach them before the first (compiled) call of the model, and call the "
                 "modules that own the weights."
             )
 
@@ -289,9 +315,9 @@ def _state_of_grad(param: nn.Parameter) -> tuple[int, int] | None:
 
 def _may_take_over(call: RuleCall, x: Tensor, output: Tensor) -> bool:
     """Whether the weight gradient should, and can, come from the per-sample gradients of this call."""
-    weight = call.wanted.get("weight")
-    if weight is None:
+    if "weight" not in call.wanted or is_taken_over(output):
         return False
+    weight = call.hooked.in_use("weight")
     decisions = call.hooked.decisions
     key = (x.shape, output.dtype, x.device)
     decision = decisions.get(key)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -21,12 +22,19 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Copy a nested structure with `fn` applied to every tensor; plain tuples, lists and dicts are rebuilt as such."""
+    """Copy a nested structure with `fn` applied to every tensor; its containers keep their types."""
     if isinstance(tree, Tensor):
         return fn(tree)
+    if isinstance(tree, MutableMapping) and type(tree) is not dict:
+        mapped: Any = copy.copy(tree)  # a model output, whose keys are attributes too
+        for key, value in tree.items():
+            mapped[key] = map_tensors(fn, value)
+        return mapped
     if isinstance(tree, Mapping):
         return {key: map_tensors(fn, value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
+    if isinstance(tree, list | tuple) and not isinstance(tree, Size):
         items = [map_tensors(fn, value) for value in tree]
+        if hasattr(tree, "_fields"):
+            return type(tree)(*items)
         return items if isinstance(tree, list) else tuple(items)
     return tree

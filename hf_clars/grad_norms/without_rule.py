@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import NO_INPUT, Orphan, orphan_of
+from hf_clars.grad_norms.batch_axis import check_batch_axis
 from hf_clars.grad_norms.errors import BatchAxisError
 from hf_clars.grad_norms.fallback import Fallback, ModuleCall
-from hf_clars.grad_norms.graph_uses import GraphUse, find_graph_uses
+from hf_clars.grad_norms.graph_uses import GraphRegion, GraphUse
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.own_place import own_place
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import at_least_float32
 from hf_clars.grad_norms.torch_internals import saved_tensors_are_packed
@@ -23,6 +25,42 @@ from hf_clars.grad_norms.trees import map_tensors, tensors_in
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Key = tuple[HookedModule, bool, tuple[str, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    """A call that will be measured.
+
+    Attributes:
+        hooked: The module.
+        current: The pass.
+        x: Its first tensor, or `NO_INPUT`.
+        call: Arguments and keyword arguments.
+        outputs: Its differentiable outputs with the batch first, by their place among all tensors it returned.
+        wanted: The parameters, by their name in the module.
+        adopted: Calls inside that it is measured for too.
+        region: The graph between inputs and outputs.
+    """
+
+    hooked: HookedModule
+    current: ForwardPass
+    x: Tensor
+    call: Call
+    outputs: dict[int, Tensor]
+    wanted: dict[str, nn.Parameter]
+    adopted: Sequence[Orphan]
+    region: GraphRegion
+
+    @property
+    def key(self) -> Key:
+        """What calls have in common that are measured in the same way."""
+        return self.hooked, self.hooked.module.training, tuple(self.wanted)
+
+    def direct_uses(self) -> list[GraphUse]:
+        """Where the graph uses the module's own parameters, if it may be looked at and they are all that is wanted."""
+        if self.adopted or saved_tensors_are_packed() or self.wanted.keys() != self.hooked.trainable().keys():
+            return []
+        return self.region.uses(self.hooked.leaves(self.wanted))
 
 
 @dataclass(eq=False)
@@ -63,8 +101,10 @@ class CallsWithoutRule:
         self._fallback = Fallback()
         self._direct: dict[Key, bool] = {}
 
-    def capture(self, hooked: HookedModule, current: ForwardPass, x: Tensor, call: Call, output: Any) -> None:
-        """Arrange for the norms of a call, and of the calls inside that could not be told apart by sample.
+    def capture(
+        self, hooked: HookedModule, current: ForwardPass, x: Tensor, call: Call, output: Any, *, prove: bool
+    ) -> Any:
+        """Arrange for the norms of a call, and of what it uses inside that could not be told apart by sample.
 
         Args:
             hooked: The module.
@@ -72,38 +112,56 @@ class CallsWithoutRule:
             x: Its first tensor, or `NO_INPUT`.
             call: Arguments and keyword arguments.
             output: What it returned.
+            prove: Whether it will be proven that no use of a parameter escapes in this pass.
+
+        Returns:
+            What takes the output's place; None to leave it.
         """
-        adopted = [o for o in current.orphans if hooked.contains(o.hooked)]
         found = list(tensors_in(output))
         outputs = {i: t for i, t in enumerate(found) if t.requires_grad and t.is_floating_point()}
+        region = GraphRegion(outputs.values(), tensors_in(call))
+        adopted = [o for o in current.orphans if hooked.contains(o.hooked) and (not outputs or o.is_inside(region))]
+        batch_first = any(t.dim() and t.shape[0] == current.batch_size for t in outputs.values())
+        telling = batch_first and (x is not NO_INPUT or current.batch_size == 1)
+        if prove and telling:
+            hooked.strays.update(_strays(hooked, current, region))
         wanted = _wanted(hooked, current, adopted)
         if (found and not outputs) or not wanted:
-            return
-        batch_first = any(t.dim() and t.shape[0] == current.batch_size for t in outputs.values())
-        if not batch_first or (x is NO_INPUT and current.batch_size > 1):
+            return None
+        if not telling:
             if hooked.params:
                 orphan = orphan_of(hooked, current.batch_size, wanted.values(), x, list(outputs.values()))
                 current.orphans.append(orphan)
-            return
+            return None
         others = [i for i, t in outputs.items() if not t.dim() or t.shape[0] != current.batch_size]
         if others and not hooked.params and hooked.path:
-            return  # a gradient may come through those too: leave it to a module further out
+            return None  # a gradient may come through those too: leave it to a module further out
+        output, outputs = _in_own_places(output, outputs)
         for i in others:
             hooked.refuse_gradient_through(outputs.pop(i), current.batch_size)
-        key = (hooked, hooked.module.training, tuple(wanted))
-        uses = [] if adopted or not self._direct.get(key, True) else _bare_uses(hooked, wanted, call, outputs)
-        if uses and key in self._direct:
-            self._watch_uses(hooked, current, uses, x)
-            return
-        self._adopt(hooked, current, adopted, list(outputs.values()))
-        ticket = self._captured(hooked, current, wanted, x)
-        trial = _Trial(len(uses))
-        self._watch(hooked, current, wanted, call, outputs, ticket, trial)
-        for use in uses:
-            use.watch(current.batch_size, current.kept, self._active, partial(self._compare, key, trial))
+        watched = _Watched(hooked, current, x, call, outputs, wanted, adopted, region)
+        if not self._watch_uses(watched):
+            if prove:
+                current.count_inside(wanted.values(), (use.param for use in region.uses(hooked.leaves(wanted))))
+            self._watch_module(watched)
+        return output
 
-    def _watch_uses(self, hooked: HookedModule, current: ForwardPass, uses: Sequence[GraphUse], x: Tensor) -> None:
-        """Measure a module's bare parameters where the graph uses them."""
+    def check_batch_axis(self, current: ForwardPass, outputs: Sequence[Tensor]) -> None:
+        """Prove that the batch is the first axis of calls whose shapes leave that open; see `batch_axis.py`."""
+        self.busy = True
+        calls = list(current.open_calls)
+        current.open_calls.clear()
+        try:
+            check_batch_axis(outputs, calls, current.batch_size)
+        finally:
+            self.busy = False
+        for call in calls:
+            call.hooked.proven_dims.add(len(call.shape))
+
+    def _watch_uses(self, watched: _Watched) -> bool:
+        """Measure a module's bare parameters where the graph uses them, if that is known to be right for it."""
+        hooked, current = watched.hooked, watched.current
+        uses = watched.direct_uses() if self._direct.get(watched.key) else []
 
         def deliver(ticket: int, name: str, param: nn.Parameter, grads: Tensor | None) -> None:
             if not self._arrived(hooked, current, ticket):
@@ -116,8 +174,9 @@ class CallsWithoutRule:
             self._add(current, param, grads)
 
         for use in uses:
-            ticket = self._captured(hooked, current, {use.name: use.param}, x)
+            ticket = self._captured(hooked, current, {use.name: use.param}, watched.x)
             use.watch(current.batch_size, current.kept, self._active, partial(deliver, ticket))
+        return bool(uses)
 
     def _active(self) -> bool:
         return not self.busy
@@ -149,17 +208,18 @@ class CallsWithoutRule:
         finally:
             self.busy = False
 
-    def _watch(
-        self,
-        hooked: HookedModule,
-        current: ForwardPass,
-        wanted: dict[str, nn.Parameter],
-        call: Call,
-        outputs: dict[int, Tensor],
-        ticket: int,
-        trial: _Trial,
-    ) -> None:
-        args, kwargs = map_tensors(lambda t: t.detach(), call)
+    def _watch_module(self, watched: _Watched) -> None:
+        """Measure a module by the fallback; the first time, look whether the graph's uses would give the same."""
+        # The hook below must not hold on to `watched`, which knows the graph.
+        hooked, current, outputs, wanted = watched.hooked, watched.current, watched.outputs, watched.wanted
+        for output in outputs.values():
+            current.note_if_open(hooked, output)
+        uses = watched.direct_uses() if watched.key not in self._direct else []
+        self._adopt(hooked, current, watched.adopted, list(outputs.values()))
+        ticket = self._captured(hooked, current, watched.wanted, watched.x)
+        trial = _Trial(len(uses))
+        args, kwargs = map_tensors(lambda t: t.detach(), watched.call)
+        leaves = hooked.leaves(watched.wanted)
         remembered = ModuleCall(
             module=hooked.module,
             path=str(hooked),
@@ -167,22 +227,30 @@ class CallsWithoutRule:
             kwargs=kwargs,
             outputs={i: t.detach() for i, t in outputs.items()},
             edges=[torch.autograd.graph.get_gradient_edge(t) for t in outputs.values()],
-            params=wanted,
+            params={name: used for name, (_, used) in leaves.items()},
             training=hooked.module.training,
             batch_size=current.batch_size,
             count=current.kept,
+            replayable=all(used is p and not hasattr(p, "ds_id") for p, used in leaves.values()),
         )
         current.fallback_calls.append(remembered)
-        current.by_fallback.update(wanted.values())
 
         def on_gradients(grads: Sequence[Tensor | None]) -> None:
             if self._arrived(hooked, current, ticket):
-                per_sample = self._measure(current, remembered, grads)
+                per_sample = self._measure(current, remembered, wanted, grads)
                 trial.expected = per_sample if trial.waiting else {}
 
         torch.autograd.graph.register_multi_grad_hook(list(outputs.values()), on_gradients, mode="all")
+        for use in uses:
+            use.watch(current.batch_size, current.kept, self._active, partial(self._compare, watched.key, trial))
 
-    def _measure(self, current: ForwardPass, call: ModuleCall, grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    def _measure(
+        self,
+        current: ForwardPass,
+        call: ModuleCall,
+        wanted: dict[str, nn.Parameter],
+        grads: Sequence[Tensor | None],
+    ) -> dict[str, Tensor]:
         self.busy = True
         try:
             per_sample = self._fallback.per_sample_grads(call, grads)
@@ -191,7 +259,7 @@ class CallsWithoutRule:
             call.edges.clear()
             current.fallback_calls.remove(call)
         for name, own in per_sample.items():
-            self._add(current, call.params[name], own)
+            self._add(current, wanted[name], own)
         return per_sample
 
     @torch.no_grad()
@@ -203,13 +271,11 @@ class CallsWithoutRule:
             current.add_squares(self._layer_of[param], squared_sum(grads))
 
 
-def _bare_uses(
-    hooked: HookedModule, wanted: dict[str, nn.Parameter], call: Call, outputs: dict[int, Tensor]
-) -> list[GraphUse]:
-    """Where the graph uses a module's own parameters, if that may be looked at and they are all that is wanted."""
-    if saved_tensors_are_packed() or wanted.keys() != hooked.trainable().keys():
-        return []
-    return find_graph_uses(outputs.values(), tensors_in(call), wanted)
+def _in_own_places(output: Any, outputs: dict[int, Tensor]) -> tuple[Any, dict[int, Tensor]]:
+    """All that a module returned, and its differentiable outputs, with places of their own in the graph."""
+    output = map_tensors(lambda t: own_place(t) if t.requires_grad and t.is_floating_point() else t, output)
+    placed = list(tensors_in(output))
+    return output, {i: placed[i] for i in outputs}
 
 
 def _close(found: Tensor | None, expected: Tensor) -> bool:
@@ -217,11 +283,21 @@ def _close(found: Tensor | None, expected: Tensor) -> bool:
     return found is not None and torch.allclose(found, expected.to(found.dtype), rtol=1e-3, atol=1e-5 * scale)
 
 
+def _strays(hooked: HookedModule, current: ForwardPass, region: GraphRegion) -> dict[str, nn.Parameter]:
+    """Parameters of modules inside that were used although no call of their modules was seen.
+
+    Such as `table.weight` handed to a function, a ParameterList, or a method other than `forward`.
+    """
+    waiting = {p for orphan in current.orphans for p in orphan.params}
+    unseen = {n: p for n, p in hooked.inner.items() if not current.uses[p] and p not in waiting}
+    return {use.name: use.param for use in region.uses(hooked.leaves(unseen))}
+
+
 def _wanted(hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan]) -> dict[str, nn.Parameter]:
     """The parameters that a call is measured for, by their name in the module."""
     left = {p for orphan in adopted for p in orphan.params}
-    inner = {n: p for n, p in hooked.inner.items() if p in left}
+    inner = {n: p for n, p in hooked.inner.items() if p in left or (n in hooked.strays and not current.uses[p])}
     if hooked.params:
         # A module may use the weights of one inside without calling it, as MultiheadAttention does with out_proj.
         inner.update((n, p) for n, p in hooked.inner.items() if not current.uses[p])
-    return {n: p for n, p in {**hooked.params, **inner}.items() if p.requires_grad}
+    return {n: p for n, p in {**hooked.params, **inner}.items() if hooked.in_use(n).requires_grad}

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from hf_clars.hub.batch_advice import batch_advice
 from hf_clars.hub.markdown import plain, shown, table
 from hf_clars.hub.summary import RunSummary
 
@@ -45,6 +46,8 @@ CAPTIONS = {  # by the picture's name without its ending
     "layer_rates": "The rate of each layer over the steps of the run and, where the method measures it, "
     "`R_k = ||g_k|| / n_k`: how far the samples of a batch agree (1: fully; near 0: their gradients cancel out)."
 }
+REPO_PLACEHOLDER = '"path/or/repository/of/this/model"'
+"""What stands for the repository in the code of a card that does not know it; a push puts the id in its place."""
 CITATION = """```bibtex
 @inproceedings{huo2021large,
   title     = {Large Batch Optimization for Deep Learning Using New Complete Layer-Wise Adaptive Rate Scaling},
@@ -55,8 +58,8 @@ CITATION = """```bibtex
 ```"""
 
 
-def card_body(summary: RunSummary, pictures: Sequence[str]) -> str:
-    """Return the markdown below the metadata; `pictures` are links relative to the card."""
+def card_body(summary: RunSummary, pictures: Sequence[str], pages: Sequence[str] = ()) -> str:
+    """Return the markdown below the metadata; `pictures` and `pages` are links relative to the card."""
     sections = [
         f"# {plain(summary.model_name)}",
         _introduction(summary),
@@ -65,7 +68,8 @@ def card_body(summary: RunSummary, pictures: Sequence[str]) -> str:
         *_history(summary),
         "## Training recipe",
         _recipe(summary),
-        *_pictures(pictures),
+        *_pictures(pictures, pages),
+        *batch_advice(summary.batch_advice),
         "## How to load it",
         _loading(summary),
         "## Limits",
@@ -134,20 +138,21 @@ def _setting(key: str, value: Any) -> str:
     return plain(value) if key == "seed" else shown(value)  # a seed is a name, not an amount
 
 
-def _pictures(links: Sequence[str]) -> list[str]:
-    if not links:
+def _pictures(links: Sequence[str], pages: Sequence[str]) -> list[str]:
+    if not links and not pages:
         return []
     sections = ["## What each layer did"]
     for link in links:
         stem = PurePosixPath(link).stem
         sections.append(f"![{plain(stem.replace('_', ' '))}]({quote(link)})")
         sections += [CAPTIONS[stem]] if stem in CAPTIONS else []
-    return sections
+    names = [f"[{plain(PurePosixPath(page).name)}]({quote(page)})" for page in pages]
+    return [*sections, f"To explore in a browser (download first): {', '.join(names)}."] if names else sections
 
 
 def _loading(summary: RunSummary) -> str:
     # A checked id holds no quotes: it can stand in code as it is.
-    place = f'"{summary.repo_id}"' if summary.repo_id else '"path/or/repository/of/this/model"'
+    place = f'"{summary.repo_id}"' if summary.repo_id else REPO_PLACEHOLDER
     first = ["import hf_clars  # registers the architecture"] if summary.needs_import else []
     lines = [
         *first,

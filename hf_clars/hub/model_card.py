@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from hf_clars.errors import HfClarsError
 from hf_clars.hub.card_text import card_body
+from hf_clars.hub.errors import HubError
 from hf_clars.hub.markdown import one_line
 from hf_clars.hub.summary import RunSummary
 
@@ -21,11 +21,9 @@ METRICS = {  # name in Trainer's results: (the Hub's metric, its name for people
 """The results that go to the card's model-index; the table in the body has all."""
 
 
-class HubError(HfClarsError):
-    """A model card cannot be made of what was given; the message names it."""
-
-
-def build_model_card(summary: RunSummary, *, pictures: Sequence[str | Path] = ()) -> ModelCard:
+def build_model_card(
+    summary: RunSummary, *, pictures: Sequence[str | Path] = (), pages: Sequence[str | Path] = ()
+) -> ModelCard:
     """Return the model card of a run; `card.save(folder / "README.md")` writes it.
 
     The metadata is `huggingface_hub.ModelCardData`: library, pipeline and tags, the licence and base model if given,
@@ -35,9 +33,10 @@ def build_model_card(summary: RunSummary, *, pictures: Sequence[str | Path] = ()
     Args:
         summary: The facts of the run.
         pictures: Image files, relative to the card's folder ("layer_rates.png"), in the order to be shown.
+        pages: Interactive pages (html) to link to, likewise.
 
     Raises:
-        HubError: There is no name, a Hub id is no such id, a picture's path leaves the card's folder, or a result
+        HubError: There is no name, a Hub id is no such id, a file's path leaves the card's folder, or a result
             is no number.
     """
     for role, hub_id in (
@@ -45,10 +44,11 @@ def build_model_card(summary: RunSummary, *, pictures: Sequence[str | Path] = ()
         ("base_model", summary.base_model),
         ("repo_id", summary.repo_id),
     ):
-        _check_hub_id(role, hub_id)
+        check_hub_id(role, hub_id)
     if not one_line(summary.model_name):
         raise HubError("A model card needs a model_name with at least one visible character.")
     links = [_relative_link(picture) for picture in pictures]
+    page_links = [_relative_link(page) for page in pages]
     data = ModelCardData(
         model_name=one_line(summary.model_name),
         library_name="transformers",
@@ -60,7 +60,7 @@ def build_model_card(summary: RunSummary, *, pictures: Sequence[str | Path] = ()
         tags=["image-classification", "hf_clars", one_line(summary.method).lower(), "large-batch-training"],
         eval_results=_eval_results(summary) or None,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_body(summary, links)}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_body(summary, links, page_links)}")
 
 
 def _eval_results(summary: RunSummary) -> list[EvalResult]:
@@ -101,7 +101,16 @@ def _number(key: str, value: object) -> float:
         raise HubError(f"The result {key!r} of the run must be a number, not {value!r}.") from error
 
 
-def _check_hub_id(role: str, hub_id: str | None) -> None:
+def check_hub_id(role: str, hub_id: str | None) -> None:
+    """Raise unless `hub_id` can be an id on the Hub, or is None.
+
+    Args:
+        role: What the id is for, in the words of the message ("repo_id").
+        hub_id: "owner/name", or a name.
+
+    Raises:
+        HubError: With what an id looks like.
+    """
     try:
         if hub_id is not None:
             validate_repo_id(hub_id)
@@ -111,11 +120,11 @@ def _check_hub_id(role: str, hub_id: str | None) -> None:
         ) from error
 
 
-def _relative_link(picture: str | Path) -> str:
-    text = str(picture)
+def _relative_link(file: str | Path) -> str:
+    text = str(file)
     path = PurePosixPath(text.replace("\\", "/"))
     if path.is_absolute() or PureWindowsPath(text).drive or ".." in path.parts or not path.name:
         raise HubError(
-            f"The picture {text!r} must lie in the card's folder or below: give its path relative to that folder."
+            f"The file {text!r} must lie in the card's folder or below: give its path relative to that folder."
         )
     return path.as_posix()

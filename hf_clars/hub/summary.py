@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_clars.theory import BatchAdvice
+
 
 @dataclass(kw_only=True)
 class RunSummary:
@@ -23,6 +25,8 @@ class RunSummary:
         dataset_id: The data set's id on the Hub; default None: it is not on the Hub, or not known to be.
         dataset_config: The configuration of the data set that was used; default None: there is but one.
         eval_split: The split that the results are of.
+        eval_task: The task's id in the `eval.yaml` of a data set that is a benchmark on the Hub; default None: the
+            configuration's name, or "default".
         splits: The number of images by split.
         hardware: The machine in words.
         versions: Library versions by name.
@@ -31,6 +35,7 @@ class RunSummary:
         license: An SPDX-like id as the Hub lists them; default None: the card says that none was chosen. Which
             licence weights have is for those to say who trained them (and for their data); code does not guess it.
         repo_id: Where the model will be on the Hub; default None: the card tells the reader to put the name in.
+        batch_advice: What the layer-rate log says of the batch size; default None: the card does not mention it.
         needs_import: Whether `import hf_clars` must come before loading (the project's own architectures).
     """
 
@@ -44,6 +49,7 @@ class RunSummary:
     dataset_id: str | None = None
     dataset_config: str | None = None
     eval_split: str | None = None
+    eval_task: str | None = None
     splits: Mapping[str, int] = field(default_factory=dict)
     hardware: str = "not recorded"
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -51,4 +57,5 @@ class RunSummary:
     base_model: str | None = None
     license: str | None = None
     repo_id: str | None = None
+    batch_advice: BatchAdvice | None = None
     needs_import: bool = False

@@ -54,6 +54,11 @@ class SmallNetConfig(PreTrainedConfig):
                 f"{type(self).__name__}: {name} is {value!r}; it must be a whole number of at least {at_least}."
             )
 
+    def _positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ConfigError(f"{type(self).__name__}: {name} is {value!r}; it must be a number above 0.")
+
     def _choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:

@@ -18,8 +18,10 @@ from transformers import (
 
 from hf_clars.errors import ConfigError
 from hf_clars.models.cifar_resnet import CifarResNetConfig
+from hf_clars.models.densenet import DenseNetBCConfig
 from hf_clars.models.fully_connected import FullyConnectedConfig
 from hf_clars.models.he_init import draw_convolutions
+from hf_clars.models.mobilenet_v2 import MobileNetV2SmallConfig
 from hf_clars.models.sigmoid_cnn import SigmoidCnnConfig
 from hf_clars.models.small_cnn import SmallCnnConfig
 from hf_clars.models.vgg import Vgg11Config
@@ -48,6 +50,8 @@ _RECIPES: dict[str, _Recipe] = {
     "resnet20": _Recipe(CifarResNetConfig, {"depth": 20}),
     "resnet56": _Recipe(CifarResNetConfig, {"depth": 56}),
     "vgg11-bn": _Recipe(Vgg11Config, {"norm": "batch"}),
+    "densenet-bc": _Recipe(DenseNetBCConfig),
+    "mobilenet_v2-small": _Recipe(MobileNetV2SmallConfig),
     # Stride in the 3x3 convolution: "v1.5", which is what large-batch results are reported for.
     "resnet-50": _Recipe(
         ResNetConfig,

@@ -1,9 +1,11 @@
 """Layer-wise optimizers on mNAG. Needs torch only."""
 
-from hf_clars.optim.base import LayerMeasures, LayerwiseOptimizer, ShardedWeightsError
+from hf_clars.distributed.zero import UnsupportedEngineError
+from hf_clars.optim.base import LayerwiseOptimizer
 from hf_clars.optim.clars import CLARS, NoNormsError
 from hf_clars.optim.lars import LARS
 from hf_clars.optim.loop_guard import AccumulationIgnoredError, OptimizerNotSteppedError
+from hf_clars.optim.measures import LayerMeasures
 from hf_clars.optim.nag import NAG
 
 __all__ = [
@@ -15,5 +17,5 @@ __all__ = [
     "LayerwiseOptimizer",
     "NoNormsError",
     "OptimizerNotSteppedError",
-    "ShardedWeightsError",
+    "UnsupportedEngineError",
 ]

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_clars.distributed import sum_over_ranks, world_size
+from hf_clars.distributed import world_size
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms import MicroBatchGradNorms, NormTotals, PerSampleGradNorms
 from hf_clars.layers import LayerMode
-from hf_clars.optim.base import LayerMeasures, _StepTensors
 from hf_clars.optim.lars import LARS, TRUST_CLIP
+from hf_clars.optim.measures import LayerMeasures, StepTensors
 from hf_clars.optim.rates import mean_sample_norm, trust_ratio
 from hf_clars.optim.update import MomentumForm
 
@@ -154,11 +154,19 @@ class CLARS(LARS):
 
     # ---- the step ------------------------------------------------------------------------------------------
 
-    def _measure(self, tensors: _StepTensors) -> LayerMeasures:
+    def _measure(self, tensors: StepTensors) -> LayerMeasures:
         if isinstance(self.norms, PerSampleGradNorms):
             self.norms.check_all_captured()
-        weight_norm, grad_norm = self._layer_norms(tensors)
-        n = self._mean_sample_norm(self.norms.totals(), grad_norm)
+        totals = self.norms.totals()
+        if totals is None and world_size() == 1:
+            raise NoNormsError(
+                "There are gradients to step with, but no backward pass through the model was seen since the last "
+                "step. CLARS measures norms while backward() runs through the module it was created with: call that "
+                "module, and do not set p.grad by hand."
+            )
+        weight_norm, grad_norm, sums = self._layer_norms(tensors, self._sample_sums(totals))
+        assert sums is not None
+        n = self._mean_sample_norm(sums, grad_norm)
         ratio = torch.where(n > 0, grad_norm / n, 1.0)
         trust = trust_ratio(
             weight_norm,
@@ -168,29 +176,42 @@ class CLARS(LARS):
         )
         return LayerMeasures(self._rates(trust), weight_norm, grad_norm, n, ratio)
 
-    def _mean_sample_norm(self, totals: NormTotals | None, grad_norm: Tensor) -> Tensor:
-        """n_k over all ranks, in the units of the final `p.grad`, which data parallelism averages over ranks."""
-        ranks = world_size()
-        zeros = torch.zeros_like(grad_norm)
-        scale = 1.0 if self._guard is None else self._guard.gradient_scale()
-        norms = zeros if totals is None else totals.norms.to(grad_norm) * scale
-        squares = zeros if totals is None else totals.squares.to(grad_norm) * scale**2
-        captured, total = (0, 0) if totals is None else (totals.captured, totals.total)
-        if ranks == 1:
-            if totals is None:
-                raise NoNormsError(
-                    "There are gradients to step with, but no backward pass through the model was seen since the last "
-                    "step. CLARS measures norms while backward() runs through the module it was created with: call "
-                    "that "
-                    "module, and do not set p.grad by hand."
-                )
-            return mean_sample_norm(norms, squares, grad_norm, captured=captured, total=total, norm=self.norm)
-        counts = torch.stack([grad_norm.new_full((), float(captured)), grad_norm.new_full((), float(total))])
-        own = norms / ranks if self.norm == "mean" else squares / ranks**2
-        summed = sum_over_ranks(torch.cat([own, counts]))
-        sums = summed[:-2]
-        captured_all, total_all = summed[-2].clamp(min=1), summed[-1]
-        return mean_sample_norm(sums, sums, grad_norm, captured=captured_all, total=total_all, norm=self.norm)
+    def _sample_sums(self, totals: NormTotals | None) -> Tensor:
+        """This rank's share of n_k, [K + 2 + m]: K sums, samples measured, samples in all, and the guard's sample."""
+        assert self._guard is not None
+        sample = self._guard.local_sample()
+        if totals is None:  # a rank without samples
+            nothing = sample.new_zeros(len(self.partition))
+            totals = NormTotals(nothing, nothing, 0, 0)
+        ranks = world_size()  # data parallelism averages gradients over them
+        own = totals.norms / ranks if self.norm == "mean" else totals.squares / ranks**2
+        counts = torch.stack([own.new_full((), float(count)) for count in (totals.captured, totals.total)])
+        return torch.cat([own, counts, sample.to(own) / ranks])
+
+    @property
+    def reduction_size(self) -> int:
+        """How many numbers a step's all-reduce carries with whole weights; with split ones, 2 K more."""
+        return len(self._sample_sums(None))
+
+    def _mean_sample_norm(self, sums: Tensor, grad_norm: Tensor) -> Tensor:
+        """n_k over all ranks, in the units of the final `p.grad`."""
+        assert self._guard is not None
+        layers = len(self.partition)
+        own, captured, total, sample = sums[:layers], sums[layers], sums[layers + 1], sums[layers + 2 :]
+        scale = self._guard.scale_since(sample)
+        if self._zero is not None:
+            scale = scale * self._zero.gradient_scale
+        own = own * (scale if self.norm == "mean" else scale.square())
+        return mean_sample_norm(own, own, grad_norm, captured=captured.clamp(min=1), total=total, norm=self.norm)
+
+    def _follow(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
+        super()._follow(swapped)
+        if isinstance(self.norms, PerSampleGradNorms):
+            self.norms.follow(swapped)
+
+    def begin_batch(self) -> None:
+        """Forget norms of a batch that no step was taken for (an fp16 overflow under DeepSpeed)."""
+        self.norms.reset()
 
     def _after_step(self) -> None:
         super()._after_step()

@@ -5,7 +5,7 @@ The names of group entries beyond torch's own are constants here; they survive `
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -94,3 +94,24 @@ def _layers_of_tensors(params: Iterable[Any]) -> list[tuple[ParamLayer, dict[str
                 # Without the module only the shape tells: a vector is a bias or a normalisation weight.
                 paired.append((ParamLayer(name, (p,), (name,), norm_or_bias=p.dim() <= 1), settings))
     return paired
+
+
+def validate_settings(group: dict[str, Any]) -> None:
+    """Refuse a group's settings that cannot work.
+
+    Args:
+        group: A parameter group, or the defaults.
+
+    Raises:
+        ValueError: Naming the setting and what is allowed.
+    """
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "lr": (lambda v: v >= 0, "at least 0"),
+        "eta": (lambda v: v > 0, "above 0"),
+        "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
+        "weight_decay": (lambda v: v >= 0, "at least 0"),
+        "trust_clip": (lambda v: v is None or v > 0, "above 0, or None for no bound"),
+    }
+    for name, (valid, allowed) in rules.items():
+        if name in group and not valid(group[name]):
+            raise ValueError(f"{name}={group[name]!r} cannot work: it must be {allowed}.")

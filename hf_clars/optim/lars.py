@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from hf_clars.layers import LayerMode
-from hf_clars.optim.base import LayerMeasures, LayerwiseOptimizer, _StepTensors
+from hf_clars.optim.base import LayerwiseOptimizer
+from hf_clars.optim.measures import LayerMeasures, StepTensors
 from hf_clars.optim.rates import trust_ratio
 from hf_clars.optim.update import MomentumForm
 
@@ -71,8 +72,8 @@ class LARS(LayerwiseOptimizer):
             foreach=foreach,
         )
 
-    def _measure(self, tensors: _StepTensors) -> LayerMeasures:
-        weight_norm, grad_norm = self._layer_norms(tensors)
+    def _measure(self, tensors: StepTensors) -> LayerMeasures:
+        weight_norm, grad_norm, _ = self._layer_norms(tensors)
         ratio = trust_ratio(
             weight_norm,
             grad_norm,

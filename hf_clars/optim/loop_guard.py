@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_clars.distributed import world_size
+from hf_clars.distributed.zero import keeps_gradients_elsewhere, trains_without
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms.hooks import BoundHook
 
@@ -45,8 +45,19 @@ def _sentinel(params: Sequence[nn.Parameter]) -> nn.Parameter:
     return min(params[-2:], key=lambda p: p.numel())
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+def _sampled(tensor: Tensor) -> int:
+    """How many elements `_sample` takes."""
+    return len(range(0, tensor.numel(), _stride(tensor)))
+
+
+def _stride(tensor: Tensor) -> int:
+    return max(1, tensor.numel() // 256)
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A copy of some 256 elements, evenly spread, in float32 at least."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.detach().reshape(-1)[:: _stride(tensor)].to(wide, copy=True)
 
 
 _GUARDS: WeakKeyDictionary[nn.Module, LoopGuard] = WeakKeyDictionary()
@@ -58,10 +69,12 @@ class LoopGuard:
     Args:
         model: The module that is trained.
         params: Its trainable parameters.
+        groups: The optimizer's parameter groups; kept, so that they can be looked at when the optimizer is gone.
     """
 
-    def __init__(self, model: nn.Module, params: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], groups: list[dict[str, Any]]) -> None:
         self._params = list(params)
+        self.groups = groups
         self._weights: list[int] | None = None
         self._sentinel = _sentinel(params)
         self._measured: Tensor | None = None
@@ -82,13 +95,13 @@ class LoopGuard:
         if not self._watch_weights or not torch.is_grad_enabled() or not module.training:
             return
         now = [version(p) for p in self._params]
-        if self._weights is not None and now != self._weights and self._measured is not None:
+        changed = self._weights is not None and now != self._weights and self._measured is not None
+        if changed or trains_without(self._params, self.groups):
             raise OptimizerNotSteppedError(
-                "The model's weights changed in training, but the step() of the layer-wise optimizer attached to it "
-                "was "
-                "never called: another optimizer is training it. Trainer under DeepSpeed replaces "
-                "optimizers=(optimizer, None) by AdamW without a word: use ClarsTrainer, which creates its optimizer "
-                "where DeepSpeed honours it. If you meant to replace the optimizer, call remove_hooks() on the old one."
+                "Another optimizer is training this model, and the step() of the layer-wise optimizer attached to it "
+                "is never called. Trainer under DeepSpeed replaces optimizers=(optimizer, None) by AdamW without a "
+                "word: use ClarsTrainer, which creates its optimizer where DeepSpeed honours it. If you meant to "
+                "replace the optimizer, call remove_hooks() on the old one."
             )
         self._weights = now
 
@@ -115,22 +128,48 @@ class LoopGuard:
 
     def _on_gradient(self, param: nn.Parameter) -> None:
         if param.grad is not None:
-            self._measured = _norm(param.grad)
+            self._measured = _sample(param.grad)
 
     @torch.no_grad()
-    def gradient_scale(self) -> Tensor | float:
-        """What `p.grad` was multiplied by after `backward()`: by unscaling (fp16), by clipping, or by hand.
+    def local_sample(self) -> Tensor:
+        """Some elements of a small parameter's gradient as `backward()` left it here, before data parallelism.
 
-        Told from one small parameter's gradient norm now and when `backward()` left it, in a single process;
-        data-parallel engines average gradients over processes in between.
+        Unscaling (fp16), clipping and whatever else a loop does multiply all gradients alike, so a few elements tell by
+        how much: the mean of this over ranks is what `p.grad` would be without. Sharded engines keep gradients
+        elsewhere and say themselves what they do.
 
         Returns:
-            A 0-dim tensor, or 1.0 where there is nothing to compare.
+            [m]; zeros where there is nothing to compare.
         """
         grad = self._sentinel.grad
-        if world_size() > 1 or self._measured is None or grad is None:
-            return 1.0
-        return torch.where(self._measured > 0, _norm(grad) / self._measured, 1.0)
+        if self._measured is None or grad is None or keeps_gradients_elsewhere(self._sentinel):
+            return torch.zeros(_sampled(self._sentinel), device=self._sentinel.device)
+        return self._measured
+
+    @torch.no_grad()
+    def scale_since(self, sample: Tensor) -> Tensor:
+        """What `p.grad` was multiplied by since.
+
+        Args:
+            sample: `local_sample()`, averaged over ranks.
+
+        Returns:
+            0-dim; 1 where there is nothing to compare.
+        """
+        grad = self._sentinel.grad
+        before = torch.linalg.vector_norm(sample)
+        if grad is None or keeps_gradients_elsewhere(self._sentinel):
+            return torch.ones_like(before)
+        return torch.where(before > 0, torch.linalg.vector_norm(_sample(grad)).to(before) / before, 1.0)
+
+    def follow(self, params: Sequence[nn.Parameter]) -> None:
+        """Watch the parameters that FSDP2 has put in the place of others; it keeps their gradients itself.
+
+        Args:
+            params: The trainable parameters now.
+        """
+        self._handles.pop().remove()  # the sentinel's
+        self._params, self._sentinel = list(params), _sentinel(params)
 
     def stepped(self) -> None:
         """The optimizer has stepped: it is the one that trains."""

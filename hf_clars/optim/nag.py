@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hf_clars.layers import LayerMode
-from hf_clars.optim.base import LayerMeasures, LayerwiseOptimizer, _StepTensors
+from hf_clars.optim.base import LayerwiseOptimizer
+from hf_clars.optim.measures import LayerMeasures, StepTensors
 from hf_clars.optim.update import MomentumForm
 
 
@@ -64,12 +65,11 @@ class NAG(LayerwiseOptimizer):
         """Whether `measure` was set."""
         return self.measure
 
-    def _measure(self, tensors: _StepTensors) -> LayerMeasures:
-        like = tensors.params[0]
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        ones = torch.ones(len(self.param_groups), device=like.device, dtype=dtype)
+    def _measure(self, tensors: StepTensors) -> LayerMeasures:
         if self.measure:
-            weight_norm, grad_norm = self._layer_norms(tensors)
+            weight_norm, grad_norm, _ = self._layer_norms(tensors)
         else:
-            weight_norm = grad_norm = torch.full_like(ones, float("nan"))
-        return LayerMeasures(self._rates(ones), weight_norm, grad_norm)
+            like = tensors.params[0]
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            weight_norm = grad_norm = torch.full((len(self.partition),), float("nan"), device=like.device, dtype=dtype)
+        return LayerMeasures(self._rates(torch.ones_like(weight_norm)), weight_norm, grad_norm)

@@ -8,12 +8,10 @@ whole, not looked ahead along) and the gradients (taken as 0, because 0 times Na
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from hf_clars.optim.base import LayerMeasures
+from hf_clars.optim.measures import LayerMeasures
 
 
 def hold_unless_finite(measures: LayerMeasures) -> LayerMeasures:

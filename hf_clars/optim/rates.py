@@ -45,8 +45,8 @@ def mean_sample_norm(
     square_sums: Tensor,
     grad_norm: Tensor,
     *,
-    captured: Tensor | int,
-    total: Tensor | int,
+    captured: Tensor | float,
+    total: Tensor | float,
     norm: str,
 ) -> Tensor:
     """n_k of Eq. 5 in the units of `p.grad`, from sums over the captured samples.

@@ -98,11 +98,3 @@ def _momentum_factors(momentum: float, applied: Tensor | None, dtype: torch.dtyp
         return momentum, momentum
     taken = applied.double()
     return (taken * momentum + (1.0 - taken)).to(dtype), (taken * momentum).to(dtype)
-
-
-def tensor_norms(tensors: list[Tensor], *, foreach: bool) -> Tensor:
-    """2-norms of N tensors, [N], in float32 (float64 for float64 tensors)."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    if foreach:
-        return torch.stack(list(torch._foreach_norm(tensors, 2, dtype)))
-    return torch.stack([torch.linalg.vector_norm(t, dtype=dtype) for t in tensors])

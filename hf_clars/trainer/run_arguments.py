@@ -70,6 +70,7 @@ class ModelArguments:
     )
     from_scratch: bool = _option(False, "Take only the architecture of a Hub name or folder, not its weights.")
     replace_head: bool = _option(False, "Give a pretrained model a new classifier for this data's classes.")
+    channels_last: bool = _option(False, "Interleave channels in memory, which GPUs with tensor cores are faster with.")
     model_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the model's config, as JSON."})
 
     def __post_init__(self) -> None:
@@ -95,3 +96,6 @@ class OutputArguments:
     )
     license: str | None = _option(None, "Licence of the weights for the model card, e.g. apache-2.0.")
     model_name: str | None = _option(None, "Title of the model card; empty: made from model and data.")
+    eval_task: str | None = _option(
+        None, "Task in the eval.yaml of a Hub benchmark that the results are of; empty: the configuration, or default."
+    )

@@ -25,7 +25,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_clars.records import RecordError, checkpoints, load_optimizer_state, save_optimizer_state
 from hf_clars.records.differences import optimizer_differences, sentence
-from hf_clars.trainer.resuming import CheckpointMisfitError, check_checkpoint, newest_to_resume
+from hf_clars.trainer.resuming import CheckpointMisfitError, check_checkpoint, check_engine, newest_to_resume
 
 OPTIMIZER = "optimizer.safetensors"
 SCHEDULER = "scheduler.safetensors"
@@ -77,6 +77,8 @@ class SafeCheckpoints(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_to_resume(Path(str(self.args.output_dir))))
+        if resume_from_checkpoint:
+            check_engine(Path(str(resume_from_checkpoint)), self._engine())
         if resume_from_checkpoint and not self._keeps_own_format():
             assert isinstance(self.model, nn.Module)
             check_checkpoint(Path(str(resume_from_checkpoint)), self.model, self.checkpoint_settings())
@@ -84,6 +86,10 @@ class SafeCheckpoints(Trainer):
 
     def _keeps_own_format(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _engine(self) -> str | None:
+        """The engine whose format checkpoints are in; None: this project's own."""
+        return "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
 
     # ---- complete or absent --------------------------------------------------------------------------------------
 

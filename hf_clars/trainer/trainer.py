@@ -11,22 +11,26 @@ from torch import Tensor, nn
 
 from hf_clars.errors import ConfigError
 from hf_clars.optim import LayerwiseOptimizer
+from hf_clars.optim.freeze import head_layer_names
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.callbacks import FreezeHeadCallback, LayerRateCallback, LogAtCheckpointCallback
+from hf_clars.trainer.console import print_lines
 from hf_clars.trainer.epochs import EpochCallback
+from hf_clars.trainer.launch_checks import allow_missing_embeddings, check_launch, check_prepared
+from hf_clars.trainer.live_view import LayerReportCallback, rate_summary, reporters_of
 from hf_clars.trainer.loss_scale import count_all_items, count_items
 from hf_clars.trainer.nonfinite import NonFiniteCallback
-from hf_clars.trainer.optimizers import build_optimizer, head_layer_names, layerwise, step_schedule
-from hf_clars.trainer.safe_checkpoints import SafeCheckpoints
+from hf_clars.trainer.optimizers import build_optimizer, layerwise, step_schedule
+from hf_clars.trainer.sharing import SharingTrainer
 
 
-class ClarsTrainer(SafeCheckpoints):
+class ClarsTrainer(SharingTrainer):
     """Train with CLARS, LARS or mNAG as `ClarsTrainingArguments` say.
 
     Differences from `Trainer`: the optimizer is created here (also where DeepSpeed would otherwise put AdamW); the loss
     is one mean over the accumulated batch for every head; `warmup_epochs`, `lr_step_epochs` and `freeze_head_epochs`
-    are
-    honoured; layer rates are logged; logs carry `images_per_second`; checkpoints hold no pickle.
+    are honoured; layer rates are logged; logs carry `images_per_second`; checkpoints hold no pickle; `push_to_hub`
+    uploads the finished run's files and nothing else.
 
     Args:
         model: The model, not wrapped.
@@ -47,7 +51,9 @@ class ClarsTrainer(SafeCheckpoints):
                 "TrainingArguments and resolve batch size, rate and schedule."
             )
         super().__init__(model, args, **kwargs)
-        self.check_optimizer_is_kept()
+        check_launch(self)
+        if self.is_fsdp_enabled:
+            allow_missing_embeddings(model)
         # The loss is a mean over the accumulated batch by compute_loss below: nothing is left to divide.
         self.loss_is_scaled_for_ga = True
         self._batch_items: Tensor | None = None
@@ -60,27 +66,11 @@ class ClarsTrainer(SafeCheckpoints):
         self.add_callback(NonFiniteCallback(args.nonfinite))
         if args.log_layer_rates:
             self.add_callback(LayerRateCallback(self.run_settings(), on_save_error=args.on_save_error))
+        print_lines(self)
+        if args.layer_report_steps != 0 and (reporters := reporters_of(self)):
+            self.add_callback(LayerReportCallback(reporters, args.layer_report_steps))
 
     # ---- optimizer and schedule ----------------------------------------------------------------------------------
-
-    def check_optimizer_is_kept(self) -> None:
-        """Raise if the launcher would drop the optimizer that was given.
-
-        Raises:
-            ConfigError: Under DeepSpeed, which keeps only optimizers made by `create_optimizer`; and, for now, under
-                engines that split weights over processes.
-        """
-        if self.is_deepspeed_enabled and self.optimizer is not None:
-            raise ConfigError(
-                "optimizers=(optimizer, None) is dropped under DeepSpeed, and AdamW would train instead. Leave it out: "
-                "ClarsTrainer creates the optimizer from its arguments."
-            )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
-            raise ConfigError(
-                f"{engine} splits weights and gradients over processes, and layer norms are not yet summed over such "
-                "pieces: the rates would be wrong. Launch with plain data parallelism (accelerate launch --multi_gpu)."
-            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the arguments, once, on the unwrapped model.
@@ -125,6 +115,13 @@ class ClarsTrainer(SafeCheckpoints):
         steps_an_epoch = num_training_steps / max(float(self.args.num_train_epochs), 1e-12)
         if self.args.warmup_epochs:
             self.args.warmup_steps = round(self.args.warmup_epochs * steps_an_epoch)
+        check_prepared(self)
+        # DeepSpeed's wrapper lacks what schedulers look for; ours, inside all wrappers, is the one whose rate counts.
+        inner = layerwise(self.optimizer if optimizer is None else optimizer)
+        if inner is not None:
+            if self.is_deepspeed_enabled:
+                inner.attach_engine(self.optimizer)
+            optimizer = inner
         if not self.args.lr_step_epochs:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None or self.lr_scheduler is self._step_scheduler:
@@ -227,7 +224,7 @@ class ClarsTrainer(SafeCheckpoints):
     # ---- records -------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `images_per_second` (training samples since the last log) to training logs.
+        """Add `images_per_second` (training samples since the last log) and the layers' rates to training logs.
 
         Args:
             logs: Values by name.
@@ -239,6 +236,7 @@ class ClarsTrainer(SafeCheckpoints):
             if step > last and last > 0:
                 logs["images_per_second"] = round((step - last) * self.args.total_batch_size / (now - before), 1)
             self._speed = (now, step)
+            logs |= rate_summary(self.optimizer)
         super().log(logs, start_time)
 
     def run_settings(self) -> dict[str, Any]:

@@ -1,0 +1,187 @@
+"""What DeepSpeed's ZeRO hands to an optimizer: flat fp32 pieces, one group after the other.
+
+ZeRO 1 and 2 call `step()` once for each parameter group, ZeRO 3 once for each sub-group, and at the first of these
+calls the gradients of the others are not yet where an optimizer looks for them. A layer's norms need all pieces at
+once, so they are read from the engine. DeepSpeed has public functions for single tensors (`safe_get_full_grad` and the
+like), but each is a collective of its own, once a parameter; so this file, and no other, reads the names that these
+functions are built on, and `tests/test_launchers_agree.py` fails loudly when one of them changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_clars.distributed.collectives import world_size
+from hf_clars.distributed.shards import LocalNorms, local_norms
+from hf_clars.errors import HfClarsError
+
+
+class UnsupportedEngineError(HfClarsError, RuntimeError):
+    """An engine setting under which layer norms would be wrong."""
+
+
+def keeps_gradients_elsewhere(param: nn.Parameter) -> bool:
+    """Whether an engine that splits weights or gradients holds this parameter: its `grad` is None in between then."""
+    return hasattr(param, "device_mesh") or hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
+
+
+def is_flat_piece(tensor: Tensor, params: Sequence[nn.Parameter]) -> bool:
+    """Whether a group's tensor is DeepSpeed's flat piece of the group's parameters, and not one of them."""
+    return any(hasattr(p, "_hp_mapping") for p in params) and all(tensor is not p for p in params)
+
+
+def trains_without(params: Sequence[nn.Parameter], groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether ZeRO has partitioned a model for another optimizer: it would have put its pieces into these groups."""
+    partitioned = {p for p in params if hasattr(p, "_z3_optimizer") or getattr(p, "_hp_mapping", None) is not None}
+    return bool(partitioned) and any(t in partitioned for group in groups for t in group["params"])
+
+
+def zero_pieces(engine: Any, optimizer: torch.optim.Optimizer) -> ZeroPieces | None:
+    """The pieces of a model under ZeRO; None for an engine that does not partition, or shows everything at once.
+
+    Args:
+        engine: DeepSpeed's engine, its ZeRO optimizer, or accelerate's wrapper of one of them.
+        optimizer: The optimizer inside.
+
+    Returns:
+        The pieces, or None.
+
+    Raises:
+        UnsupportedEngineError: If the optimizer is not inside the engine, or under settings that are not supported:
+            optimizer offload, or partitions over a part of the processes.
+    """
+    while getattr(engine, "optimizer", None) is not optimizer:
+        engine = getattr(engine, "optimizer", None)
+        if engine is None:
+            raise UnsupportedEngineError(
+                f"This {type(optimizer).__name__} is not inside the engine that was given: another optimizer trains "
+                "the model. Give DeepSpeed the optimizer itself, and attach what deepspeed.initialize returned for it."
+            )
+    if hasattr(engine, "fp32_partitioned_groups_flat"):
+        return _Zero3Pieces(engine)
+    return _Zero2Pieces(engine) if hasattr(engine, "single_partition_of_fp32_groups") else None
+
+
+class ZeroPieces:
+    """The pieces that this process holds.
+
+    Args:
+        engine: DeepSpeed's ZeRO optimizer.
+
+    Attributes:
+        calls: How often `step()` is called for one update.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.calls = len(self._weights())
+        if getattr(engine, "cpu_offload", False) or getattr(engine, "offload_optimizer", False):
+            raise UnsupportedEngineError(
+                "DeepSpeed's optimizer offload is on, which keeps gradients where layer norms cannot be taken: remove "
+                "offload_optimizer from the DeepSpeed configuration."
+            )
+
+    @property
+    def gradient_scale(self) -> float:
+        """What the engine multiplies gradients with after `backward()`: it takes its loss scale (fp16) out."""
+        return 1.0 / float(self.engine.loss_scale)
+
+    def local_norms(self, layers: int, *, foreach: bool = True) -> LocalNorms:
+        """Norms [K] of the local pieces; call it in the first `step()` of an update.
+
+        Args:
+            layers: Number of layers K, which must be the optimizer's parameter groups in their order.
+            foreach: Take all norms in one multi-tensor operation.
+        """
+        weights, weight_layers = self._flattened(self._weights())
+        ready = [piece.grad for piece in self._flat()]
+        grads: list[Tensor] = []
+        grad_layers: list[int] = []
+        for number, grad in enumerate(ready):
+            pieces = self._waiting_gradients(number) if grad is None else self._parts_of(number, grad)
+            scale = self.gradient_scale if grad is None else 1.0  # the engine has unscaled what it hands over
+            grads += [piece if scale == 1.0 else piece.float() * scale for piece in pieces]
+            grad_layers += [self._layer(number)] * len(pieces)
+        return local_norms(weights, weight_layers, grads, grad_layers, layers, flat=True, foreach=foreach)
+
+    def _flattened(self, pieces: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[int]]:
+        flat = [tensor for group in pieces for tensor in group]
+        return flat, [self._layer(number) for number, group in enumerate(pieces) for _ in group]
+
+    def _weights(self) -> list[list[Tensor]]:
+        """The real parts of each flat piece: padding is not always zero."""
+        return [self._parts_of(number, piece.detach()) for number, piece in enumerate(self._flat())]
+
+    def _flat(self) -> list[Tensor]:
+        """The flat pieces, in the order of the calls."""
+        raise NotImplementedError
+
+    def _layer(self, number: int) -> int:
+        """The layer (parameter group) of a call."""
+        raise NotImplementedError
+
+    def _parts_of(self, number: int, flat: Tensor) -> list[Tensor]:
+        """What of a flat piece, or of its gradient, is real."""
+        raise NotImplementedError
+
+    def _waiting_gradients(self, number: int) -> list[Tensor]:
+        """Averaged gradients of a call that is still to come, without padding."""
+        raise NotImplementedError
+
+
+class _Zero2Pieces(ZeroPieces):
+    """ZeRO 1 and 2: one flat partition a group, padded with zeros at the end."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        if any(dist.get_world_size(group) != world_size() for group in engine.real_dp_process_group):
+            raise UnsupportedEngineError(
+                "DeepSpeed partitions this model over a part of the processes (experts, pipeline or tensor "
+                "parallelism), and layer norms are summed over all of them: use plain data parallelism."
+            )
+
+    def _flat(self) -> list[Tensor]:
+        return self.engine.single_partition_of_fp32_groups
+
+    def _layer(self, number: int) -> int:
+        return number
+
+    def _parts_of(self, number: int, flat: Tensor) -> list[Tensor]:
+        return [flat]
+
+    def _waiting_gradients(self, number: int) -> list[Tensor]:
+        return [t.view(-1) for t in self.engine.averaged_gradients[number]]
+
+
+class _Zero3Pieces(ZeroPieces):
+    """ZeRO 3: each parameter's share in a flat piece a sub-group; shares are padded with whatever memory held."""
+
+    def _flat(self) -> list[Tensor]:
+        return self.engine.fp32_partitioned_groups_flat
+
+    def _layer(self, number: int) -> int:
+        return self.engine.sub_group_to_group_id[number]
+
+    def _parts_of(self, number: int, flat: Tensor) -> list[Tensor]:
+        parts, offset = [], 0
+        for share, real in self._shares(number):
+            parts.append(flat.narrow(0, offset, real))
+            offset += share
+        return parts
+
+    def _waiting_gradients(self, number: int) -> list[Tensor]:
+        grads = self.engine.averaged_gradients[number]
+        return [t.view(-1).narrow(0, 0, real) for t, (_, real) in zip(grads, self._shares(number), strict=True)]
+
+    def _shares(self, number: int) -> list[tuple[int, int]]:
+        """(elements, elements that are no padding) of each parameter's share in a sub-group."""
+        rank, shares = dist.get_rank(), []
+        for param in self.engine.fp16_groups[number]:
+            share = param.partition_numel()
+            shares.append((share, max(0, min(share, param.ds_numel - rank * share))))
+        return shares

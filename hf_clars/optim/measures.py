@@ -1,0 +1,47 @@
+"""What a step works on, and what it measures: one entry a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerMeasures:
+    """What one step measured, each [K], on the weights' device; layers in the order of `layer_names`.
+
+    Attributes:
+        rate: gamma_k.
+        weight_norm: ||w_k|| before the update.
+        grad_norm: ||g_k||.
+        mean_sample_norm: n_k in the units of `p.grad`; None for methods that do not measure it.
+        ratio: R_k = ||g_k|| / n_k, in [0, 1]; None likewise.
+        finite: Bool: the layer's gradient norms are neither NaN nor infinite; None for methods that measure none.
+        applied: Bool, 0-dim: the step was taken, because all of them are; None likewise.
+    """
+
+    rate: Tensor
+    weight_norm: Tensor
+    grad_norm: Tensor
+    mean_sample_norm: Tensor | None = None
+    ratio: Tensor | None = None
+    finite: Tensor | None = None
+    applied: Tensor | None = None
+
+    def stacked(self) -> Tensor:
+        """[5, K] in the order of the attributes, NaN where a quantity was not measured."""
+        missing = torch.full_like(self.rate, float("nan"))
+        rows = (self.rate, self.weight_norm, self.grad_norm, self.mean_sample_norm, self.ratio)
+        return torch.stack([missing if row is None else row for row in rows])
+
+
+@dataclass
+class StepTensors:
+    """The tensors that a step works on, and the layer (group) of each."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    buffers: list[Tensor]
+    layer: list[int]

@@ -1,0 +1,76 @@
+"""The interactive page of one run or several: one html file that needs no network."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from hf_clars.plots.layer_rates import opened
+from hf_clars.plots.page_data import page_data
+from hf_clars.plots.runs import Run
+from hf_clars.plots.style import MARK, NothingToShowError, PlotError
+
+SCRIPTS = ("runs.js", "draw.js", "page.js")
+
+
+def write_page(runs: Sequence[Run], path: str | Path, *, title: str | None = None) -> Path:
+    """Write a page that shows the layer-rate logs of runs in a browser.
+
+    The reader points at a cell to read layer, step and value, chooses the quantity, zooms, and sets two runs side by
+    side. Logs are reduced to what fits 3 MB (see `page_data`); the page says how exact a value is. Names and settings
+    of runs are data, never markup or code, and the page's own policy forbids any other script and any connection.
+
+    Args:
+        runs: From `open_runs`, each with a log.
+        path: The file to write; it is replaced if it exists.
+        title: Default: the names of the runs.
+
+    Returns:
+        The path.
+
+    Raises:
+        PlotError: A run has no log or no steps, or the file cannot be written.
+    """
+    logs = []
+    for run in runs:
+        if run.log is None:
+            raise NothingToShowError(f"The run {run.name} kept no layer-rate log for a page to show.")
+        logs.append((run.name, opened(run.log)))
+    script, style = "\n".join(_part(name) for name in SCRIPTS), _part("page.css")
+    parts = {
+        "mark": MARK,
+        "title": html.escape(title or f"Layer-wise rates: {', '.join(run.name for run in runs)}"),
+        "style": style,
+        "style_hash": _hash(style),
+        "script": script,
+        "script_hash": _hash(script),
+        "data": _in_script(json.dumps(page_data(logs), allow_nan=False)),
+    }
+    # In one pass: what is put in is never searched for marks itself.
+    page = re.sub(r"@@(\w+)@@", lambda found: parts[found[1]], _part("page.html"))
+    target = Path(path)
+    try:
+        target.write_text(page, encoding="utf-8", errors="replace")  # a folder's name may be no unicode
+    except OSError as error:
+        raise PlotError(f"The page could not be saved to {target}: {error}.") from error
+    return target
+
+
+def _part(name: str) -> str:
+    return (files("hf_clars.plots") / "page" / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """Return the source expression that a content security policy allows `text` by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _in_script(text: str) -> str:
+    """Return JSON that cannot end the script element it stands in: same value, but no letter that html knows."""
+    for letter in "<>&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return text

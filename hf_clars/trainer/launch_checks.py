@@ -1,0 +1,165 @@
+"""What a launcher would do silently, said before anything is trained.
+
+Each of these was seen to run to the end with wrong numbers and no message: an optimizer that is replaced, one process
+where two were asked for, plain data parallelism where FSDP was asked for, float32 where fp16 was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import DistributedType, str_to_bool
+from torch import nn
+
+from hf_clars.errors import ConfigError
+from hf_clars.grad_norms import MicroBatchGradNorms
+from hf_clars.optim import CLARS
+from hf_clars.trainer.optimizers import layerwise
+
+if TYPE_CHECKING:
+    from hf_clars.trainer.trainer import ClarsTrainer
+
+ONE_BIT = ("onebit", "zerooneadam", "zenflow")
+
+
+def check_launch(trainer: ClarsTrainer) -> None:
+    """Raise where the launcher does something else than it was asked for.
+
+    Args:
+        trainer: With its accelerator created, before training.
+
+    Raises:
+        ConfigError: In one paragraph, with what to do.
+    """
+    _check_processes(trainer)
+    _check_precision(trainer)
+    if trainer.is_deepspeed_enabled:
+        _check_deepspeed(trainer)
+    _check_fsdp(trainer)
+
+
+def _asked_for(variable: str) -> bool:
+    return bool(str_to_bool(os.environ.get(variable, "false") or "false"))
+
+
+def _check_processes(trainer: ClarsTrainer) -> None:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    joined = trainer.args.world_size
+    if started > 1 and joined == 1:
+        raise ConfigError(
+            f"{started} processes were started, but this one trains alone: each would train the whole model by itself. "
+            "On a machine without GPUs add --use_cpu true (TrainingArguments(use_cpu=True)); on one with GPUs start "
+            "with `accelerate launch --multi_gpu`."
+        )
+    # accelerate's launcher for one process sets these only where several were asked for.
+    several = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if several and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "Several processes were asked for, but accelerate has started one: --cpu and MULTI_CPU configurations do "
+            "that. Use `accelerate launch --multi_gpu --num_processes N` with --use_cpu true among the script's own "
+            "flags, or torchrun --nproc_per_node N."
+        )
+
+
+def _check_precision(trainer: ClarsTrainer) -> None:
+    args = trainer.args
+    if args.fp16 and args.device.type == "cpu":
+        raise ConfigError(
+            "fp16 was asked for, but on a CPU Trainer silently computes in float32: leave --fp16 out, or use "
+            "--bf16 true."
+        )
+    if args.fp16 and trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "fp16 under FSDP keeps its loss scale where layer norms cannot take it out again: use --bf16 true, which "
+            "needs no loss scale."
+        )
+
+
+def _check_deepspeed(trainer: ClarsTrainer) -> None:
+    if trainer.optimizer is not None:
+        raise ConfigError(
+            "optimizers=(optimizer, None) is dropped under DeepSpeed, and AdamW would train instead. Leave it out: "
+            "ClarsTrainer creates the optimizer from its arguments."
+        )
+    plugin: Any = trainer.accelerator.state.deepspeed_plugin
+    config = plugin.hf_ds_config.config
+    if "optimizer" in config:
+        kind = config["optimizer"].get("type", "its own optimizer")
+        known = "1-bit optimizers compress gradients, and " if kind.lower().startswith(ONE_BIT) else ""
+        raise ConfigError(
+            f"The DeepSpeed configuration has an `optimizer` section ({kind}), which would train instead of "
+            f"{trainer.args.method}: {known}layer-wise rates need this project's own optimizer. Remove the section."
+        )
+    zero = config.get("zero_optimization", {})
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if offloaded not in ("none", None):
+        raise ConfigError(
+            f"The DeepSpeed configuration offloads the optimizer to {offloaded}, which replaces it or keeps gradients "
+            "where layer norms cannot be taken: remove offload_optimizer (offload_param may stay)."
+        )
+    if isinstance(config.get("gradient_clipping"), int | float) and config["gradient_clipping"] > 0:
+        raise ConfigError(
+            f"The DeepSpeed configuration clips gradients at {config['gradient_clipping']}, after the norms that the "
+            "layer rates rest on were measured: set gradient_clipping to 0."
+        )
+    if trainer.args.fp16 and int(zero.get("stage", 0)) == 0:
+        raise ConfigError(
+            "DeepSpeed in fp16 without ZeRO keeps its loss scale where layer norms cannot take it out again: use ZeRO "
+            "stage 1, or --bf16 true."
+        )
+
+
+def _check_fsdp(trainer: ClarsTrainer) -> None:
+    if (trainer.args.fsdp or _asked_for("ACCELERATE_USE_FSDP")) and not trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "FSDP was asked for, but plain data parallelism would be given: accelerate starts FSDP on GPUs only, with "
+            "two processes or more. Launch on GPUs, or without FSDP."
+        )
+    if not trainer.is_fsdp_enabled:
+        return
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ConfigError(
+            "FSDP version 1 flattens layers together, so that layer norms are lost: set fsdp_version: 2 in the "
+            "accelerate configuration."
+        )
+    if trainer.args.estimator == "microbatch" and trainer.args.method == "clars":
+        raise ConfigError(
+            "estimator='microbatch' needs the gradients of whole weights, which FSDP does not have: use "
+            "estimator='samples'."
+        )
+
+
+def allow_missing_embeddings(model: nn.Module) -> None:
+    """Accelerate asks every model under FSDP2 for its input embeddings; image models of transformers raise then.
+
+    Args:
+        model: Gets an answer, None, where it has none.
+    """
+    ask = getattr(model, "get_input_embeddings", None)
+    try:
+        if ask is not None:
+            ask()
+    except NotImplementedError:
+        model.get_input_embeddings = lambda: None  # type: ignore[assignment]
+
+
+def check_prepared(trainer: ClarsTrainer) -> None:
+    """Raise if what will train is not what was created; called when the launcher has wrapped everything.
+
+    Args:
+        trainer: With model and optimizer prepared.
+
+    Raises:
+        ConfigError: If the optimizer was replaced.
+    """
+    inner = layerwise(trainer.optimizer)
+    if inner is None and trainer.optimizer_cls_and_kwargs is None and trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            f"The launcher has put {type(trainer.optimizer).__name__} in the place of {trainer.args.method}: its "
+            "configuration names an optimizer of its own. Remove that section."
+        )
+    sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
+    if sharded and isinstance(inner, CLARS) and isinstance(inner.norms, MicroBatchGradNorms):
+        raise ConfigError("CLARS with estimator='microbatch' does not work under FSDP: use estimator='samples'.")

@@ -1,0 +1,109 @@
+"""Promise: every launcher and every accumulation gives the numbers of one process: rates, n_k, log and weights.
+
+Two real CPU processes (gloo) are started by `accelerate launch` with the files in configs/accelerate/ that users get.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.launchers.cases import BF16, LOADERS, MODELS, Case, cases, outcome, run, save_weights, subset_order
+
+ROOT = Path(__file__).parent.parent
+LAUNCHERS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+
+def launch(name, module, *arguments, processes=2, seconds=560):
+    """Run a module of the tests under a launcher; returns what it printed."""
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'hf_clars[deepspeed]'")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{name}.yaml"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", "-m", module, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """Runs in this one process, each made when it is first asked for."""
+    made = {}
+
+    def outcome_of(model, method, accumulation=1, order=None, **changes):
+        key = (model, method, accumulation, None if order is None else tuple(order[:32]), tuple(changes))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("single")
+            trainer = run(Case(model, method, accumulation), folder, 1, order, **changes)
+            save_weights(trainer.model.state_dict(), folder)
+            made[key] = outcome(folder)
+        return made[key]
+
+    return outcome_of
+
+
+@pytest.fixture(scope="module", params=LAUNCHERS)
+def launched(request, tmp_path_factory):
+    """All cases under one launcher."""
+    out = tmp_path_factory.mktemp(request.param)
+    launch(request.param, "tests.launchers.worker", out, request.param)
+    return request.param, out
+
+
+def assert_same(found, expected):
+    (arrays, layers), (wanted, wanted_layers) = found, expected
+    assert layers == wanted_layers
+    assert arrays.keys() == wanted.keys()
+    for name, value in wanted.items():
+        # A key's bias in attention has no gradient but rounding noise, so that weights need a floor.
+        floor = 1e-6 if name.startswith("weight ") else 0
+        np.testing.assert_allclose(arrays[name], value, rtol=1e-5, atol=floor, equal_nan=True, err_msg=name)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_a_launcher_gives_the_numbers_of_one_process(launched, single, case):
+    _, out = launched
+    order = subset_order(case, 2) if case.method == "clars subset" else None
+    assert_same(outcome(out / case.name), single(case.model, case.method, order=order))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_model_with_every_method_on_more_processes(launcher, processes, single, tmp_path):
+    launch(launcher, "tests.launchers.worker", tmp_path, launcher, "every", processes=processes, seconds=2900)
+    for case in cases(every=True):
+        order = subset_order(case, processes) if case.method == "clars subset" else None
+        assert_same(outcome(tmp_path / case.name), single(case.model, case.method, order=order))
+
+
+def test_bf16_gives_the_rates_of_float32_to_its_own_precision(launched, single):
+    """Eight bits of mantissa: 0.4 % a number. Weights that train in bf16 themselves (DeepSpeed) move in such steps."""
+    _, out = launched
+    arrays, _ = outcome(out / "bf16")
+    wanted, _ = single(BF16.model, BF16.method)
+    for quantity in ("rate", "mean_sample_norm", "weight_norm"):
+        np.testing.assert_allclose(arrays[f"log {quantity}"][0], wanted[f"log {quantity}"][0], rtol=2e-2)
+        np.testing.assert_allclose(arrays[f"log {quantity}"][-1], wanted[f"log {quantity}"][-1], rtol=1e-1)
+
+
+@pytest.mark.parametrize("accumulation", [4, 16])
+@pytest.mark.parametrize("model", MODELS)
+def test_accumulation_gives_the_numbers_of_whole_batches(single, model, accumulation):
+    assert_same(single(model, "clars", accumulation), single(model, "clars"))
+
+
+@pytest.mark.parametrize("launched", ["ddp"], indirect=True)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_however_a_loader_shares_the_batch_out(launched, single, loader):
+    _, out = launched
+    changes = LOADERS[loader] if loader == "label smoothing" else {}
+    assert_same(outcome(out / loader.replace(" ", "_")), single("group norm", "clars", **changes))

@@ -1,0 +1,287 @@
+"""Promise: models and modules that no rule was written for are measured exactly, or refused by name."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from hf_clars.grad_norms import BatchAxisError, PerSampleGradNorms
+from tests.oracle import layer_norms, one_by_one
+
+B, SIDE = 3, 32
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small lose more to a second thread than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class LastStep(nn.Module):
+    """Cells called once a step: the state they return is made from the one that they carry."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru, self.head = nn.LSTMCell(5, 4), nn.GRUCell(5, 4), nn.Linear(8, 3)
+
+    def forward(self, x):  # [B, T, 5]
+        h = c = k = x.new_zeros(len(x), 4)
+        for step in x.unbind(1):
+            h, c = self.lstm(step, (h, c))
+            k = self.gru(step, k)
+        return self.head(torch.cat([h, k], 1))
+
+
+class HiddenAndPooled(nn.Module):
+    """Returns a tensor and another made from it, as encoders with a pooler do."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.pool = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        hidden = torch.tanh(x * self.gain)
+        return {"hidden": hidden, "pooled": self.pool(hidden).tanh()}
+
+
+class UsesBoth(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = HiddenAndPooled(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        out = self.encoder(x)
+        return self.head(out["hidden"] * out["pooled"])
+
+
+class Queries(nn.Module):
+    """Takes no input; what it returns is an input of the decoder, which is called after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self):
+        return self.table
+
+
+class Decoder(nn.Module):
+    """The queries belong to it, but are made before it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.attention = Queries(), nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, queries, x):
+        return self.attention(queries, x, x)[0]
+
+
+class Decodes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.head = Decoder(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.decoder(self.decoder.queries().expand(len(x), -1, -1), x).mean(1))
+
+
+class Uncalled(nn.Module):
+    """Uses parameters of modules that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(4, 4), torch.randn(4, 3)])
+        self.table = nn.Embedding(5, 4)
+
+    def forward(self, x):
+        x = x + self.table.weight.mean(0)
+        for weight in self.weights:
+            x = (x @ weight).tanh()
+        return x
+
+
+class ViewThenInPlace(nn.Module):
+    """An in-place activation on a module's output that is a view, as that of a Linear layer over tokens."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.relu_(self.inner(x)).flatten(1)
+
+
+class Unfolds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return (x * self.gain).view(len(x), 2, 3)
+
+
+class SampleBySample(nn.Module):
+    """A convolution called on one image without a batch axis; it has as many channels as there are samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(B, B, 3)
+
+    def forward(self, x):
+        return torch.stack([self.conv(image).mean((1, 2)) for image in x])
+
+
+class TimeFirst(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(4, 3)
+
+    def forward(self, x):  # [B, T, 4]
+        out = self.inner(x.transpose(0, 1))
+        return self.head((out[0] if isinstance(out, tuple) else out)[-1].tanh())
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+MODULES = {
+    "recurrent cells": (LastStep, lambda: torch.randn(B, 4, 5)),
+    "an output made from another": (UsesBoth, lambda: torch.randn(B, 4)),
+    "queries made before their decoder is called": (Decodes, lambda: torch.randn(B, 5, 4)),
+    "parameters of modules that are not called": (Uncalled, lambda: torch.randn(B, 4)),
+    "in place after Linear, Gram": (lambda: ViewThenInPlace(nn.Linear(40, 30)), lambda: torch.randn(B, 3, 40)),
+    "in place after Linear, product": (lambda: ViewThenInPlace(nn.Linear(4, 5)), lambda: torch.randn(B, 30, 4)),
+    "in place after a module without a rule": (lambda: ViewThenInPlace(Unfolds()), lambda: torch.randn(B, 6)),
+    "in place after InstanceNorm": (
+        lambda: ViewThenInPlace(nn.InstanceNorm1d(4, affine=True)),
+        lambda: torch.randn(B, 4, 5),
+    ),
+    "images without a batch axis": (SampleBySample, lambda: torch.randn(B, B, 6, 6)),
+    "time first": (lambda: TimeFirst(nn.LSTM(4, 4)), lambda: torch.randn(B, 5, 4)),
+    "Transformer": (
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), nn.Flatten()),
+        lambda: torch.randn(B, B, 4),
+    ),
+}
+
+VISION = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 12, "intermediate_size": 24}
+TEXT = {"vocab_size": 30, "num_labels": 3}
+MODELS = {
+    "beit, one bias for all layers": lambda: transformers.BeitForImageClassification(
+        transformers.BeitConfig(
+            **VISION, image_size=SIDE, patch_size=8, use_shared_relative_position_bias=True, drop_path_rate=0.0
+        )
+    ),
+    "poolformer": lambda: transformers.PoolFormerForImageClassification(
+        transformers.PoolFormerConfig(depths=[1] * 4, hidden_sizes=[4, 8, 8, 12], drop_path_rate=0.0)
+    ),
+    "segformer": lambda: transformers.SegformerForImageClassification(
+        transformers.SegformerConfig(
+            depths=[1] * 4, hidden_sizes=[4, 8, 8, 12], num_attention_heads=[1, 2, 2, 2], drop_path_rate=0.0
+        )
+    ),
+    "perceiver": lambda: transformers.PerceiverForImageClassificationLearned(
+        transformers.PerceiverConfig(
+            num_latents=4,
+            d_latents=8,
+            num_self_attends_per_block=1,
+            num_self_attention_heads=2,
+            num_cross_attention_heads=1,
+            image_size=8,
+        )
+    ),
+    "swinv2": lambda: transformers.Swinv2ForImageClassification(
+        transformers.Swinv2Config(
+            image_size=SIDE, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=4, drop_path_rate=0
+        )
+    ),
+    "gpt2": lambda: transformers.GPT2ForSequenceClassification(
+        transformers.GPT2Config(**TEXT, n_positions=16, n_embd=8, n_layer=2, n_head=2, pad_token_id=0)
+    ),
+    "deberta_v2, a table used without a call": lambda: transformers.DebertaV2ForSequenceClassification(
+        transformers.DebertaV2Config(
+            **TEXT,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            relative_attention=True,
+            position_buckets=8,
+            norm_rel_ebd="layer_norm",
+            pos_att_type="p2c|c2p",
+        )
+    ),
+}
+
+
+def data_for(name):
+    if name.startswith(("gpt2", "deberta")):
+        return torch.randint(2, 30, (B, 9))
+    side = 8 if name == "perceiver" else SIDE
+    return torch.randn(B, 3, side, side)
+
+
+def check(model, x, samples=None):
+    """Three passes: what the first one learns is used in the others."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    model, x = model.double(), x.double() if x.is_floating_point() else x
+
+    def loss_of(m, rows):
+        out = m(x[rows])
+        out = out if torch.is_tensor(out) else out.logits
+        return (out.flatten(1) * torch.linspace(-1, 2, out[0].numel(), dtype=out.dtype)).sin().sum(1).mean()
+
+    expected = one_by_one(model, lambda m, i: loss_of(m, slice(i, i + 1)), B)
+    with PerSampleGradNorms(model, samples=samples) as norms:
+        for _ in range(3):
+            model.zero_grad()
+            loss_of(model, slice(None)).backward()
+            for name, want in layer_norms(expected, norms.layers).items():
+                got = norms.per_sample[name]
+                torch.testing.assert_close(
+                    got, want[:samples], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+                )
+
+
+@pytest.mark.parametrize("samples", [None, 2])
+@pytest.mark.parametrize("case", MODULES)
+def test_modules(case, samples):
+    torch.manual_seed(0)
+    build, data = MODULES[case]
+    check(build(), data(), samples)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    torch.manual_seed(0)
+    check(MODELS[name]().train(), data_for(name))
+
+
+@pytest.mark.parametrize("inner", [nn.Linear(4, 4), nn.LayerNorm(4), nn.LSTM(4, 4), Attends()])
+def test_as_many_steps_as_samples_are_not_taken_for_samples(inner):
+    """[T, B, width] with T = B: nothing in the shapes says that the samples are along the second axis."""
+    model = TimeFirst(inner)
+    with PerSampleGradNorms(model), pytest.raises(BatchAxisError, match=rf"inner.*\({B}, {B}, 4\).*along axis 1"):
+        model(torch.randn(B, B, 4))
+
+
+def test_as_many_steps_as_samples_may_follow_the_batch():
+    """[B, T, width] with T = B, also where samples are coupled and a gradient tells nothing."""
+    check(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Flatten()), torch.randn(B, B, 4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.BatchNorm1d(4 * B))
+    with PerSampleGradNorms(model) as norms:
+        model(torch.randn(B, B, 4)).sin().sum().backward()
+    assert norms.per_sample["0"].shape == (B,)
