@@ -17,9 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PILImage
 from safetensors.numpy import save_file
 
+from hf_clars.data import PixelSettings, PixelTransform
 from hf_clars.data.decoding import BadImageError, ImageDecoder
+from hf_clars.data.samples import Samples
 from hf_clars.errors import HfClarsError
 from hf_clars.records import QUANTITIES, LayerRateLog, checkpoints, load_optimizer_state, save_optimizer_state
 from hf_clars.records.differences import weight_differences
@@ -101,11 +104,28 @@ class Cases:
         self.images = [self._encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")]
         self.configs = [path.read_bytes() for path in sorted(Path("configs").glob("*.yaml"))]
         self.decoder = ImageDecoder(3)
+        self.photographs = [self._photograph((16, 20)), self._photograph((90, 120)), self._photograph((40, 30), 6)]
+        self.samples = Samples(
+            PixelTransform(PixelSettings(image_size=8, augment="imagenet"), train=True),
+            self.decoder,
+            image_column="image",
+            label_column="label",
+            classes=3,
+            seed=0,
+        )
 
     @staticmethod
     def _encoded(kind: str) -> bytes:
         file = io.BytesIO()
         picture(0, (9, 11)).save(file, kind)
+        return file.getvalue()
+
+    @staticmethod
+    def _photograph(size: tuple[int, int], orientation: int = 0) -> bytes:
+        file, exif = io.BytesIO(), PILImage.Exif()
+        if orientation:
+            exif[0x0112] = orientation
+        picture(0, size).save(file, "JPEG", exif=exif)
         return file.getvalue()
 
     def _with(self, content: bytes) -> Path:
@@ -137,6 +157,11 @@ class Cases:
         pixels = self.decoder.decode({"bytes": content, "path": None})
         assert pixels.dtype == torch.uint8
         assert pixels.shape[0] == 3
+
+    def training_crop(self, chance: random.Random) -> None:
+        content = mutated(chance, chance.choice(self.photographs))
+        pixels = self.samples.read({"bytes": content, "path": None}, chance.randrange(1000))["pixel_values"]
+        assert pixels.shape == (3, 8, 8)
 
     def config(self, chance: random.Random) -> None:
         path = self._with(mutated(chance, chance.choice(self.configs)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
+import warnings
 from dataclasses import dataclass
 from io import BytesIO
 from typing import NamedTuple
@@ -92,10 +93,18 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
 
 
 def is_upright(data: bytes, header: JpegHeader) -> bool:
-    """Whether the pixels are stored as they are to be seen; cameras note a rotation in the Exif data."""
+    """Whether the pixels are stored as they are to be seen; cameras note a rotation in the Exif data.
+
+    False too where these are damaged: whoever decodes the whole image finds out what that means.
+    """
     if not header.has_exif:
         return True
-    return Image.open(BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1) == 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd Exif data
+            return Image.open(BytesIO(data), formats=("JPEG",)).getexif().get(ExifTags.Base.Orientation, 1) == 1
+    except Exception:  # Pillow raises whatever a damaged file leads it to
+        return False
 
 
 def decode_crop(data: bytes, header: JpegHeader, box: Box, size: int) -> Tensor:
