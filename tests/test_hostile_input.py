@@ -24,7 +24,14 @@ from hf_clars.data import PixelSettings, PixelTransform
 from hf_clars.data.decoding import BadImageError, ImageDecoder
 from hf_clars.data.samples import Samples
 from hf_clars.errors import HfClarsError
-from hf_clars.records import QUANTITIES, LayerRateLog, checkpoints, load_optimizer_state, save_optimizer_state
+from hf_clars.records import (
+    QUANTITIES,
+    LayerRateLog,
+    RecordError,
+    checkpoints,
+    load_optimizer_state,
+    save_optimizer_state,
+)
 from hf_clars.records.differences import weight_differences
 from hf_clars.trainer.config import parse_config
 from hf_clars.trainer.run_arguments import DataArguments, ModelArguments, OutputArguments
@@ -150,7 +157,10 @@ class Cases:
         good = {"format": checkpoints.FORMAT, "version": "1", "settings": {"a": 1}, "files": {"case": 3, "x/y": 2}}
         (self.folder / "checkpoint.json").write_bytes(mutated(chance, json.dumps(good).encode()))
         (self.folder / "trainer_state.json").write_bytes(mutated(chance, b'{"global_step": 12, "epoch": 0.5}'))
-        assert checkpoints.what_is_missing(self.folder) != ""
+        missing = checkpoints.what_is_missing(self.folder)
+        assert missing != ""
+        if missing is not None:
+            raise RecordError(missing)  # this is how it refuses: in words
 
     def image(self, chance: random.Random) -> None:
         content = mutated(chance, chance.choice(self.images)) if chance.random() < 0.9 else chance.randbytes(200)
