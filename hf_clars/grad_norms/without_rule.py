@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from hf_clars.grad_norms.adoption import NO_INPUT, Orphan, orphan_of
 from hf_clars.grad_norms.batch_axis import check_batch_axis
 from hf_clars.grad_norms.errors import BatchAxisError
 from hf_clars.grad_norms.fallback import Fallback, ModuleCall
-from hf_clars.grad_norms.graph_uses import GraphRegion, GraphUse
+from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import squared_sum
 from hf_clars.grad_norms.own_place import own_place
@@ -22,60 +21,7 @@ from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import at_least_float32
 from hf_clars.grad_norms.torch_internals import saved_tensors_are_packed
 from hf_clars.grad_norms.trees import map_tensors, tensors_in
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-Key = tuple[HookedModule, bool, tuple[str, ...]]
-
-
-@dataclass(frozen=True, eq=False)
-class _Watched:
-    """A call that will be measured.
-
-    Attributes:
-        hooked: The module.
-        current: The pass.
-        x: Its first tensor, or `NO_INPUT`.
-        call: Arguments and keyword arguments.
-        outputs: Its differentiable outputs with the batch first, by their place among all tensors it returned.
-        wanted: The parameters, by their name in the module.
-        adopted: Calls inside that it is measured for too.
-        region: The graph between inputs and outputs.
-    """
-
-    hooked: HookedModule
-    current: ForwardPass
-    x: Tensor
-    call: Call
-    outputs: dict[int, Tensor]
-    wanted: dict[str, nn.Parameter]
-    adopted: Sequence[Orphan]
-    region: GraphRegion
-
-    @property
-    def key(self) -> Key:
-        """What calls have in common that are measured in the same way."""
-        return self.hooked, self.hooked.module.training, tuple(self.wanted)
-
-    def direct_uses(self) -> list[GraphUse]:
-        """Where the graph uses the module's own parameters, if it may be looked at and they are all that is wanted."""
-        if self.adopted or saved_tensors_are_packed() or self.wanted.keys() != self.hooked.trainable().keys():
-            return []
-        return self.region.uses(self.hooked.leaves(self.wanted))
-
-
-@dataclass(eq=False)
-class _Trial:
-    """A pass in which both the fallback and the graph's uses are followed, to compare them.
-
-    Attributes:
-        waiting: Uses whose gradient has not come.
-        expected: Per-sample gradients by the fallback.
-        found: The same by the uses.
-    """
-
-    waiting: int
-    expected: dict[str, Tensor] = field(default_factory=dict)
-    found: dict[str, Tensor] = field(default_factory=dict)
+from hf_clars.grad_norms.watched_call import Call, Key, Trial, WatchedCall
 
 
 class CallsWithoutRule:
@@ -139,7 +85,7 @@ class CallsWithoutRule:
         output, outputs = _in_own_places(output, outputs)
         for i in others:
             hooked.refuse_gradient_through(outputs.pop(i), current.batch_size)
-        watched = _Watched(hooked, current, x, call, outputs, wanted, adopted, region)
+        watched = WatchedCall(hooked, current, x, call, outputs, wanted, adopted, region)
         if not self._watch_uses(watched):
             if prove:
                 current.count_inside(wanted.values(), (use.param for use in region.uses(hooked.leaves(wanted))))
@@ -158,7 +104,7 @@ class CallsWithoutRule:
         for call in calls:
             call.hooked.proven_dims.add(len(call.shape))
 
-    def _watch_uses(self, watched: _Watched) -> bool:
+    def _watch_uses(self, watched: WatchedCall) -> bool:
         """Measure a module's bare parameters where the graph uses them, if that is known to be right for it."""
         hooked, current = watched.hooked, watched.current
         uses = watched.direct_uses() if self._direct.get(watched.key) else []
@@ -181,7 +127,7 @@ class CallsWithoutRule:
     def _active(self) -> bool:
         return not self.busy
 
-    def _compare(self, key: Key, trial: _Trial, name: str, param: nn.Parameter, grads: Tensor | None) -> None:
+    def _compare(self, key: Key, trial: Trial, name: str, param: nn.Parameter, grads: Tensor | None) -> None:
         """See whether the graph's uses give what the fallback gave, for later passes."""
         if key in self._direct:
             return
@@ -208,7 +154,7 @@ class CallsWithoutRule:
         finally:
             self.busy = False
 
-    def _watch_module(self, watched: _Watched) -> None:
+    def _watch_module(self, watched: WatchedCall) -> None:
         """Measure a module by the fallback; the first time, look whether the graph's uses would give the same."""
         # The hook below must not hold on to `watched`, which knows the graph.
         hooked, current, outputs, wanted = watched.hooked, watched.current, watched.outputs, watched.wanted
@@ -217,7 +163,7 @@ class CallsWithoutRule:
         uses = watched.direct_uses() if watched.key not in self._direct else []
         self._adopt(hooked, current, watched.adopted, list(outputs.values()))
         ticket = self._captured(hooked, current, watched.wanted, watched.x)
-        trial = _Trial(len(uses))
+        trial = Trial(len(uses))
         args, kwargs = map_tensors(lambda t: t.detach(), watched.call)
         leaves = hooked.leaves(watched.wanted)
         remembered = ModuleCall(
