@@ -82,8 +82,10 @@ def hub(monkeypatch):
     """A server that the client in this process talks to, with a token that it knows."""
     with hub_server() as (address, state):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-        # The client behind `huggingface_hub.create_repo`, which Trainer calls, took its address when it was imported.
+        # The clients that Trainer makes repositories with took their address when they were made: that behind
+        # `huggingface_hub.create_repo` at import, transformers' own (from 5.24 on) at its first use.
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between the client's retries
