@@ -30,6 +30,8 @@ def single_tensor_update(
 ) -> None:
     """Update each weight and its buffer in place, one after the other; `grads` are left as they are.
 
+    The last weights come first: after a pass over all of them for their norms, they are the ones still in cache.
+
     Args:
         params: Weights.
         grads: Their gradients.
@@ -42,7 +44,7 @@ def single_tensor_update(
             exactly as they are, whatever `grads` hold. None: the step is taken.
     """
     kept, ahead = _momentum_factors(momentum, applied, buffers[0].dtype)
-    for w, g, m, rate in zip(params, grads, buffers, rates, strict=True):
+    for w, g, m, rate in reversed(list(zip(params, grads, buffers, rates, strict=True))):
         decayed = g.add(w, alpha=weight_decay) if weight_decay else g
         if applied is not None:
             decayed = torch.where(applied, decayed, 0.0)  # 0 times NaN is NaN
