@@ -52,6 +52,16 @@ def test_every_row_of_a_shortened_file_is_that_of_the_whole_one(coding):
         assert torch.equal(got, expected), bottom
 
 
+@pytest.mark.parametrize("size", [64, 63, 100])
+def test_a_crop_stays_as_it_is_when_the_next_image_is_decoded(size):
+    first, second = (jpeg(photo_like(seed, width=64, height=64)) for seed in (1, 2))
+    header = read_jpeg_header(first)
+    crop = decode_crop(first, header, Box(0, 0, 64, 64), size)
+    kept = crop.clone()
+    assert not torch.equal(decode_crop(second, header, Box(0, 0, 64, 64), size), kept)
+    assert torch.equal(crop, kept)
+
+
 @pytest.mark.parametrize("coding", CODINGS)
 def test_the_crop_is_the_one_that_a_full_decode_would_give_bit_for_bit(coding):
     data, transform = CODINGS[coding], PixelTransform(SETTINGS, train=True)
