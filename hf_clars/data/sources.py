@@ -221,8 +221,7 @@ def _class_labels(train: Any, evaluation: Any, column: str, dataset: str) -> tup
     if not isinstance(train, Dataset):
         raise DataError(
             f"Column {column!r} of the stream {dataset} does not name its classes, and counting them would take a "
-            f"whole "
-            "pass: use it without --streaming, or give the column a ClassLabel feature."
+            "whole pass: use it without --streaming, or give the column a ClassLabel feature."
         )
     values = train.unique(column)
     if feature.dtype.startswith(("int", "uint")):

@@ -69,8 +69,7 @@ class LayerwiseOptimizer(Optimizer):
         if getattr(self, "_guard", None) is not None:
             raise ValueError(
                 "Parameters cannot be added to a layer-wise optimizer: its layers were fixed when it was created. "
-                "Create a "
-                "new one; load_state_dict of the old one's state works only for the same layers."
+                "Create a new one; load_state_dict of the old one's state works only for the same layers."
             )
         super().add_param_group(param_group)
 

@@ -33,9 +33,8 @@ class CLARS(LARS):
     `backward()` runs, by hooks that this optimizer attaches to the model, over everything accumulated since the last
     step: no second pass, no wrapped model, `p.grad` untouched. Equal to LARS times R_k = ||g_k|| / n_k <= 1.
 
-    The norms are in the units of `p.grad`, whatever scaled the loss (means, accumulation, a loss scale) or the
-    gradients
-    afterwards (unscaling, clipping by the global norm): both cancel in the rate, so clipping has no effect.
+    The norms are in the units of `p.grad`, whatever scaled the loss (means, accumulation, a loss scale) or, afterwards,
+    the gradients (unscaling, clipping by the global norm): both cancel in the rate, so clipping has no effect.
 
     Args:
         model: The module to train, as it will be called.
@@ -89,8 +88,7 @@ class CLARS(LARS):
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"CLARS needs the model itself, not {type(model).__name__}: it hooks the modules to measure each "
-                f"sample's "
-                'gradient norm. With Trainer use optimizer_cls_and_kwargs=(CLARS, {"model": model, ...}), or '
+                'sample\'s gradient norm. With Trainer use optimizer_cls_and_kwargs=(CLARS, {"model": model, ...}), or '
                 "optimizers=(CLARS(model, ...), None), or ClarsTrainer."
             )
         _check_choice("norm", norm, ("mean", "rms"))

@@ -121,9 +121,8 @@ class LoopGuard:
             raise AccumulationIgnoredError(
                 f"{type(module).__name__} takes num_items_in_batch but ignores it: its loss is the mean over the "
                 f"{len(labels)} samples of one pass, while Trainer counts on a share of {float(items):g}. Loss and "
-                f"gradient "
-                "would be too large by the number of accumulated passes. Use ClarsTrainer, which is right for every "
-                "head, or set model.accepts_loss_kwargs = False before creating the Trainer."
+                "gradient would be too large by the number of accumulated passes. Use ClarsTrainer, which is right for "
+                "every head, or set model.accepts_loss_kwargs = False before creating the Trainer."
             )
 
     def _on_gradient(self, param: nn.Parameter) -> None:

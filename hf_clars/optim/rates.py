@@ -1,8 +1,7 @@
 """The layer-wise rates as pure functions on K-vectors: one entry a layer, no loops, no device syncs.
 
 Sources: LARS is Eq. 3 and CLARS Eq. 5 of Huo, Gu and Huang, "Large Batch Optimization for Deep Learning Using New
-Complete
-Layer-Wise Adaptive Rate Scaling", AAAI 2021 (LARS itself: You, Gitman and Ginsburg, 2017).
+Complete Layer-Wise Adaptive Rate Scaling", AAAI 2021 (LARS itself: You, Gitman and Ginsburg, 2017).
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ def trust_ratio(
 ) -> Tensor:
     """||w_k|| / (s_k + weight_decay * ||w_k||), the factor that makes a layer's step proportional to its weights.
 
-    Zero-norm rule: where ||w_k|| = 0 (a zero-initialised layer) or the denominator is 0 (a dead layer) the ratio is
-    1, so
-    that the layer takes a plain step of gamma_scale * eta * g and can leave zero.
+    Zero-norm rule: where ||w_k|| = 0 (a zero-initialised layer) or the denominator is 0 (a dead layer) the ratio is 1,
+    so that the layer takes a plain step of gamma_scale * eta * g and can leave zero.
 
     Args:
         weight_norm: ||w_k||, [K].
@@ -52,9 +50,8 @@ def mean_sample_norm(
     """n_k of Eq. 5 in the units of `p.grad`, from sums over the captured samples.
 
     A sample adds c g_i to `p.grad`, c being whatever the loss was scaled with, so the sum of ||c g_i|| over the batch
-    is
-    n_k in the units of `p.grad`, and R_k = ||g_k|| / n_k needs no batch size. From a subset J of the samples the sum is
-    estimated as (B / |J|) times the subset's. The triangle inequality n_k >= ||g_k|| holds for the whole batch; an
+    is n_k in the units of `p.grad`, and R_k = ||g_k|| / n_k needs no batch size. From a subset J of the samples the sum
+    is estimated as (B / |J|) times the subset's. The triangle inequality n_k >= ||g_k|| holds for the whole batch; an
     estimate that falls below (a subset that is dead or unusually easy) is raised to it.
 
     Args:

@@ -169,8 +169,7 @@ class ClarsTrainingArguments(TrainingArguments):
         if self.max_grad_norm:
             raise ConfigError(
                 f"max_grad_norm={self.max_grad_norm} would clip the gradients after the norms that the layer rates "
-                f"rest "
-                "on were measured. Set max_grad_norm to 0: CLARS and LARS bound each layer's step by themselves."
+                "rest on were measured. Set max_grad_norm to 0: CLARS and LARS bound each layer's step by themselves."
             )
         if self.push_to_hub and self.hub_strategy != "end":
             raise ConfigError(

@@ -123,8 +123,7 @@ def _load(settings: RunSettings) -> ImageData:
     if data.eval is None and str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no":
         raise ConfigError(
             f"eval_strategy={training.eval_strategy} needs an evaluation split, but {args.dataset} has none: name "
-            f"one with "
-            "--eval_split, or set --eval_strategy no."
+            "one with --eval_split, or set --eval_strategy no."
         )
     return data
 

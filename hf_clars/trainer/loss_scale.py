@@ -1,8 +1,7 @@
 """One mean over the whole accumulated batch, whatever the model's head does with the number of items.
 
 Trainer divides the loss by the number of accumulated passes for a model whose forward takes no `**kwargs`, and leaves
-it
-to the model otherwise (passing `num_items_in_batch`). Many image heads take `**kwargs` and ignore that number: their
+it to the model otherwise (passing `num_items_in_batch`). Many image heads take `**kwargs` and ignore that number: their
 gradient comes out k times too large. Here no model is asked: its own mean loss is weighted by the share of the batch's
 items that the pass holds, which also is exact when the last pass is smaller.
 """

@@ -62,8 +62,7 @@ def _claim(folder: Path, existing: str, resume: bool) -> Path:
     except OSError as error:
         raise OutputError(
             f"The output folder {folder} cannot be written to: {error.strerror or error}. Choose another "
-            f"--output_dir or "
-            "change its permissions."
+            "--output_dir or change its permissions."
         ) from error
     return folder
 

@@ -97,8 +97,7 @@ class ClarsTrainer(SharingTrainer):
         if unknown:
             raise ConfigError(
                 f"head_layers names {', '.join(sorted(unknown))}, which are no layers of this model. Its last layers "
-                f"are "
-                f"{', '.join(optimizer.layer_names[-4:])}."
+                f"are {', '.join(optimizer.layer_names[-4:])}."
             )
         self.add_callback(FreezeHeadCallback(self.args.freeze_head_epochs, names))
 
