@@ -116,6 +116,15 @@ def test_the_tables_hold_results_recipe_epochs_and_environment():
     assert cells(text, "Hardware") == ["Hardware", "2 CPU cores"]
 
 
+def test_the_results_leave_out_what_trainer_keeps_for_itself():
+    own = {"epoch": 24.0, "total_flos": 1.5e13, "eval_runtime": 0.3, "eval_steps_per_second": 7.2}
+    text = card(results={"eval_accuracy": 0.5, "eval_balanced_accuracy": 0.4, "train_runtime": 2.0, **own}).text
+    assert cells(text, "Training time (s)")[1] == "2"
+    assert cells(text, r"eval\_balanced\_accuracy")[1] == "40.00%"
+    assert not any(name.replace("_", r"\_") in text for name in own if name != "epoch")
+    assert "| epoch |" not in text
+
+
 def test_a_long_run_shows_about_twenty_epochs_and_always_the_last():
     text = card(history=[{"epoch": float(epoch), "eval_loss": 1.0} for epoch in range(1, 92)]).text
     shown = re.findall(r"^\| (\d+) \| 1 \|$", text, re.MULTILINE)

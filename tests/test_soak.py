@@ -1,6 +1,6 @@
 """Promise: long runs and many saves leak neither memory, time, hooks nor files.
 
-`python -m tests.test_soak 10000` trains so many steps and prints the slopes of memory and step time.
+`python -m tests.test_soak 10000` trains so many steps and prints the slope of memory and how step time changed.
 """
 
 import gc
@@ -27,17 +27,17 @@ def resident() -> int:
 
 
 class Watch(TrainerCallback):
-    """Notes memory and time of every n-th step."""
+    """Notes processor time of each step, which other programs change little, and memory after every n-th."""
 
     def __init__(self, every):
         self.every, self.memory, self.times = every, [], []
         self._begin = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._begin = time.perf_counter()
+        self._begin = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.times.append(time.perf_counter() - self._begin)
+        self.times.append(time.process_time() - self._begin)
         if state.global_step % self.every == 0:
             gc.collect()
             self.memory.append(resident())
@@ -47,8 +47,8 @@ def soak(folder: Path, steps: int) -> dict[str, float]:
     """Train so many steps of a tiny model, with the log and checkpoints.
 
     Returns:
-        Slope of memory in bytes a step over the last four fifths; median step time of the last fifth as a multiple of
-        that of the second; checkpoints left.
+        Slope of memory in bytes a step over the last four fifths; median processor time of a step of the last fifth as
+        a multiple of that of the second; checkpoints left.
     """
     args = clars_args(
         folder,
@@ -85,7 +85,7 @@ def test_a_long_soak_is_flat_in_memory_and_time(tmp_path):
     print(found)
     # An entry of Trainer's own log is some 500 bytes; a kept tensor of this model would be 2,000 bytes a step.
     assert found["bytes a step"] < 500
-    assert 0.5 < found["last to second fifth"] < 1.5
+    assert found["last to second fifth"] < 1.5
 
 
 def hooks_of(model):

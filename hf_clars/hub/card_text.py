@@ -19,6 +19,8 @@ RESULT_NAMES = {
     "train_samples_per_second": "Training images per second",
     "train_runtime": "Training time (s)",
 }
+BOOKKEEPING = ("epoch", "total_flos", "_runtime", "_per_second")
+"""How the names of numbers end that Trainer adds to results, and nobody chooses a model by; `RESULT_NAMES` come first."""
 RECIPE_NAMES = {
     "method": "Optimizer",
     "global_batch": "Global batch size",
@@ -98,7 +100,8 @@ def _introduction(summary: RunSummary) -> str:
 def _results(summary: RunSummary) -> str:
     found = summary.results
     rows = [[title, _result(key, found[key])] for key, title in RESULT_NAMES.items() if key in found]
-    rows += [[plain(key), _result(key, value)] for key, value in found.items() if key not in RESULT_NAMES]
+    others = [key for key in found if key not in RESULT_NAMES and not key.endswith(BOOKKEEPING)]
+    rows += [[plain(key), _result(key, found[key])] for key in others]
     split = f" ({plain(summary.eval_split)} split)" if summary.eval_split else ""
     return f"On {plain(summary.dataset)}{split}:\n\n{table(('Measure', 'Value'), rows)}" if rows else "None recorded."
 
