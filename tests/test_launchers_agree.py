@@ -69,6 +69,19 @@ def assert_same(found, expected):
         np.testing.assert_allclose(arrays[name], value, rtol=1e-5, atol=floor, equal_nan=True, err_msg=name)
 
 
+def largest_difference(found, expected):
+    """In the log's numbers and in the weights, on the scale on which `assert_same` allows 1e-5."""
+    (arrays, _), (wanted, _) = found, expected
+    worst = {"log": 0.0, "weight": 0.0}
+    for name, value in wanted.items():
+        kind = name.split(" ", 1)[0]
+        scale = np.abs(value) + (0.1 if kind == "weight" else 0)
+        # A layer without a norm is NaN in both; 0 in both is no difference.
+        shares = np.abs(arrays[name] - value)[scale > 0] / scale[scale > 0]
+        worst[kind] = max(worst[kind], float(np.nanmax(shares, initial=0.0)))
+    return worst
+
+
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_a_launcher_gives_the_numbers_of_one_process(launched, single, case):
     _, out = launched
@@ -82,9 +95,14 @@ def test_a_launcher_gives_the_numbers_of_one_process(launched, single, case):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_model_with_every_method_on_more_processes(launcher, processes, single, tmp_path):
     launch(launcher, "tests.launchers.worker", tmp_path, launcher, "every", processes=processes, seconds=2900)
+    worst = {}
     for case in cases(every=True):
         order = subset_order(case, processes) if case.method == "clars subset" else None
-        assert_same(outcome(tmp_path / case.name), single(case.model, case.method, order=order))
+        found, expected = outcome(tmp_path / case.name), single(case.model, case.method, order=order)
+        assert_same(found, expected)
+        for kind, value in largest_difference(found, expected).items():
+            worst[kind] = max(value, worst.get(kind, 0.0))
+    print(f"\n{launcher}, {processes} processes: largest relative difference {worst}")
 
 
 def test_bf16_gives_the_rates_of_float32_to_its_own_precision(launched, single):
