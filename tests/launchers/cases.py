@@ -100,14 +100,6 @@ class Case:
         return f"{self.model}-{self.method}-{self.accumulation}".replace(" ", "_")
 
 
-# How the loader shares a batch out; each of these must train on the same batches as one process does.
-LOADERS = {
-    "split batches": {"accelerator_config": {"split_batches": True}},
-    "dispatch batches": {"accelerator_config": {"dispatch_batches": True}},
-    "label smoothing": {"label_smoothing_factor": 0.1},
-}
-
-
 BF16 = Case("group norm", "clars", 4)
 
 
@@ -140,10 +132,14 @@ def arguments(case, folder, processes, **changes):
     return ClarsTrainingArguments(str(folder), **settings)
 
 
-def run(case, folder, processes, order=None, model=None, trainer_class=ClarsTrainer, resume=None, **changes):
+def run(
+    case, folder, processes, *, data=None, model=None, trainer_class=ClarsTrainer, resume=None, callbacks=(), **changes
+):
     """Train one case, from a checkpoint if one is given, and return the trainer."""
     model = MODELS[case.model]() if model is None else model
-    trainer = trainer_class(model, arguments(case, folder, processes, **changes), train_dataset=Images(order))
+    args = arguments(case, folder, processes, **changes)
+    data = Images() if data is None else data
+    trainer = trainer_class(model, args, train_dataset=data, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
