@@ -111,8 +111,8 @@ def train_unevenly(rank, world, *, first=20, loss_scale=None):
 def what_shared_statistics_say():
     """The refusal of statistics over two processes that are really there.
 
-    torch computes them on GPUs only, and puts no DistributedDataParallel around them elsewhere: what the module computes
-    is plain BatchNorm here. Called last: it changes the class.
+    torch computes them on GPUs only, and puts no DistributedDataParallel around them elsewhere: what the module
+    computes is plain BatchNorm here. Called last: it changes the class.
     """
     nn.SyncBatchNorm.forward = nn.BatchNorm2d.forward
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.SyncBatchNorm(3), nn.Flatten(), nn.Linear(48, 3))
