@@ -14,7 +14,7 @@ from hf_clars.trainer.launch_checks import allow_missing_embeddings, check_launc
 from tests.launchers.cases import group_norm
 from tests.trainer_kit import Images, Plain
 
-ZERO = {"zero_optimization": {"stage": 2}}
+ZERO = {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.0}
 
 
 @pytest.fixture
@@ -48,12 +48,18 @@ def test_an_optimizer_that_deepspeed_would_drop(trainer):
         ({"optimizer": {"type": "AdamW"}}, "would train instead of clars"),
         ({"optimizer": {"type": "OneBitAdam"}}, "1-bit optimizers compress"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "remove offload_optimizer"),
-        ({"gradient_clipping": 1.0}, "set gradient_clipping to 0"),
+        ({"gradient_clipping": 1.0}, r"clips gradients at 1\.0, .* Set gradient_clipping to 0"),
     ],
 )
 def test_deepspeed_settings_that_cannot_work(trainer, config, message):
     with pytest.raises(ConfigError, match=message):
         check_launch(under_deepspeed(trainer, **config))
+
+
+def test_deepspeed_clips_where_nothing_is_said(trainer):
+    under_deepspeed(trainer).accelerator.state.deepspeed_plugin.hf_ds_config.config.pop("gradient_clipping")
+    with pytest.raises(ConfigError, match=r"leaves gradient_clipping out, .* Set gradient_clipping to 0"):
+        check_launch(trainer)
 
 
 def test_fsdp_asked_for_and_data_parallelism_given(trainer, monkeypatch):
@@ -138,3 +144,26 @@ def test_an_engine_that_trains_with_another_optimizer_is_refused():
     optimizer = CLARS(nn.Linear(2, 2), 0.1)
     with pytest.raises(UnsupportedEngineError, match="not inside the engine"):
         zero_pieces(SimpleNamespace(optimizer=SimpleNamespace(optimizer=None)), optimizer)
+
+
+def engine_around(optimizer):
+    """What is read of an engine of ZeRO 2 when it is attached."""
+    zero = SimpleNamespace(
+        optimizer=optimizer, single_partition_of_fp32_groups=[], real_dp_process_group=[], clip_grad=0.0
+    )
+    return SimpleNamespace(optimizer=zero, skipped_steps=0)
+
+
+def test_an_engine_that_clips_is_refused():
+    optimizer = CLARS(nn.Linear(2, 2), 0.1)
+    assert zero_pieces(engine_around(optimizer), optimizer) is not None
+    clipping = engine_around(optimizer)
+    clipping.optimizer.clip_grad = 1.0
+    with pytest.raises(UnsupportedEngineError, match='set "gradient_clipping": 0'):
+        zero_pieces(clipping, optimizer)
+
+
+def test_a_prepared_optimizer_is_not_the_engine():
+    optimizer = CLARS(nn.Linear(2, 2), 0.1)
+    with pytest.raises(UnsupportedEngineError, match="give attach_engine the engine itself"):
+        zero_pieces(SimpleNamespace(optimizer=engine_around(optimizer).optimizer), optimizer)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_clars.optim import CLARS
 from hf_clars.records import LayerRateLog
 from hf_clars.trainer import ClarsTrainer
 from hf_clars.trainer.nonfinite import HOPELESS, NonFiniteError
@@ -93,3 +94,43 @@ def test_a_method_that_holds_no_step_back_shows_what_happened(tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] != losses[-1]
+
+
+@pytest.fixture
+def skip_steps(monkeypatch):
+    """Keep the optimizer from being called at these steps, as DeepSpeed and fp16's loss scaler do."""
+
+    def skip(numbers):
+        step, calls = CLARS.step, iter(range(1, 1000))
+
+        def step_or_not(optimizer, closure=None):
+            return optimizer.zero_grad() if next(calls) in numbers else step(optimizer, closure)
+
+        monkeypatch.setattr(CLARS, "step", step_or_not)
+
+    return skip
+
+
+def test_running_statistics_of_a_step_that_is_skipped_around_the_optimizer_are_put_back(tmp_path, caplog, skip_steps):
+    trainer = trainer_of(tmp_path, poisoned(20), max_steps=3)
+    skip_steps({3})
+    trainer.train()
+    assert "Step 3 was not taken: DeepSpeed found NaN or infinity in the gradients" in caplog.text
+    assert "1 such steps so far" in caplog.text
+    assert all(t.isfinite().all() for t in trainer.model.state_dict().values())
+    # what the forward pass counted was put back with the rest
+    assert trainer.model.norm.num_batches_tracked == 2 * 2
+
+
+def test_the_run_stops_at_a_step_that_is_skipped_around_the_optimizer_if_so_chosen(tmp_path, skip_steps):
+    trainer = trainer_of(tmp_path, poisoned(20), nonfinite="stop")
+    skip_steps({3})
+    with pytest.raises(NonFiniteError, match=r"Step 3 was not taken: DeepSpeed.*nonfinite=stop"):
+        trainer.train()
+
+
+def test_a_run_that_skips_every_step_ends(tmp_path, skip_steps):
+    trainer = trainer_of(tmp_path, poisoned(slice(None)), num_train_epochs=20)
+    skip_steps(range(1000))
+    with pytest.raises(NonFiniteError, match=f"the last of {HOPELESS} in a row"):
+        trainer.train()

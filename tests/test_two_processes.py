@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_clars.grad_norms.errors import SharedStatisticsError
 from hf_clars.optim import CLARS, LARS, NAG
 from tests.twin import batch, loss_on
 
@@ -86,24 +87,41 @@ def train_sharded(case, rank, world):
     return {n: t.full_tensor() for n, t in model.state_dict().items()}, optimizer.last_step.rate, len(reductions)
 
 
-def train_unevenly(rank, world, *, loss_scale=None):
-    """Rank 0 has 20 of the 32 samples, rank 1 twelve: each gives its share of the mean loss, times the ranks.
+def train_unevenly(rank, world, *, first=20, loss_scale=None):
+    """Rank 0 has `first` of the 32 samples, rank 1 the others: each gives its share of the mean loss, times the ranks.
 
     With a loss scale the gradients are unscaled before the step, as fp16 training does.
     """
     model = make_model()
     optimizer = CLARS(model, 0.5)
     wrapped = DistributedDataParallel(model)
-    own = slice(0, 20) if rank == 0 else slice(20, 32)
+    own = slice(0, first) if rank == 0 else slice(first, 32)
     scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale or 1.0, enabled=loss_scale is not None)
     for step in range(STEPS):
         x, y = batch(step, 32)
         x, y = x.double()[own], y[own]
         optimizer.zero_grad()
-        scaler.scale(loss_on(x, y)(wrapped) * (len(y) * world / 32)).backward()
+        share = loss_on(x, y)(wrapped) * (len(y) * world / 32) if len(y) else wrapped(x).sum()
+        scaler.scale(share).backward()
         scaler.step(optimizer)
         scaler.update()
     return {n: t.detach().clone() for n, t in model.state_dict().items()}, optimizer.last_step.rate, None
+
+
+def what_shared_statistics_say():
+    """The refusal of statistics over two processes that are really there.
+
+    torch computes them on GPUs only, and puts no DistributedDataParallel around them elsewhere: what the module
+    computes is plain BatchNorm here. Called last: it changes the class.
+    """
+    nn.SyncBatchNorm.forward = nn.BatchNorm2d.forward
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.SyncBatchNorm(3), nn.Flatten(), nn.Linear(48, 3))
+    optimizer = CLARS(model, 0.5)
+    try:
+        model(batch(0, 32)[0])
+    except SharedStatisticsError as error:
+        return str(error)
+    return f"{type(optimizer).__name__} said nothing"
 
 
 def worker(rank, world, port, folder):
@@ -123,6 +141,8 @@ def worker(rank, world, port, folder):
         results[case, "sharded"] = train_sharded(case, rank, world)
     results["uneven"] = train_unevenly(rank, world)
     results["uneven, scaled"] = train_unevenly(rank, world, loss_scale=2.0**12)
+    results["one without samples"] = train_unevenly(rank, world, first=32)
+    results["shared statistics"] = what_shared_statistics_say()
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -194,7 +214,7 @@ def test_weights_split_by_fsdp_equal_one_process_with_one_reduction_a_step(two, 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["uneven", "uneven, scaled"])
+@pytest.mark.parametrize("kind", ["uneven", "uneven, scaled", "one without samples"])
 def test_ranks_with_different_numbers_of_samples_and_a_loss_scale_equal_one_process(two, kind):
     model, optimizer, _ = train_as_two("CLARS", 1)
     for rank in range(2):
@@ -202,3 +222,9 @@ def test_ranks_with_different_numbers_of_samples_and_a_loss_scale_equal_one_proc
         torch.testing.assert_close(rate, optimizer.last_step.rate, rtol=1e-9, atol=0)
         for name, value in model.state_dict().items():
             torch.testing.assert_close(weights[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.distributed
+def test_statistics_over_both_processes_are_refused(two):
+    for rank in range(2):
+        assert "leave BatchNorm as it is" in two[rank]["shared statistics"]

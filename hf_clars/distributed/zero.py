@@ -45,51 +45,78 @@ def zero_pieces(engine: Any, optimizer: torch.optim.Optimizer) -> ZeroPieces | N
     """The pieces of a model under ZeRO; None for an engine that does not partition, or shows everything at once.
 
     Args:
-        engine: DeepSpeed's engine, its ZeRO optimizer, or accelerate's wrapper of one of them.
+        engine: DeepSpeed's engine.
         optimizer: The optimizer inside.
 
     Returns:
         The pieces, or None.
 
     Raises:
-        UnsupportedEngineError: If the optimizer is not inside the engine, or under settings that are not supported:
-            optimizer offload, or partitions over a part of the processes.
+        UnsupportedEngineError: If the optimizer is not inside the engine, if a part of the engine was given, or under
+            settings that are not supported: optimizer offload, gradient clipping, or partitions over a part of the
+            processes.
     """
-    while getattr(engine, "optimizer", None) is not optimizer:
-        engine = getattr(engine, "optimizer", None)
-        if engine is None:
+    zero = engine
+    while getattr(zero, "optimizer", None) is not optimizer:
+        zero = getattr(zero, "optimizer", None)
+        if zero is None:
             raise UnsupportedEngineError(
                 f"This {type(optimizer).__name__} is not inside the engine that was given: another optimizer trains "
                 "the model. Give DeepSpeed the optimizer itself, and attach what deepspeed.initialize returned for it."
             )
-    if hasattr(engine, "fp32_partitioned_groups_flat"):
-        return _Zero3Pieces(engine)
-    return _Zero2Pieces(engine) if hasattr(engine, "single_partition_of_fp32_groups") else None
+    kind = next((kind for name, kind in _STAGES.items() if hasattr(zero, name)), None)
+    if kind is None:
+        return None
+    if not hasattr(engine, "skipped_steps"):  # a wrapped optimizer
+        raise UnsupportedEngineError(
+            f"{type(engine).__name__} does not tell which steps DeepSpeed skips (an overflow in fp16), whose norms "
+            "must not count: give attach_engine the engine itself, which is the first of what deepspeed.initialize "
+            "returns, or the model that accelerator.prepare returns."
+        )
+    return kind(zero, engine)
 
 
 class ZeroPieces:
     """The pieces that this process holds.
 
     Args:
-        engine: DeepSpeed's ZeRO optimizer.
+        zero: DeepSpeed's ZeRO optimizer.
+        engine: The engine around it.
 
     Attributes:
         calls: How often `step()` is called for one update.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, zero: Any, engine: Any) -> None:
+        self.zero = zero
+        self._engine, self._skipped = engine, engine.skipped_steps
         self.calls = len(self._weights())
-        if getattr(engine, "cpu_offload", False) or getattr(engine, "offload_optimizer", False):
+        if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
             raise UnsupportedEngineError(
                 "DeepSpeed's optimizer offload is on, which keeps gradients where layer norms cannot be taken: remove "
                 "offload_optimizer from the DeepSpeed configuration."
             )
+        if getattr(zero, "clip_grad", 0.0) > 0:
+            raise UnsupportedEngineError(
+                f"DeepSpeed clips gradients at {zero.clip_grad} (1.0 where its configuration does not say), layer by "
+                'layer and after the norms that rates rest on were measured: set "gradient_clipping": 0 in the '
+                "DeepSpeed configuration."
+            )
 
     @property
     def gradient_scale(self) -> float:
-        """What the engine multiplies gradients with after `backward()`: it takes its loss scale (fp16) out."""
-        return 1.0 / float(self.engine.loss_scale)
+        """What the engine multiplies gradients with after `backward()`: it takes its loss scale (fp16) out.
+
+        A dynamic scale has been moved on by the time of `step()`, and DeepSpeed (0.19.8) divides by the new one: in the
+        steps at which the scale doubles, gradients and norms alike come out half as large, and rates twice, so that
+        the update is what it should be.
+        """
+        return 1.0 / float(self.zero.loss_scale)
+
+    def dropped_a_batch(self) -> bool:
+        """Whether the engine has skipped a step, for gradients that are not finite, since this was last asked."""
+        before, self._skipped = self._skipped, self._engine.skipped_steps
+        return self._skipped != before
 
     def local_norms(self, layers: int, *, foreach: bool = True) -> LocalNorms:
         """Norms [K] of the local pieces; call it in the first `step()` of an update.
@@ -137,16 +164,16 @@ class ZeroPieces:
 class _Zero2Pieces(ZeroPieces):
     """ZeRO 1 and 2: one flat partition a group, padded with zeros at the end."""
 
-    def __init__(self, engine: Any) -> None:
-        super().__init__(engine)
-        if any(dist.get_world_size(group) != world_size() for group in engine.real_dp_process_group):
+    def __init__(self, zero: Any, engine: Any) -> None:
+        super().__init__(zero, engine)
+        if any(dist.get_world_size(group) != world_size() for group in zero.real_dp_process_group):
             raise UnsupportedEngineError(
                 "DeepSpeed partitions this model over a part of the processes (experts, pipeline or tensor "
                 "parallelism), and layer norms are summed over all of them: use plain data parallelism."
             )
 
     def _flat(self) -> list[Tensor]:
-        return self.engine.single_partition_of_fp32_groups
+        return self.zero.single_partition_of_fp32_groups
 
     def _layer(self, number: int) -> int:
         return number
@@ -155,17 +182,17 @@ class _Zero2Pieces(ZeroPieces):
         return [flat]
 
     def _waiting_gradients(self, number: int) -> list[Tensor]:
-        return [t.view(-1) for t in self.engine.averaged_gradients[number]]
+        return [t.view(-1) for t in self.zero.averaged_gradients[number]]
 
 
 class _Zero3Pieces(ZeroPieces):
     """ZeRO 3: each parameter's share in a flat piece a sub-group; shares are padded with whatever memory held."""
 
     def _flat(self) -> list[Tensor]:
-        return self.engine.fp32_partitioned_groups_flat
+        return self.zero.fp32_partitioned_groups_flat
 
     def _layer(self, number: int) -> int:
-        return self.engine.sub_group_to_group_id[number]
+        return self.zero.sub_group_to_group_id[number]
 
     def _parts_of(self, number: int, flat: Tensor) -> list[Tensor]:
         parts, offset = [], 0
@@ -175,13 +202,20 @@ class _Zero3Pieces(ZeroPieces):
         return parts
 
     def _waiting_gradients(self, number: int) -> list[Tensor]:
-        grads = self.engine.averaged_gradients[number]
+        grads = self.zero.averaged_gradients[number]
         return [t.view(-1).narrow(0, 0, real) for t, (_, real) in zip(grads, self._shares(number), strict=True)]
 
     def _shares(self, number: int) -> list[tuple[int, int]]:
         """(elements, elements that are no padding) of each parameter's share in a sub-group."""
         rank, shares = dist.get_rank(), []
-        for param in self.engine.fp16_groups[number]:
+        for param in self.zero.fp16_groups[number]:
             share = param.partition_numel()
             shares.append((share, max(0, min(share, param.ds_numel - rank * share))))
         return shares
+
+
+# What only the optimizer of a stage has, and the class for it.
+_STAGES: dict[str, type[ZeroPieces]] = {
+    "fp32_partitioned_groups_flat": _Zero3Pieces,
+    "single_partition_of_fp32_groups": _Zero2Pieces,
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ class NormAccumulator:
         layers: The partition to measure.
         samples: Measure the first `samples` of each accumulated batch; None for all.
         keep_per_sample: Keep every sample's norms, not only their sums.
+
+    Attributes:
+        engine_dropped_a_batch: For engines that hold the gradients: whether one was dropped since this was last called.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class NormAccumulator:
         self.samples = samples
         self._layer_of = {p: k for k, layer in enumerate(self.layers) for p in layer.params}
         self._keep = keep_per_sample
+        self.engine_dropped_a_batch: Callable[[], bool] = lambda: False
         self._passes: list[ForwardPass] = []
         self._dropped: list[ForwardPass] = []
         self._kept: list[tuple[ForwardPass, Tensor]] = []
@@ -123,8 +127,12 @@ class NormAccumulator:
     def _drop_if_cleared(self) -> None:
         """Forget a batch whose gradients are gone (a skipped step, `zero_grad()` by hand).
 
-        Sharded engines keep gradients elsewhere while they accumulate, so `p.grad is None` says nothing there.
+        Sharded engines keep gradients elsewhere while they accumulate, so `p.grad is None` says nothing there, and the
+        engine is asked.
         """
+        if self.engine_dropped_a_batch():
+            self.reset()
+            return
         if not any(p.backward_seen for p in self._passes) or any(p.grad is not None for p in self._layer_of):
             return
         if not self._engine_holds_gradients():

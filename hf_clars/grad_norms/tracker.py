@@ -265,6 +265,8 @@ class PerSampleGradNorms(NormAccumulator):
         Raises:
             UncoveredParameterError: Naming the parameters.
         """
+        if not self._ever_captured and any(p.batch_size == 0 for p in self._passes):
+            return  # a process without samples so far: nothing of its passes is looked at
         names = {p: n for layer in self.layers for p, n in zip(layer.params, layer.param_names, strict=True)}
         unseen = (p for p in names if p.grad is not None and p not in self._ever_captured)
         missed = [names[p] for p in unseen if _state_of_grad(p) != self._old_grads[p]]

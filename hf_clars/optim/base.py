@@ -127,10 +127,10 @@ class LayerwiseOptimizer(Optimizer):
         ZeRO hands an optimizer one flat piece after the other, and a layer's norm needs them all.
 
         Args:
-            engine: What `deepspeed.initialize` returned, or what `accelerator.prepare` made of this optimizer.
+            engine: The first of what `deepspeed.initialize` returned, or the model that `accelerator.prepare` returned.
 
         Raises:
-            UnsupportedEngineError: If this optimizer is not inside it, or under optimizer offload.
+            UnsupportedEngineError: If it is no engine or this optimizer is not inside it, or under optimizer offload.
         """
         self._zero = zero_pieces(engine, self)
 

@@ -207,9 +207,18 @@ class CLARS(LARS):
         if isinstance(self.norms, PerSampleGradNorms):
             self.norms.follow(swapped)
 
-    def begin_batch(self) -> None:
-        """Forget norms of a batch that no step was taken for (an fp16 overflow under DeepSpeed)."""
-        self.norms.reset()
+    def attach_engine(self, engine: Any) -> None:
+        """As `LayerwiseOptimizer.attach_engine`; the norms of a batch whose step the engine skips are dropped too.
+
+        Args:
+            engine: DeepSpeed's engine.
+
+        Raises:
+            UnsupportedEngineError: As there.
+        """
+        super().attach_engine(engine)
+        if self._zero is not None:
+            self.norms.engine_dropped_a_batch = self._zero.dropped_a_batch
 
     def _after_step(self) -> None:
         super()._after_step()

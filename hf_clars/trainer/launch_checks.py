@@ -20,6 +20,7 @@ from hf_clars.trainer.optimizers import layerwise
 if TYPE_CHECKING:
     from hf_clars.trainer.trainer import ClarsTrainer
 
+DEEPSPEED_CLIPS_AT = 1.0  # where its configuration does not say (DeepSpeed 0.19; 0 in some older versions)
 ONE_BIT = ("onebit", "zerooneadam", "zenflow")
 
 
@@ -98,10 +99,14 @@ def _check_deepspeed(trainer: ClarsTrainer) -> None:
             f"The DeepSpeed configuration offloads the optimizer to {offloaded}, which replaces it or keeps gradients "
             "where layer norms cannot be taken: remove offload_optimizer (offload_param may stay)."
         )
-    if isinstance(config.get("gradient_clipping"), int | float) and config["gradient_clipping"] > 0:
+    clipping = config.get("gradient_clipping", DEEPSPEED_CLIPS_AT)
+    if isinstance(clipping, int | float) and clipping > 0:
+        says = f"clips gradients at {clipping}"
+        if "gradient_clipping" not in config:
+            says = f"leaves gradient_clipping out, which DeepSpeed takes for {clipping}: it clips gradients"
         raise ConfigError(
-            f"The DeepSpeed configuration clips gradients at {config['gradient_clipping']}, after the norms that the "
-            "layer rates rest on were measured: set gradient_clipping to 0."
+            f"The DeepSpeed configuration {says}, after the norms that the layer rates rest on were measured. Set "
+            "gradient_clipping to 0."
         )
     if trainer.args.fp16 and int(zero.get("stage", 0)) == 0:
         raise ConfigError(

@@ -20,6 +20,16 @@ LOOK_EVERY = 50
 HOPELESS = 50
 """So many held steps in a row end the run: weights that no step changes do not get better."""
 
+STOPPED = (
+    ", and nonfinite=stop ends the run. Weights and momentum are as before that step. Lower learning_rate or eta, look "
+    "for bad data, or use --nonfinite skip."
+)
+HOPELESS_ENDS = (
+    ", the last of {count} in a row: training does not get out of this. Weights and momentum are as before the first "
+    "of them. Lower learning_rate or eta, or look for bad data."
+)
+GOES_ON = "%s; nothing was changed by it (%d such steps so far)."
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,13 +38,17 @@ class NonFiniteError(HfClarsError, ArithmeticError):
 
 
 class NonFiniteCallback(TrainerCallback):
-    """Count, report or stop at steps that the optimizer did not take (see `hf_clars.optim.nonfinite`).
+    """Count, report or stop at steps that were not taken.
+
+    The optimizer holds some back itself (see `hf_clars.optim.nonfinite`).
+    DeepSpeed and fp16's loss scaler do not even call an optimizer with gradients that are not finite.
 
     The running statistics of normalisation layers, which the forward pass of such a step has already spoiled, are put
     back too, so that nothing of the step is left.
 
     Args:
-        policy: `"skip"` (default) warns and goes on, unless 50 steps in a row are held; `"stop"` ends the run.
+        policy: `"skip"` (default) warns and goes on, unless 50 steps in a row are held; `"stop"` ends the run, except
+            in fp16 at the loss scaler's skips, by which it finds its scale.
     """
 
     def __init__(self, policy: str = "skip") -> None:
@@ -46,6 +60,7 @@ class NonFiniteCallback(TrainerCallback):
         self._last: LayerMeasures | None = None
         self._unseen: list[tuple[int, Tensor]] = []
         self._in_a_row = 0
+        self._skipped_in_a_row = 0
 
     def on_train_begin(
         self,
@@ -57,6 +72,7 @@ class NonFiniteCallback(TrainerCallback):
     ) -> None:
         """Find the optimizer and the running statistics."""
         self._optimizer = layerwise(kwargs.get("optimizer"))
+        self._last = None if self._optimizer is None else self._optimizer.last_step
         norms = [m for m in model.modules() if isinstance(m, NORM_MODULES)] if model is not None else []
         self._statistics = [buffer for m in norms for buffer in m.buffers(recurse=False)]
         self._saved = [buffer.clone() for buffer in self._statistics]
@@ -71,16 +87,41 @@ class NonFiniteCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put them back if the step was not taken; the device is asked, not the host."""
-        measures = None if self._optimizer is None else self._optimizer.last_step
-        if measures is None or measures is self._last or measures.applied is None or measures.finite is None:
+        """Put them back if the step was not taken; the device is asked, not the host.
+
+        Raises:
+            NonFiniteError: If the step was skipped around the optimizer, and the run is to stop at such steps, or they
+                do not end.
+        """
+        if self._optimizer is None:
             return
-        self._last = measures
+        measures = self._optimizer.last_step
+        if measures is self._last:
+            self._on_skipped(args, state)
+            return
+        self._last, self._skipped_in_a_row = measures, 0
+        if measures is None or measures.applied is None or measures.finite is None:
+            return
         self._unseen.append((state.global_step + 1, measures.finite))
         if measures.applied.device.type == "cpu" and measures.applied:
             return
         for buffer, saved in zip(self._statistics, self._saved, strict=True):
             buffer.copy_(torch.where(measures.applied.to(buffer.device), buffer, saved))
+
+    def _on_skipped(self, args: TrainingArguments, state: TrainerState) -> None:
+        """The optimizer was not called for this step."""
+        if self._statistics:
+            torch._foreach_copy_(self._statistics, self._saved)
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        by = "fp16's loss scaler" if args.fp16 else "DeepSpeed"
+        message = f"Step {state.global_step + 1} was not taken: {by} found NaN or infinity in the gradients"
+        if self.policy == "stop" and not args.fp16:
+            raise NonFiniteError(message + STOPPED)
+        if self._skipped_in_a_row >= HOPELESS:
+            raise NonFiniteError(message + HOPELESS_ENDS.format(count=self._skipped_in_a_row))
+        if state.is_world_process_zero:
+            logger.warning(GOES_ON, message, self.skipped_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look at the steps since the last look, now and then, and before each log and checkpoint.
@@ -106,17 +147,11 @@ class NonFiniteCallback(TrainerCallback):
             self._in_a_row += 1
             message = self._message(step, row)
             if self.policy == "stop":
-                raise NonFiniteError(
-                    f"{message}, and nonfinite=stop ends the run. Weights and momentum are as before that step. Lower "
-                    "learning_rate or eta, look for bad data, or use --nonfinite skip."
-                )
+                raise NonFiniteError(message + STOPPED)
             if self._in_a_row >= HOPELESS:
-                raise NonFiniteError(
-                    f"{message}, the last of {self._in_a_row} in a row: training does not get out of this. Weights and "
-                    "momentum are as before the first of them. Lower learning_rate or eta, or look for bad data."
-                )
+                raise NonFiniteError(message + HOPELESS_ENDS.format(count=self._in_a_row))
             if report:
-                logger.warning("%s; nothing was changed by it (%d such steps so far).", message, self.skipped_steps)
+                logger.warning(GOES_ON, message, self.skipped_steps)
 
     def _message(self, step: int, finite: Tensor) -> str:
         assert self._optimizer is not None

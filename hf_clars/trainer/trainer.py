@@ -119,7 +119,7 @@ class ClarsTrainer(SharingTrainer):
         inner = layerwise(self.optimizer if optimizer is None else optimizer)
         if inner is not None:
             if self.is_deepspeed_enabled:
-                inner.attach_engine(self.optimizer)
+                inner.attach_engine(self.accelerator.deepspeed_engine_wrapped.engine)
             optimizer = inner
         if not self.args.lr_step_epochs:
             return super().create_scheduler(num_training_steps, optimizer)

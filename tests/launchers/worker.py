@@ -11,8 +11,9 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_clars import ClarsTrainer
-from tests.launchers.cases import BATCH, BF16, LOADERS, Case, cases, run, save_weights
+from tests.launchers.cases import BATCH, BF16, cases, run, save_weights
 from tests.launchers.cpu_fsdp import CpuFsdpTrainer
+from tests.launchers.extras import train_extras
 
 TRAINERS = {"fsdp2": CpuFsdpTrainer}
 
@@ -29,38 +30,31 @@ def gathered(trainer):
     return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for n, t in state.items()}
 
 
-def train_with_other_loaders(out):
-    """The loaders' ways of sharing a batch; with split batches a device is told the whole batch."""
-    case, world = Case("group norm", "clars", 4), int(os.environ["WORLD_SIZE"])
-    for name, changes in LOADERS.items():
-        folder = Path(out) / name.replace(" ", "_")
-        processes = 1 if name == "split batches" else world
-        trainer = run(case, folder, processes, **changes)
-        assert trainer.args.total_batch_size == BATCH
-        if trainer.is_world_process_zero():
-            save_weights(trainer.model.state_dict(), folder)
+def finish(trainer, folder):
+    """Save the weights, once."""
+    state = gathered(trainer)
+    if trainer.is_world_process_zero():
+        save_weights(state, folder)
 
 
 def main(out, kind, which="usual"):
     torch.set_num_threads(1)
-    for case in cases(every=which == "every"):
-        folder = Path(out) / case.name
+    world, trainer_class = int(os.environ["WORLD_SIZE"]), TRAINERS.get(kind, ClarsTrainer)
+
+    def train(case, name, processes=world, **changes):
         unset_hf_deepspeed_config()  # what a run before has left would have ZeRO 3 draw other first weights
-        trainer = run(case, folder, int(os.environ["WORLD_SIZE"]), trainer_class=TRAINERS.get(kind, ClarsTrainer))
-        state = gathered(trainer)
-        if trainer.is_world_process_zero():
-            save_weights(state, folder)
-        print(case.name, flush=True)
-    unset_hf_deepspeed_config()
-    folder = Path(out) / "bf16"
-    trainer = run(
-        BF16, folder, int(os.environ["WORLD_SIZE"]), trainer_class=TRAINERS.get(kind, ClarsTrainer), bf16=True
-    )
-    state = gathered(trainer)
-    if trainer.is_world_process_zero():
-        save_weights(state, folder)
-    if kind == "ddp":
-        train_with_other_loaders(out)
+        folder = Path(out) / name.replace(" ", "_")
+        trainer = run(case, folder, processes, trainer_class=trainer_class, **changes)
+        assert trainer.args.total_batch_size == BATCH
+        finish(trainer, folder)
+        print(name, flush=True)
+
+    if which != "extras":
+        for case in cases(every=which == "every"):
+            train(case, case.name)
+    if which != "every":
+        train(BF16, "bf16", bf16=True)
+        train_extras(out, kind, train)
     dist.barrier()
     sys.stdout.flush()
     # Two CPU processes sometimes abort while the interpreter shuts down, after all work is done.
