@@ -58,9 +58,14 @@ class ModuleCall:
 
 
 class Fallback:
-    """Chooses the way for each module and remembers the choice."""
+    """Chooses the way for each module and remembers the choice.
+
+    Attributes:
+        replaying: True while a module's forward runs again.
+    """
 
     def __init__(self) -> None:
+        self.replaying = False
         self._replays: dict[tuple[nn.Module, bool], bool] = {}
         self._warned: set[nn.Module] = set()
 
@@ -90,6 +95,7 @@ class Fallback:
         key = (call.module, call.training)
         replay = call.replayable and self._replays.get(key, True) and call.module.training == call.training
         if replay:
+            self.replaying = True
             try:
                 result, outputs = _by_replay(call, grads)
             except (RuntimeError, ValueError, TypeError, IndexError):
@@ -99,6 +105,8 @@ class Fallback:
                     self._replays[key] = _same(outputs, [o[: call.count] for o in call.outputs.values()])
                 if self._replays[key]:
                     return result
+            finally:
+                self.replaying = False
         self._warn_of_cost(call)
         try:
             return _by_masks(call, grads)

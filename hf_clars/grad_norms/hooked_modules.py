@@ -25,7 +25,9 @@ class HookedModule:
         params: The same parameters by local name.
         rule: The rule that serves it, if any does.
         inner: Measured parameters of the modules inside, by their name relative to this one; only without a rule.
+        tied: Names of its own parameters that a module around it or inside owns too.
         strays: Those of them that are used without a call of their modules; found in the first pass.
+        foreign_inputs: What its inputs are like that were seen not to be tensors of the model itself.
         known_rows: Layouts (rows a sample, shape of a row) whose rows were proven to lie sample by sample.
         proven_dims: Numbers of axes with which its calls were proven to have the batch first.
         decisions: Whether the rule takes the weight gradient over, by shapes.
@@ -39,7 +41,9 @@ class HookedModule:
         self.params = {n: p for n, p in module.named_parameters(recurse=False) if n in layers}
         self.rule: LayerRule | None = find_rule(module) if layers else None
         self.inner: dict[str, nn.Parameter] = {}
+        self.tied: set[str] = set()
         self.strays: dict[str, nn.Parameter] = {}
+        self.foreign_inputs: set[tuple[bool, tuple[int, ...]]] = set()
         self.known_rows: set[tuple[int, ...]] = set()
         self.proven_dims: set[int] = set()
         self.decisions: dict[tuple[Any, ...], bool] = {}
@@ -89,7 +93,7 @@ class HookedModule:
             x: Input.
             output: Output.
             batch_size: Samples in the pass.
-            alone: No module is around this one that could prove anything.
+            alone: Nothing has to be proven: no module is around this one, or this is what the model was given.
         """
         if self.rule is not None and not self.rule.has_batch_axis(self.module, x):
             return None
@@ -164,4 +168,19 @@ def find_hooked_modules(model: nn.Module, layer_of: Mapping[nn.Parameter, int]) 
             hooked.inner = {n: p for n, p in module.named_parameters() if p in layer_of and n not in own}
         if own or hooked.inner:
             found.append(hooked)
+    _find_tied(found)
     return found
+
+
+def _find_tied(found: Sequence[HookedModule]) -> None:
+    """Note parameters that a module shares with one around it, as a head's bias with the Linear layer inside."""
+    owners: dict[nn.Parameter, list[tuple[HookedModule, str]]] = {}
+    for hooked in found:
+        for name, param in hooked.params.items():
+            owners.setdefault(param, []).append((hooked, name))
+    for shared in owners.values():
+        for outer, outer_name in shared:
+            for inner, inner_name in shared:
+                if outer.contains(inner):
+                    outer.tied.add(outer_name)
+                    inner.tied.add(inner_name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_clars.grad_norms.fallback import Fallback, ModuleCall
 from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.own_inputs import OwnInputs
 from hf_clars.grad_norms.own_place import own_place
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import at_least_float32
@@ -29,6 +31,7 @@ class CallsWithoutRule:
 
     Args:
         layer_of: Layer index of every parameter.
+        own_inputs: Tells calls on the model's own tensors.
         captured: Takes note of a call that will be measured, and returns its number in the pass.
         arrived: Takes note that its gradient has come.
 
@@ -39,13 +42,20 @@ class CallsWithoutRule:
     def __init__(
         self,
         layer_of: dict[nn.Parameter, int],
+        own_inputs: OwnInputs,
         captured: Callable[[HookedModule, ForwardPass, dict[str, nn.Parameter], Tensor], int],
         arrived: Callable[[HookedModule, ForwardPass, int], bool],
     ) -> None:
         self.busy = False
-        self._layer_of, self._captured, self._arrived = layer_of, captured, arrived
+        self._layer_of, self._own_inputs = layer_of, own_inputs
+        self._captured, self._arrived = captured, arrived
         self._fallback = Fallback()
         self._direct: dict[Key, bool] = {}
+
+    @property
+    def replaying(self) -> bool:
+        """True while a module's forward runs once more, and not as a part that checkpointing recomputes."""
+        return self._fallback.replaying
 
     def capture(
         self, hooked: HookedModule, current: ForwardPass, x: Tensor, call: Call, output: Any, *, prove: bool
@@ -68,10 +78,13 @@ class CallsWithoutRule:
         region = GraphRegion(outputs.values(), tensors_in(call))
         adopted = [o for o in current.orphans if hooked.contains(o.hooked) and (not outputs or o.is_inside(region))]
         batch_first = any(t.dim() and t.shape[0] == current.batch_size for t in outputs.values())
-        telling = batch_first and (x is not NO_INPUT or current.batch_size == 1)
+        telling = batch_first and (current.batch_size == 1 or x is not NO_INPUT)
+        if telling and self._is_on_own_tensors(hooked, current, call):
+            current.own_results.update(t.grad_fn for t in outputs.values() if t.grad_fn is not None)
+            telling = False
         if prove and telling:
             hooked.strays.update(_strays(hooked, current, region))
-        wanted = _wanted(hooked, current, adopted)
+        wanted = _wanted(hooked, current, adopted, _measured_inside(hooked, current, region))
         if (found and not outputs) or not wanted:
             return None
         if not telling:
@@ -91,6 +104,11 @@ class CallsWithoutRule:
                 current.count_inside(wanted.values(), (use.param for use in region.uses(hooked.leaves(wanted))))
             self._watch_module(watched)
         return output
+
+    def _is_on_own_tensors(self, hooked: HookedModule, current: ForwardPass, call: Call) -> bool:
+        if current.batch_size == 1 or current.implicit or not hooked.path:
+            return False
+        return self._own_inputs.holds(hooked, current, tensors_in(call))
 
     def check_batch_axis(self, current: ForwardPass, outputs: Sequence[Tensor]) -> None:
         """Prove that the batch is the first axis of calls whose shapes leave that open; see `batch_axis.py`."""
@@ -239,11 +257,23 @@ def _strays(hooked: HookedModule, current: ForwardPass, region: GraphRegion) -> 
     return {use.name: use.param for use in region.uses(hooked.leaves(unseen))}
 
 
-def _wanted(hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan]) -> dict[str, nn.Parameter]:
+def _measured_inside(hooked: HookedModule, current: ForwardPass, region: GraphRegion) -> set[str]:
+    """Own parameters that are used by calls of modules inside alone, and measured there."""
+    tied = {n: p for n, p in hooked.params.items() if n in hooked.tied}
+    if not tied:
+        return set()
+    uses = Counter(use.name for use in region.uses(hooked.leaves(tied)))
+    return {n for n, p in tied.items() if current.are_measured_inside(hooked, p, uses[n])}
+
+
+def _wanted(
+    hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan], measured: Collection[str] = ()
+) -> dict[str, nn.Parameter]:
     """The parameters that a call is measured for, by their name in the module."""
     left = {p for orphan in adopted for p in orphan.params}
     inner = {n: p for n, p in hooked.inner.items() if p in left or (n in hooked.strays and not current.uses[p])}
     if hooked.params:
         # A module may use the weights of one inside without calling it, as MultiheadAttention does with out_proj.
         inner.update((n, p) for n, p in hooked.inner.items() if not current.uses[p])
-    return {n: p for n, p in {**hooked.params, **inner}.items() if hooked.in_use(n).requires_grad}
+    own = {n: p for n, p in hooked.params.items() if n not in measured}
+    return {n: p for n, p in {**own, **inner}.items() if hooked.in_use(n).requires_grad}
