@@ -73,6 +73,14 @@ class HookedModule:
         """Parameters of this module or inside, by name, each with the tensor that is computed with in its place."""
         return {n: (p, self.in_use(n)) for n, p in params.items()}
 
+    def batch_axes(self, outputs: Mapping[int, Tensor]) -> dict[int, int]:
+        """The batch axis of each output, by its place among all that the module returned: the first as a rule.
+
+        The states of torch's recurrent nets have the layers there, [layers, B, hidden], whatever `batch_first` says.
+        """
+        recurrent = isinstance(self.module, nn.RNNBase) and type(self.module).__module__.startswith("torch.nn.")
+        return {i: int(recurrent and i > 0 and t.dim() == 3) for i, t in outputs.items()}
+
     def follow(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Know parameters by those that an engine has put in their place: {old: new}."""
         self.params = {n: swapped.get(p, p) for n, p in self.params.items()}

@@ -77,7 +77,10 @@ class CallsWithoutRule:
         outputs = {i: t for i, t in enumerate(found) if t.requires_grad and t.is_floating_point()}
         region = GraphRegion(outputs.values(), tensors_in(call))
         adopted = [o for o in current.orphans if hooked.contains(o.hooked) and (not outputs or o.is_inside(region))]
-        batch_first = any(t.dim() and t.shape[0] == current.batch_size for t in outputs.values())
+        axes = hooked.batch_axes(outputs)
+        others = [i for i, t in outputs.items() if t.dim() <= axes[i] or t.shape[axes[i]] != current.batch_size]
+        # Where the first output does not have it, as in a time-first attention, the gradient will come through that.
+        batch_first = any(not axes[i] and i not in others for i in (outputs if not hooked.path else [*outputs][:1]))
         telling = batch_first and (current.batch_size == 1 or x is not NO_INPUT)
         if telling and self._is_on_own_tensors(hooked, current, call):
             current.own_results.update(t.grad_fn for t in outputs.values() if t.grad_fn is not None)
@@ -92,7 +95,6 @@ class CallsWithoutRule:
                 orphan = orphan_of(hooked, current.batch_size, wanted.values(), x, list(outputs.values()))
                 current.orphans.append(orphan)
             return None
-        others = [i for i, t in outputs.items() if not t.dim() or t.shape[0] != current.batch_size]
         if others and not hooked.params and hooked.path:
             return None  # a gradient may come through those too: leave it to a module further out
         output, outputs = _in_own_places(output, outputs)
@@ -176,10 +178,12 @@ class CallsWithoutRule:
         """Measure a module by the fallback; the first time, look whether the graph's uses would give the same."""
         # The hook below must not hold on to `watched`, which knows the graph.
         hooked, current, outputs, wanted = watched.hooked, watched.current, watched.outputs, watched.wanted
-        for output in outputs.values():
+        axes = hooked.batch_axes(outputs)
+        first = [t for i, t in outputs.items() if not axes[i]]
+        for output in first:
             current.note_if_open(hooked, output)
         uses = watched.direct_uses() if watched.key not in self._direct else []
-        self._adopt(hooked, current, watched.adopted, list(outputs.values()))
+        self._adopt(hooked, current, watched.adopted, first)
         ticket = self._captured(hooked, current, watched.wanted, watched.x)
         trial = Trial(len(uses))
         args, kwargs = map_tensors(lambda t: t.detach(), watched.call)
@@ -190,6 +194,7 @@ class CallsWithoutRule:
             args=args,
             kwargs=kwargs,
             outputs={i: t.detach() for i, t in outputs.items()},
+            axes=list(axes.values()),
             edges=[torch.autograd.graph.get_gradient_edge(t) for t in outputs.values()],
             params={name: used for name, (_, used) in leaves.items()},
             training=hooked.module.training,
