@@ -23,18 +23,18 @@ from tests.twin import batch, loss_on, small_model
 # ---- nothing is silently left out --------------------------------------------------------------------------------
 
 
-def test_a_weight_used_functionally_is_refused_by_name():
+def test_a_weight_used_functionally_beside_a_module_without_a_rule_is_refused_by_name():
     class Decoder(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed = nn.Embedding(7, 4)
+            self.encode = nn.Bilinear(4, 4, 4, bias=False)
 
-        def forward(self, tokens):
-            return nn.functional.linear(self.embed(tokens), self.embed.weight)
+        def forward(self, x):
+            return nn.functional.bilinear(self.encode(x, x), x, self.encode.weight)
 
     model = Decoder()
-    with PerSampleGradNorms(model), pytest.raises(UncoveredParameterError, match=r"embed\.weight \(used 2 times"):
-        model(torch.randint(0, 7, (3, 5)))
+    with PerSampleGradNorms(model), pytest.raises(UncoveredParameterError, match=r"encode\.weight \(used 2 times"):
+        model(torch.randn(3, 4))
 
 
 def test_a_random_module_without_a_rule_is_measured_on_the_numbers_it_drew():
@@ -103,30 +103,37 @@ def test_a_fallback_module_without_a_batch_axis_in_its_output_is_refused():
         model(torch.randn(3, 4))
 
 
-def test_a_recurrent_nets_state_may_be_returned_but_not_used():
-    class Recurrent(nn.Module):
-        def __init__(self, use_state):
+def test_a_state_without_the_batch_first_may_be_returned_but_not_used():
+    class Cell(nn.Module):
+        def __init__(self):
             super().__init__()
-            self.rnn, self.use_state = nn.GRU(4, 5, batch_first=True), use_state
+            self.gain = nn.Parameter(torch.randn(4))
 
         def forward(self, x):
-            sequence, state = self.rnn(x)
+            return x * self.gain, (x + self.gain).sum(1)[None]
+
+    class Model(nn.Module):
+        def __init__(self, use_state):
+            super().__init__()
+            self.cell, self.use_state = Cell(), use_state
+
+        def forward(self, x):
+            sequence, state = self.cell(x)
             return sequence.sum(1) + (state[0] if self.use_state else 0)
 
     x = torch.randn(3, 7, 4)
     for use_state in (False, True):
-        model = Recurrent(use_state)
+        model = Model(use_state)
         with PerSampleGradNorms(model) as norms:
             loss = model(x).square().sum(1).mean()
             if use_state:
-                with pytest.raises(BatchAxisError, match=r"rnn \(GRU\).*\(1, 3, 5\)"):
+                with pytest.raises(BatchAxisError, match=r"cell \(Cell\).*\(1, 3, 4\)"):
                     loss.backward()
                 continue
             loss.backward()
         for i in range(3):
-            grads = torch.autograd.grad(model(x[i : i + 1]).square().sum(), list(model.parameters()))
-            expected = torch.cat([g.flatten() for g in grads]).norm()
-            torch.testing.assert_close(norms.per_sample["rnn"][i], expected)
+            (grad,) = torch.autograd.grad(model(x[i : i + 1]).square().sum(), model.cell.gain)
+            torch.testing.assert_close(norms.per_sample["cell"][i], grad.norm())
 
 
 def test_a_second_backward_through_one_forward_is_refused():

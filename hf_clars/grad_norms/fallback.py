@@ -95,7 +95,12 @@ class Fallback:
             UncoveredParameterError: If neither way works.
         """
         key = (call.module, call.training)
-        replay = call.replayable and not any(call.axes) and self._replays.get(key, True) and call.module.training == call.training
+        replay = (
+            call.replayable
+            and not any(call.axes)
+            and self._replays.get(key, True)
+            and call.module.training == call.training
+        )
         if replay:
             self.replaying = True
             try:

@@ -1,9 +1,9 @@
 """Calls on the model's own tensors: tables and learned queries, as long as the batch only by chance.
 
 A coordinate table [T, T, 2] goes through a small network once for all samples; learned queries [L, width] are
-normalised before they are expanded. Such calls have no batch axis at all. Where T or L happens to be the batch size they
-would pass for calls on samples, and a proof by gradients cannot tell: each sample's gradient reaches every row, as it
-does under BatchNorm. Where the input comes from can.
+normalised before they are expanded. Such calls have no batch axis at all. Where T or L happens to be the batch size
+they would pass for calls on samples, and a proof by gradients cannot tell: each sample's gradient reaches every row, as
+it does under BatchNorm. Where the input comes from can.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ class OwnInputs:
     def holds(self, hooked: HookedModule, current: ForwardPass, inputs: Iterable[Tensor]) -> bool:
         """Whether a call got nothing but parameters and buffers, or what modules made of these.
 
+        Asked only where a module around it could adopt the call, and for more than one sample.
+
         Args:
             hooked: The module that was called.
             current: The pass.
             inputs: All tensors that it was given.
         """
+        if current.batch_size == 1 or current.implicit or not hooked.path:
+            return False
         seen = False
         for t in inputs:
             if not t.dim() or t.shape[0] != current.batch_size:

@@ -125,8 +125,8 @@ class ForwardPass:
         if uses > 1:
             self.several.add(param)
 
-    def are_measured_inside(self, hooked: HookedModule, param: nn.Parameter, uses: int) -> bool:
-        """Whether all uses of a tied parameter in a call that has just ended are captured calls of modules inside.
+    def tied_inside(self, hooked: HookedModule, param: nn.Parameter, uses: int) -> list[HookedModule]:
+        """The captured calls with a tied parameter inside a call that has just ended; they count as this one's then.
 
         Args:
             hooked: The module that was called.
@@ -135,10 +135,9 @@ class ForwardPass:
         """
         calls = self.tied_uses.get(param, [])
         inside = [h for h in calls if hooked.contains(h)]
-        if not inside or uses > len(inside):
-            return False
-        self.tied_uses[param] = [h for h in calls if h not in inside] + [hooked] * uses
-        return True
+        if inside:
+            self.tied_uses[param] = [h for h in calls if h not in inside] + [hooked] * uses
+        return inside
 
     def count_inside(self, params: Iterable[nn.Parameter], used: Iterable[nn.Parameter]) -> None:
         """Count the uses that one call of the fallback is for, all but the one that `add_use` counts.
@@ -157,6 +156,11 @@ class ForwardPass:
             by_rules = Counter(p for call in self.rule_calls for p in call.wanted.values() if p in self.learned)
             counted.update({p: max(self.uses[p], self.learned[p] + by_rules[p]) - counted[p] for p in self.learned})
         return counted
+
+    def measured_by_rules(self, params: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+        """Those of some parameters of which every captured use, if any, is a rule's: `supersede` can call them off."""
+        by_rules = Counter(p for call in self.rule_calls for n, p in call.wanted.items() if n not in call.superseded)
+        return {p for p in params if self.uses[p] == by_rules[p]}
 
     def supersede(self, hooked: HookedModule, params: Iterable[nn.Parameter]) -> None:
         """A module is differentiated as a whole for these parameters: uses inside it must not count once more."""

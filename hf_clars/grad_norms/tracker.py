@@ -193,7 +193,7 @@ class PerSampleGradNorms(NormAccumulator):
         if not wanted or not isinstance(output, Tensor) or not output.requires_grad:
             return None
         rows = self._rows_of(hooked, current, x, output)
-        if rows == 1 and self._is_on_own_tensor(hooked, current, x):
+        if rows == 1 and self._own_inputs.holds(hooked, current, [x]):
             current.own_results.add(torch.autograd.graph.get_gradient_edge(output).node)
             rows = None
         if rows is None:
@@ -210,11 +210,6 @@ class PerSampleGradNorms(NormAccumulator):
     def _rows_of(self, hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> int | None:
         alone = current.implicit or not hooked.path or current.was_given(x)
         return hooked.rows_of(x, output, current.batch_size, alone=alone)
-
-    def _is_on_own_tensor(self, hooked: HookedModule, current: ForwardPass, x: Tensor) -> bool:
-        if current.batch_size == 1 or current.implicit or not hooked.path:
-            return False
-        return self._own_inputs.holds(hooked, current, [x])
 
     def _captured(self, hooked: HookedModule, current: ForwardPass, wanted: dict[str, nn.Parameter], x: Tensor) -> int:
         """Take note of a call that will be measured; returns its number in the pass."""

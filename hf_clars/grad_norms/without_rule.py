@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import NO_INPUT, Orphan, orphan_of
 from hf_clars.grad_norms.batch_axis import check_batch_axis
-from hf_clars.grad_norms.errors import BatchAxisError
+from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
 from hf_clars.grad_norms.fallback import Fallback, ModuleCall
 from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule
@@ -82,7 +82,7 @@ class CallsWithoutRule:
         # Where the first output does not have it, as in a time-first attention, the gradient will come through that.
         batch_first = any(not axes[i] and i not in others for i in (outputs if not hooked.path else [*outputs][:1]))
         telling = batch_first and (current.batch_size == 1 or x is not NO_INPUT)
-        if telling and self._is_on_own_tensors(hooked, current, call):
+        if telling and self._own_inputs.holds(hooked, current, tensors_in(call)):
             current.own_results.update(t.grad_fn for t in outputs.values() if t.grad_fn is not None)
             telling = False
         if prove and telling:
@@ -100,17 +100,13 @@ class CallsWithoutRule:
         output, outputs = _in_own_places(output, outputs)
         for i in others:
             hooked.refuse_gradient_through(outputs.pop(i), current.batch_size)
+        current.supersede(hooked, (p for n, p in wanted.items() if n in hooked.strays))
         watched = WatchedCall(hooked, current, x, call, outputs, wanted, adopted, region)
         if not self._watch_uses(watched):
             if prove:
                 current.count_inside(wanted.values(), (use.param for use in region.uses(hooked.leaves(wanted))))
             self._watch_module(watched)
         return output
-
-    def _is_on_own_tensors(self, hooked: HookedModule, current: ForwardPass, call: Call) -> bool:
-        if current.batch_size == 1 or current.implicit or not hooked.path:
-            return False
-        return self._own_inputs.holds(hooked, current, tensors_in(call))
 
     def check_batch_axis(self, current: ForwardPass, outputs: Sequence[Tensor]) -> None:
         """Prove that the batch is the first axis of calls whose shapes leave that open; see `batch_axis.py`."""
@@ -253,22 +249,41 @@ def _close(found: Tensor | None, expected: Tensor) -> bool:
 
 
 def _strays(hooked: HookedModule, current: ForwardPass, region: GraphRegion) -> dict[str, nn.Parameter]:
-    """Parameters of modules inside that were used although no call of their modules was seen.
+    """Parameters of modules inside that were used otherwise than by a call of their modules, or more often.
 
     Such as `table.weight` handed to a function, a ParameterList, or a method other than `forward`.
     """
     waiting = {p for orphan in current.orphans for p in orphan.params}
-    unseen = {n: p for n, p in hooked.inner.items() if not current.uses[p] and p not in waiting}
-    return {use.name: use.param for use in region.uses(hooked.leaves(unseen))}
+    known = current.measured_by_rules(hooked.inner.values()) - waiting
+    inner = {n: p for n, p in hooked.inner.items() if p in known}
+    uses = region.uses(hooked.leaves(inner))
+    often = Counter(use.param for use in uses)
+    return {use.name: use.param for use in uses if often[use.param] > current.uses[use.param]}
 
 
 def _measured_inside(hooked: HookedModule, current: ForwardPass, region: GraphRegion) -> set[str]:
-    """Own parameters that are used by calls of modules inside alone, and measured there."""
+    """Own parameters that are used by calls of modules inside alone, and measured there.
+
+    Where the module uses one directly too, it is measured for all of them, and the calls inside are not.
+    """
     tied = {n: p for n, p in hooked.params.items() if n in hooked.tied}
     if not tied:
         return set()
     uses = Counter(use.name for use in region.uses(hooked.leaves(tied)))
-    return {n for n, p in tied.items() if current.are_measured_inside(hooked, p, uses[n])}
+    measured = set()
+    for name, param in tied.items():
+        inside = current.tied_inside(hooked, param, uses[name])
+        if inside and uses[name] <= len(inside):
+            measured.add(name)
+        elif all(h.rule is not None for h in inside):
+            current.supersede(hooked, [param])
+        else:
+            raise UncoveredParameterError(
+                f"{hooked} uses {name} directly, and {inside[0]} uses the same parameter and has no layer rule: their "
+                "gradients cannot be told apart. Register a rule for either class, set requires_grad=False on the "
+                "parameter, or use estimator='microbatch'."
+            )
+    return measured
 
 
 def _wanted(
@@ -276,7 +291,8 @@ def _wanted(
 ) -> dict[str, nn.Parameter]:
     """The parameters that a call is measured for, by their name in the module."""
     left = {p for orphan in adopted for p in orphan.params}
-    inner = {n: p for n, p in hooked.inner.items() if p in left or (n in hooked.strays and not current.uses[p])}
+    left.update(current.measured_by_rules(hooked.strays.values()) if hooked.strays else ())
+    inner = {n: p for n, p in hooked.inner.items() if p in left}
     if hooked.params:
         # A module may use the weights of one inside without calling it, as MultiheadAttention does with out_proj.
         inner.update((n, p) for n, p in hooked.inner.items() if not current.uses[p])
