@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import (
     BatchAxisError,
@@ -134,6 +135,23 @@ def test_a_state_without_the_batch_first_may_be_returned_but_not_used():
         for i in range(3):
             (grad,) = torch.autograd.grad(model(x[i : i + 1]).square().sum(), model.cell.gain)
             torch.testing.assert_close(norms.per_sample["cell"][i], grad.norm())
+
+
+def test_a_call_without_the_batch_first_in_a_reentrant_checkpoint_is_refused_with_the_way_out():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):  # [B, 4, 4]
+            inner = lambda y: self.fc(y.reshape(-1, 2, 4)).view_as(y)  # noqa: E731
+            return checkpoint(inner, self.embed(x), use_reentrant=True)
+
+    model = Windows()
+    with PerSampleGradNorms(model) as norms:
+        model(torch.randn(3, 4, 4)).sum().backward()
+        with pytest.raises(BatchAxisError, match=r"fc \(Linear\).*use_reentrant=False"):
+            norms.per_sample  # noqa: B018
 
 
 def test_a_second_backward_through_one_forward_is_refused():

@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 from hf_clars.grad_norms.errors import BatchAxisError
 from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
+from hf_clars.grad_norms.torch_internals import inside_backward
 
 # Stands for the input of a module that takes no tensor, such as a table of position biases.
 NO_INPUT = torch.empty(0)
@@ -116,7 +117,7 @@ def orphan_of(
         outputs: Its differentiable outputs.
     """
     taken = "no tensor" if x is NO_INPUT else str(tuple(x.shape))
-    error = hooked.no_batch_axis(taken, outputs, batch_size)
+    error = hooked.no_batch_axis(taken, outputs, batch_size, recomputed=inside_backward())
     orphan = Orphan(
         hooked, tuple(params), error, tuple(torch.autograd.graph.get_gradient_edge(t).node for t in outputs)
     )

@@ -115,16 +115,26 @@ class HookedModule:
         """Remember that in calls like this one each sample's `rows` rows lie together."""
         self.known_rows.add(_layout(rows, x))
 
-    def no_batch_axis(self, taken: str, outputs: Sequence[Tensor], batch_size: int) -> BatchAxisError:
+    def no_batch_axis(
+        self, taken: str, outputs: Sequence[Tensor], batch_size: int, *, recomputed: bool
+    ) -> BatchAxisError:
         """The error for a call whose tensors cannot be told apart by sample.
 
         Args:
             taken: Its input, as text.
             outputs: Its tensor outputs.
             batch_size: Samples in the pass.
+            recomputed: Whether reentrant activation checkpointing made the call, in the backward pass.
         """
         given = ", ".join(str(tuple(t.shape)) for t in outputs)
         what = f"returns {given}" if outputs else "returns no tensor that could be found"
+        if recomputed:
+            return BatchAxisError(
+                f"{self} takes {taken} and {what}, but the batch has {batch_size} samples. It was called by reentrant "
+                "activation checkpointing, under which no module around it can be differentiated for it: checkpoint "
+                "with use_reentrant=False (Trainer: gradient_checkpointing_kwargs={'use_reentrant': False}), "
+                f"{_WAY_OUT}"
+            )
         return BatchAxisError(
             f"{self} takes {taken} and {what}, but the batch has {batch_size} samples, and no module around it has "
             f"the batch as first axis of its input and output: per-sample norms need one. Put the batch first in this "
