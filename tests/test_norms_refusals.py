@@ -38,6 +38,29 @@ def test_a_weight_used_functionally_beside_a_module_without_a_rule_is_refused_by
         model(torch.randn(3, 4))
 
 
+def test_a_parameter_used_for_a_result_that_is_thrown_away_and_elsewhere_is_refused_by_name():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.fc = nn.Parameter(torch.ones(())), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.fc(x)
+            return x, x * self.scale
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = Scaled()
+
+        def forward(self, x):
+            return self.pair(x)[0] * self.pair.scale.exp()
+
+    model = Model()
+    with PerSampleGradNorms(model), pytest.raises(UncoveredParameterError, match=r"pair\.scale \(used 1 times, 0 seen"):
+        model(torch.randn(3, 4))
+
+
 def test_a_random_module_without_a_rule_is_measured_on_the_numbers_it_drew():
     class Noisy(nn.Module):
         def __init__(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_clars.grad_norms.adoption import Orphan
 from hf_clars.grad_norms.batch_axis import OpenCall, is_open
 from hf_clars.grad_norms.fallback import ModuleCall
+from hf_clars.grad_norms.graph_uses import GraphUse
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import SMALL, squared_sum
 from hf_clars.grad_norms.trees import memory_of
@@ -37,6 +38,7 @@ class ForwardPass:
         device: Where the first captured call took place.
         uses: How often each parameter was used by a captured module call.
         uses_inside: Further uses that one call of the fallback is for; counted where coverage will be proven.
+        uses_by_fallback: Where in the graph all of these are, until coverage is proven.
         tied_uses: Of parameters that a module shares with one around it: who has been captured with each.
         rule_calls: Calls that rules measure.
         several: Parameters with more than one use.
@@ -63,6 +65,7 @@ class ForwardPass:
     device: torch.device | None = None
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
     uses_inside: Counter[nn.Parameter] = field(default_factory=Counter)
+    uses_by_fallback: list[tuple[nn.Parameter, torch.autograd.graph.Node]] = field(default_factory=list)
     tied_uses: dict[nn.Parameter, list[HookedModule]] = field(default_factory=dict)
     rule_calls: list[RuleCall] = field(default_factory=list)
     several: set[nn.Parameter] = field(default_factory=set)
@@ -85,6 +88,7 @@ class ForwardPass:
         self.orphans.clear()
         self.open_calls.clear()
         self.own_results.clear()
+        self.uses_by_fallback.clear()
 
     def note_given(self, tensors: Iterable[Tensor]) -> None:
         """Remember what the model was called with: the first axis of that is the batch by contract."""
@@ -139,15 +143,16 @@ class ForwardPass:
             self.tied_uses[param] = [h for h in calls if h not in inside] + [hooked] * uses
         return inside
 
-    def count_inside(self, params: Iterable[nn.Parameter], used: Iterable[nn.Parameter]) -> None:
+    def count_inside(self, params: Iterable[nn.Parameter], used: Sequence[GraphUse]) -> None:
         """Count the uses that one call of the fallback is for, all but the one that `add_use` counts.
 
         Args:
             params: The call's parameters.
-            used: One of them for each use in the module's graph.
+            used: Their uses in the module's graph.
         """
-        inside = Counter(used)
+        inside = Counter(use.param for use in used)
         self.uses_inside.update({p: inside[p] - 1 for p in params if inside[p] > 1})
+        self.uses_by_fallback.extend((use.param, use.node) for use in used)
 
     def captured_uses(self) -> Counter[nn.Parameter]:
         """Uses that are measured, now or by rules from the next pass on."""

@@ -266,7 +266,8 @@ class PerSampleGradNorms(NormAccumulator):
             for name, param in hooked.params.items()
             if param in self._unchecked
         }
-        check_coverage(outputs, current.captured_uses(), names, self._in_use)
+        check_coverage(outputs, current.captured_uses(), names, self._in_use, current.uses_by_fallback)
+        current.uses_by_fallback.clear()
         self._unchecked.clear()
 
     def check_all_captured(self) -> None:

@@ -104,7 +104,7 @@ class CallsWithoutRule:
         watched = WatchedCall(hooked, current, x, call, outputs, wanted, adopted, region)
         if not self._watch_uses(watched):
             if prove:
-                current.count_inside(wanted.values(), (use.param for use in region.uses(hooked.leaves(wanted))))
+                current.count_inside(wanted.values(), region.uses(hooked.leaves(wanted)))
             self._watch_module(watched)
         return output
 
