@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import BatchAxisError, PerSampleGradNorms
 from tests.oracle import layer_norms, one_by_one
@@ -153,6 +154,98 @@ class Attends(nn.Module):
         return self.attention(x, x, x)[0]
 
 
+class LastState(nn.Module):
+    """Classifies by the state after the last step, [layers * directions, B, 4] whatever `batch_first` says."""
+
+    def __init__(self, net, **settings):
+        super().__init__()
+        self.net, self.head = net(4, 4, batch_first=True, **settings), nn.Linear(4, 3)
+
+    def forward(self, x):
+        sequence, state = self.net(x)
+        state = state[0] if isinstance(state, tuple) else state
+        return self.head(state[-1] + sequence.mean((1, 2), keepdim=True)[:, 0])
+
+
+class TimeFirstAttention(nn.Module):
+    """The output has time first, the weights that come with it the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = x.transpose(0, 1)
+        return self.head(self.attention(x, x, x)[0].mean(0))
+
+
+class TiedHead(nn.Module):
+    """Its bias is that of the layer inside too, as in the heads of masked language models."""
+
+    def __init__(self, direct):
+        super().__init__()
+        self.decoder, self.direct = nn.Linear(4, 4), direct
+        self.bias = self.decoder.bias
+
+    def forward(self, x):
+        x = self.decoder(x)
+        return x.tanh() * self.bias if self.direct else x
+
+
+class TiedHeads(nn.Module):
+    """A tied head called twice."""
+
+    def __init__(self, direct):
+        super().__init__()
+        self.head = TiedHead(direct)
+
+    def forward(self, x):
+        return self.head(self.head(x).tanh())
+
+
+class TiedByHand(nn.Module):
+    """A language model whose embedding is its last layer too, without a module for that."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body = nn.Embedding(7, 4), nn.Linear(4, 4)
+
+    def forward(self, tokens):
+        return nn.functional.linear(self.body(self.embed(tokens)).tanh(), self.embed.weight)
+
+
+class AsManyQueries(nn.Module):
+    """As many learned queries, and as long a table, as there are samples; both go through layers once for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.norm, self.project = nn.Parameter(torch.randn(B, 4)), nn.LayerNorm(4), nn.Linear(4, 4)
+        self.register_buffer("table", torch.randn(B, B, 2))
+        self.bias = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):  # [B, T, 4]
+        queries = self.project(self.norm(self.queries).tanh())
+        attention = (queries @ x.mT).softmax(-1) * self.bias(self.table).squeeze(-1).mean(0)[:, None]
+        return self.head((attention @ x).mean(1))
+
+
+class Checkpointed(nn.Module):
+    """Its tokens are proven, and its positions differentiated, through a part that is computed once more for it."""
+
+    def __init__(self, prepare):
+        super().__init__()
+        self.tokens, self.positions, self.prepare = nn.Embedding(7, 4), nn.Embedding(5, 4), prepare
+        self.block, self.head = (
+            nn.Sequential(nn.Linear(4, 40), nn.LayerNorm(40), nn.GELU(), nn.Linear(40, 4)),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, tokens):
+        x = self.tokens(tokens + 0 if self.prepare else tokens) + self.positions(torch.arange(tokens.shape[1]))
+        return self.head(checkpoint(self.block, x, use_reentrant=False).mean(1))
+
+
 MODULES = {
     "recurrent cells": (LastStep, lambda: torch.randn(B, 4, 5)),
     "an output made from another": (UsesBoth, lambda: torch.randn(B, 4)),
@@ -167,6 +260,18 @@ MODULES = {
     ),
     "images without a batch axis": (SampleBySample, lambda: torch.randn(B, B, 6, 6)),
     "time first": (lambda: TimeFirst(nn.LSTM(4, 4)), lambda: torch.randn(B, 5, 4)),
+    "last state of a GRU": (lambda: LastState(nn.GRU), lambda: torch.randn(B, 5, 4)),
+    "last state of an LSTM, as many layers as samples": (
+        lambda: LastState(nn.LSTM, num_layers=B),
+        lambda: torch.randn(B, 5, 4),
+    ),
+    "time-first attention": (TimeFirstAttention, lambda: torch.randn(B, 5, 4)),
+    "a bias of two modules": (lambda: TiedHeads(False), lambda: torch.randn(B, 5, 4)),
+    "a bias of two modules that both use it": (lambda: TiedHeads(True), lambda: torch.randn(B, 5, 4)),
+    "an embedding that is the last layer too": (TiedByHand, lambda: torch.randint(0, 7, (B, 5))),
+    "as many queries as samples": (AsManyQueries, lambda: torch.randn(B, 5, 4)),
+    "checkpointing": (lambda: Checkpointed(False), lambda: torch.randint(0, 7, (B, 5))),
+    "checkpointing, tokens made inside": (lambda: Checkpointed(True), lambda: torch.randint(0, 7, (B, 5))),
     "Transformer": (
         lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), nn.Flatten()),
         lambda: torch.randn(B, B, 4),
@@ -207,6 +312,11 @@ MODELS = {
     "gpt2": lambda: transformers.GPT2ForSequenceClassification(
         transformers.GPT2Config(**TEXT, n_positions=16, n_embd=8, n_layer=2, n_head=2, pad_token_id=0)
     ),
+    "masked bert, whose head shares a bias": lambda: transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+    ),
     "deberta_v2, a table used without a call": lambda: transformers.DebertaV2ForSequenceClassification(
         transformers.DebertaV2Config(
             **TEXT,
@@ -224,7 +334,7 @@ MODELS = {
 
 
 def data_for(name):
-    if name.startswith(("gpt2", "deberta")):
+    if name.startswith(("gpt2", "deberta", "masked")):
         return torch.randint(2, 30, (B, 9))
     side = 8 if name == "perceiver" else SIDE
     return torch.randn(B, 3, side, side)

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import (
     BatchAxisError,
@@ -23,18 +24,41 @@ from tests.twin import batch, loss_on, small_model
 # ---- nothing is silently left out --------------------------------------------------------------------------------
 
 
-def test_a_weight_used_functionally_is_refused_by_name():
+def test_a_weight_used_functionally_beside_a_module_without_a_rule_is_refused_by_name():
     class Decoder(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed = nn.Embedding(7, 4)
+            self.encode = nn.Bilinear(4, 4, 4, bias=False)
 
-        def forward(self, tokens):
-            return nn.functional.linear(self.embed(tokens), self.embed.weight)
+        def forward(self, x):
+            return nn.functional.bilinear(self.encode(x, x), x, self.encode.weight)
 
     model = Decoder()
-    with PerSampleGradNorms(model), pytest.raises(UncoveredParameterError, match=r"embed\.weight \(used 2 times"):
-        model(torch.randint(0, 7, (3, 5)))
+    with PerSampleGradNorms(model), pytest.raises(UncoveredParameterError, match=r"encode\.weight \(used 2 times"):
+        model(torch.randn(3, 4))
+
+
+def test_a_parameter_used_for_a_result_that_is_thrown_away_and_elsewhere_is_refused_by_name():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.fc = nn.Parameter(torch.ones(())), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.fc(x)
+            return x, x * self.scale
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = Scaled()
+
+        def forward(self, x):
+            return self.pair(x)[0] * self.pair.scale.exp()
+
+    model = Model()
+    with PerSampleGradNorms(model), pytest.raises(UncoveredParameterError, match=r"pair\.scale \(used 1 times, 0 seen"):
+        model(torch.randn(3, 4))
 
 
 def test_a_random_module_without_a_rule_is_measured_on_the_numbers_it_drew():
@@ -103,30 +127,54 @@ def test_a_fallback_module_without_a_batch_axis_in_its_output_is_refused():
         model(torch.randn(3, 4))
 
 
-def test_a_recurrent_nets_state_may_be_returned_but_not_used():
-    class Recurrent(nn.Module):
-        def __init__(self, use_state):
+def test_a_state_without_the_batch_first_may_be_returned_but_not_used():
+    class Cell(nn.Module):
+        def __init__(self):
             super().__init__()
-            self.rnn, self.use_state = nn.GRU(4, 5, batch_first=True), use_state
+            self.gain = nn.Parameter(torch.randn(4))
 
         def forward(self, x):
-            sequence, state = self.rnn(x)
+            return x * self.gain, (x + self.gain).sum(1)[None]
+
+    class Model(nn.Module):
+        def __init__(self, use_state):
+            super().__init__()
+            self.cell, self.use_state = Cell(), use_state
+
+        def forward(self, x):
+            sequence, state = self.cell(x)
             return sequence.sum(1) + (state[0] if self.use_state else 0)
 
     x = torch.randn(3, 7, 4)
     for use_state in (False, True):
-        model = Recurrent(use_state)
+        model = Model(use_state)
         with PerSampleGradNorms(model) as norms:
             loss = model(x).square().sum(1).mean()
             if use_state:
-                with pytest.raises(BatchAxisError, match=r"rnn \(GRU\).*\(1, 3, 5\)"):
+                with pytest.raises(BatchAxisError, match=r"cell \(Cell\).*\(1, 3, 4\)"):
                     loss.backward()
                 continue
             loss.backward()
         for i in range(3):
-            grads = torch.autograd.grad(model(x[i : i + 1]).square().sum(), list(model.parameters()))
-            expected = torch.cat([g.flatten() for g in grads]).norm()
-            torch.testing.assert_close(norms.per_sample["rnn"][i], expected)
+            (grad,) = torch.autograd.grad(model(x[i : i + 1]).square().sum(), model.cell.gain)
+            torch.testing.assert_close(norms.per_sample["cell"][i], grad.norm())
+
+
+def test_a_call_without_the_batch_first_in_a_reentrant_checkpoint_is_refused_with_the_way_out():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):  # [B, 4, 4]
+            inner = lambda y: self.fc(y.reshape(-1, 2, 4)).view_as(y)  # noqa: E731
+            return checkpoint(inner, self.embed(x), use_reentrant=True)
+
+    model = Windows()
+    with PerSampleGradNorms(model) as norms:
+        model(torch.randn(3, 4, 4)).sum().backward()
+        with pytest.raises(BatchAxisError, match=r"fc \(Linear\).*use_reentrant=False"):
+            norms.per_sample  # noqa: B018
 
 
 def test_a_second_backward_through_one_forward_is_refused():

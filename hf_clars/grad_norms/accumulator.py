@@ -74,7 +74,7 @@ class NormAccumulator:
             return
         batched = next((t for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
         if batched is not None:
-            self._open(batched.shape[0])
+            self._open(batched.shape[0]).note_given(tensors_in((args, kwargs)))
 
     def _on_model_result(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.active or not self._passes:

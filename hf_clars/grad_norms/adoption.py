@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 from hf_clars.grad_norms.errors import BatchAxisError
 from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
+from hf_clars.grad_norms.torch_internals import inside_backward
 
 # Stands for the input of a module that takes no tensor, such as a table of position biases.
 NO_INPUT = torch.empty(0)
@@ -68,7 +69,12 @@ class Orphan:
         Returns:
             Whether it is so.
         """
-        if self.edge is None or self.x is None or not rows_lie_together(outputs, self.edge, self.rows, batch_size):
+        if self.edge is None or self.x is None:
+            return False
+        try:
+            if not rows_lie_together(outputs, self.edge, self.rows, batch_size):
+                return False
+        except RuntimeError:  # reentrant checkpointing on the way: only backward() can differentiate that
             return False
         self.hooked.learn_rows(self.rows, self.x)
         return True
@@ -111,7 +117,7 @@ def orphan_of(
         outputs: Its differentiable outputs.
     """
     taken = "no tensor" if x is NO_INPUT else str(tuple(x.shape))
-    error = hooked.no_batch_axis(taken, outputs, batch_size)
+    error = hooked.no_batch_axis(taken, outputs, batch_size, recomputed=inside_backward())
     orphan = Orphan(
         hooked, tuple(params), error, tuple(torch.autograd.graph.get_gradient_edge(t).node for t in outputs)
     )

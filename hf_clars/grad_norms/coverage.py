@@ -12,11 +12,14 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from hf_clars.grad_norms.errors import UncoveredParameterError
 
 
-def uses_in_graph(outputs: Iterable[Tensor], leaves: Mapping[nn.Parameter, nn.Parameter]) -> Counter[nn.Parameter]:
+def uses_in_graph(
+    outputs: Iterable[Tensor], leaves: Mapping[nn.Parameter, nn.Parameter]
+) -> tuple[Counter[nn.Parameter], set[Node]]:
     """Count the operations that use each parameter on the way to the outputs.
 
     Args:
@@ -24,7 +27,8 @@ def uses_in_graph(outputs: Iterable[Tensor], leaves: Mapping[nn.Parameter, nn.Pa
         leaves: Leaf tensors to look for, and the parameter that each stands for.
 
     Returns:
-        {parameter: number of operations in the outputs' graph that take it}; parameters that are not used are absent.
+        {parameter: number of operations in the outputs' graph that take it}, without those that are not used; and all
+        operations in that graph.
     """
     leaf_of = {torch.autograd.graph.get_gradient_edge(t).node: p for t, p in leaves.items() if t.requires_grad}
     uses: Counter[nn.Parameter] = Counter()
@@ -37,7 +41,7 @@ def uses_in_graph(outputs: Iterable[Tensor], leaves: Mapping[nn.Parameter, nn.Pa
             elif node is not None and node not in seen:
                 seen.add(node)
                 stack.append(node)
-    return uses
+    return uses, seen
 
 
 def check_coverage(
@@ -45,6 +49,7 @@ def check_coverage(
     captured: Mapping[nn.Parameter, int],
     names: Mapping[nn.Parameter, str],
     in_use: Mapping[nn.Parameter, nn.Parameter],
+    located: Iterable[tuple[nn.Parameter, Node]] = (),
 ) -> None:
     """Raise unless the hooks captured every use.
 
@@ -53,14 +58,16 @@ def check_coverage(
         captured: How many uses of each parameter the hooks captured in that pass.
         names: The parameters to check, with their names.
         in_use: Tensors that an engine lets modules compute with instead, and the parameter that each stands for.
+        located: Captured uses of which the operation is known. Those that do not lead to the outputs do not count: a
+            module may use a parameter for a result that is thrown away, and the model the same parameter elsewhere.
 
     Raises:
         UncoveredParameterError: Naming each parameter that the graph uses more often than the hooks saw.
     """
-    uses = uses_in_graph(outputs, {**{p: p for p in names}, **{t: p for t, p in in_use.items() if p in names}})
-    missed = [
-        f"{names[p]} (used {n} times, {captured.get(p, 0)} seen)" for p, n in uses.items() if n > captured.get(p, 0)
-    ]
+    uses, reached = uses_in_graph(outputs, {**{p: p for p in names}, **{t: p for t, p in in_use.items() if p in names}})
+    counted = Counter(captured)
+    counted.subtract(p for p, node in located if node not in reached)
+    missed = [f"{names[p]} (used {n} times, {counted[p]} seen)" for p, n in uses.items() if n > counted[p]]
     if missed:
         raise UncoveredParameterError(
             "These trainable parameters are used in the model by a way that no module hook sees, so their per-sample "

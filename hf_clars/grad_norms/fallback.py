@@ -35,7 +35,8 @@ class ModuleCall:
         path: Its name in the model, for messages.
         args: Detached arguments.
         kwargs: Detached keyword arguments.
-        outputs: Detached differentiable outputs, batch axis first, by their place among all tensors it returned.
+        outputs: Detached differentiable outputs, by their place among all tensors it returned.
+        axes: The batch axis of each of them.
         edges: Where these outputs come from in the graph; emptied when the pass is over.
         params: The parameters to differentiate, by their name in the module.
         training: The mode it ran in.
@@ -49,6 +50,7 @@ class ModuleCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: dict[int, Tensor]
+    axes: list[int]
     edges: list[GradientEdge]
     params: dict[str, nn.Parameter]
     training: bool
@@ -58,9 +60,14 @@ class ModuleCall:
 
 
 class Fallback:
-    """Chooses the way for each module and remembers the choice."""
+    """Chooses the way for each module and remembers the choice.
+
+    Attributes:
+        replaying: True while a module's forward runs again.
+    """
 
     def __init__(self) -> None:
+        self.replaying = False
         self._replays: dict[tuple[nn.Module, bool], bool] = {}
         self._warned: set[nn.Module] = set()
 
@@ -88,8 +95,14 @@ class Fallback:
             UncoveredParameterError: If neither way works.
         """
         key = (call.module, call.training)
-        replay = call.replayable and self._replays.get(key, True) and call.module.training == call.training
+        replay = (
+            call.replayable
+            and not any(call.axes)
+            and self._replays.get(key, True)
+            and call.module.training == call.training
+        )
         if replay:
+            self.replaying = True
             try:
                 result, outputs = _by_replay(call, grads)
             except (RuntimeError, ValueError, TypeError, IndexError):
@@ -99,6 +112,8 @@ class Fallback:
                     self._replays[key] = _same(outputs, [o[: call.count] for o in call.outputs.values()])
                 if self._replays[key]:
                     return result
+            finally:
+                self.replaying = False
         self._warn_of_cost(call)
         try:
             return _by_masks(call, grads)
@@ -156,7 +171,7 @@ def _by_masks(call: ModuleCall, grads: Sequence[Tensor | None]) -> dict[str, Ten
     parts: list[list[Tensor]] = []
     for start in range(0, call.count, step):
         rows = torch.arange(start, min(start + step, call.count))
-        masked = [_one_row_each(g, rows) for g in grads if g is not None]
+        masked = [_one_row_each(g, rows, axis) for g, axis in zip(grads, call.axes, strict=True) if g is not None]
         found = _batched_grads(edges, [call.params[n] for n in names], masked)
         zeros = [p.new_zeros(len(rows), *p.shape) for p in call.params.values()]
         parts.append([z if f is None else f for f, z in zip(found, zeros, strict=True)])
@@ -180,10 +195,11 @@ def _batched_grads(edges: list[GradientEdge], params: list[nn.Parameter], masked
         return [None if each[0] is None else torch.stack(each) for each in zip(*rows, strict=True)]
 
 
-def _one_row_each(g: Tensor, rows: Tensor) -> Tensor:
-    """[rows, B, ...]: copies of g in which all but one sample is zero."""
+def _one_row_each(g: Tensor, rows: Tensor, axis: int) -> Tensor:
+    """[rows, *shape of g]: copies of g in which all but one sample is zero."""
+    g = g.movedim(axis, 0)
     masked = g.new_zeros(len(rows), *g.shape)
     index = torch.arange(len(rows), device=g.device)
     rows = rows.to(g.device)
     masked[index, rows] = g[rows]
-    return masked
+    return masked.movedim(1, 1 + axis)

@@ -25,7 +25,9 @@ class HookedModule:
         params: The same parameters by local name.
         rule: The rule that serves it, if any does.
         inner: Measured parameters of the modules inside, by their name relative to this one; only without a rule.
+        tied: Names of its own parameters that a module around it or inside owns too.
         strays: Those of them that are used without a call of their modules; found in the first pass.
+        foreign_inputs: What its inputs are like that were seen not to be tensors of the model itself.
         known_rows: Layouts (rows a sample, shape of a row) whose rows were proven to lie sample by sample.
         proven_dims: Numbers of axes with which its calls were proven to have the batch first.
         decisions: Whether the rule takes the weight gradient over, by shapes.
@@ -39,7 +41,9 @@ class HookedModule:
         self.params = {n: p for n, p in module.named_parameters(recurse=False) if n in layers}
         self.rule: LayerRule | None = find_rule(module) if layers else None
         self.inner: dict[str, nn.Parameter] = {}
+        self.tied: set[str] = set()
         self.strays: dict[str, nn.Parameter] = {}
+        self.foreign_inputs: set[tuple[bool, tuple[int, ...]]] = set()
         self.known_rows: set[tuple[int, ...]] = set()
         self.proven_dims: set[int] = set()
         self.decisions: dict[tuple[Any, ...], bool] = {}
@@ -69,6 +73,14 @@ class HookedModule:
         """Parameters of this module or inside, by name, each with the tensor that is computed with in its place."""
         return {n: (p, self.in_use(n)) for n, p in params.items()}
 
+    def batch_axes(self, outputs: Mapping[int, Tensor]) -> dict[int, int]:
+        """The batch axis of each output, by its place among all that the module returned: the first as a rule.
+
+        The states of torch's recurrent nets have the layers there, [layers, B, hidden], whatever `batch_first` says.
+        """
+        recurrent = isinstance(self.module, nn.RNNBase) and type(self.module).__module__.startswith("torch.nn.")
+        return {i: int(recurrent and i > 0 and t.dim() == 3) for i, t in outputs.items()}
+
     def follow(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Know parameters by those that an engine has put in their place: {old: new}."""
         self.params = {n: swapped.get(p, p) for n, p in self.params.items()}
@@ -89,7 +101,7 @@ class HookedModule:
             x: Input.
             output: Output.
             batch_size: Samples in the pass.
-            alone: No module is around this one that could prove anything.
+            alone: Nothing has to be proven: no module is around this one, or this is what the model was given.
         """
         if self.rule is not None and not self.rule.has_batch_axis(self.module, x):
             return None
@@ -103,16 +115,26 @@ class HookedModule:
         """Remember that in calls like this one each sample's `rows` rows lie together."""
         self.known_rows.add(_layout(rows, x))
 
-    def no_batch_axis(self, taken: str, outputs: Sequence[Tensor], batch_size: int) -> BatchAxisError:
+    def no_batch_axis(
+        self, taken: str, outputs: Sequence[Tensor], batch_size: int, *, recomputed: bool
+    ) -> BatchAxisError:
         """The error for a call whose tensors cannot be told apart by sample.
 
         Args:
             taken: Its input, as text.
             outputs: Its tensor outputs.
             batch_size: Samples in the pass.
+            recomputed: Whether reentrant activation checkpointing made the call, in the backward pass.
         """
         given = ", ".join(str(tuple(t.shape)) for t in outputs)
         what = f"returns {given}" if outputs else "returns no tensor that could be found"
+        if recomputed:
+            return BatchAxisError(
+                f"{self} takes {taken} and {what}, but the batch has {batch_size} samples. It was called by reentrant "
+                "activation checkpointing, under which no module around it can be differentiated for it: checkpoint "
+                "with use_reentrant=False (Trainer: gradient_checkpointing_kwargs={'use_reentrant': False}), "
+                f"{_WAY_OUT}"
+            )
         return BatchAxisError(
             f"{self} takes {taken} and {what}, but the batch has {batch_size} samples, and no module around it has "
             f"the batch as first axis of its input and output: per-sample norms need one. Put the batch first in this "
@@ -164,4 +186,19 @@ def find_hooked_modules(model: nn.Module, layer_of: Mapping[nn.Parameter, int]) 
             hooked.inner = {n: p for n, p in module.named_parameters() if p in layer_of and n not in own}
         if own or hooked.inner:
             found.append(hooked)
+    _find_tied(found)
     return found
+
+
+def _find_tied(found: Sequence[HookedModule]) -> None:
+    """Note parameters that a module shares with one around it, as a head's bias with the Linear layer inside."""
+    owners: dict[nn.Parameter, list[tuple[HookedModule, str]]] = {}
+    for hooked in found:
+        for name, param in hooked.params.items():
+            owners.setdefault(param, []).append((hooked, name))
+    for shared in owners.values():
+        for outer, outer_name in shared:
+            for inner, inner_name in shared:
+                if outer.contains(inner):
+                    outer.tied.add(outer_name)
+                    inner.tied.add(inner_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from hf_clars.grad_norms.adoption import Orphan
 from hf_clars.grad_norms.batch_axis import OpenCall, is_open
 from hf_clars.grad_norms.fallback import ModuleCall
+from hf_clars.grad_norms.graph_uses import GraphUse
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import SMALL, squared_sum
+from hf_clars.grad_norms.trees import memory_of
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.rule_call import RuleCall
@@ -36,6 +38,8 @@ class ForwardPass:
         device: Where the first captured call took place.
         uses: How often each parameter was used by a captured module call.
         uses_inside: Further uses that one call of the fallback is for; counted where coverage will be proven.
+        uses_by_fallback: Where in the graph all of these are, until coverage is proven.
+        tied_uses: Of parameters that a module shares with one around it: who has been captured with each.
         rule_calls: Calls that rules measure.
         several: Parameters with more than one use.
         small: Layer index and per-sample gradients of small parameters, which are squared together in the end.
@@ -46,6 +50,8 @@ class ForwardPass:
         fired: Calls whose gradient has arrived.
         backward_seen: Whether a gradient has reached this pass.
         closed: Whether its norms have been taken.
+        given: What the model was called with: (memory, shape) of tensors with the batch as one of several axes.
+        own_results: Where the results of calls on the model's own tensors come from in the graph; see `own_inputs.py`.
     """
 
     batch_size: int
@@ -59,6 +65,8 @@ class ForwardPass:
     device: torch.device | None = None
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
     uses_inside: Counter[nn.Parameter] = field(default_factory=Counter)
+    uses_by_fallback: list[tuple[nn.Parameter, torch.autograd.graph.Node]] = field(default_factory=list)
+    tied_uses: dict[nn.Parameter, list[HookedModule]] = field(default_factory=dict)
     rule_calls: list[RuleCall] = field(default_factory=list)
     several: set[nn.Parameter] = field(default_factory=set)
     small: list[tuple[int, Tensor]] = field(default_factory=list)
@@ -69,6 +77,8 @@ class ForwardPass:
     fired: set[int] = field(default_factory=set)
     backward_seen: bool = False
     closed: bool = False
+    given: set[tuple[int, tuple[int, ...]]] = field(default_factory=set)
+    own_results: set[torch.autograd.graph.Node] = field(default_factory=set)
 
     def let_go(self) -> None:
         """Drop the graphs that no gradient came through, so that the graph and its hooks do not keep each other."""
@@ -77,6 +87,17 @@ class ForwardPass:
         self.fallback_calls.clear()
         self.orphans.clear()
         self.open_calls.clear()
+        self.own_results.clear()
+        self.uses_by_fallback.clear()
+
+    def note_given(self, tensors: Iterable[Tensor]) -> None:
+        """Remember what the model was called with: the first axis of that is the batch by contract."""
+        found = [(t, memory_of(t)) for t in tensors if t.dim() > 1 and t.shape[0] == self.batch_size]
+        self.given = {(place, t.shape) for t, place in found if place is not None}
+
+    def was_given(self, x: Tensor) -> bool:
+        """Whether a module's input is what the model was called with."""
+        return bool(self.given) and x.dim() > 1 and (memory_of(x), x.shape) in self.given
 
     def check_adopted(self) -> None:
         """Raise if a call was left to no one, so that its norms would be missing.
@@ -84,6 +105,7 @@ class ForwardPass:
         Raises:
             BatchAxisError: Naming the module and its shapes.
         """
+        self.own_results.clear()
         if self.orphans:
             error = self.orphans[0].error
             self.orphans.clear()
@@ -107,15 +129,30 @@ class ForwardPass:
         if uses > 1:
             self.several.add(param)
 
-    def count_inside(self, params: Iterable[nn.Parameter], used: Iterable[nn.Parameter]) -> None:
+    def tied_inside(self, hooked: HookedModule, param: nn.Parameter, uses: int) -> list[HookedModule]:
+        """The captured calls with a tied parameter inside a call that has just ended; they count as this one's then.
+
+        Args:
+            hooked: The module that was called.
+            param: One of its own parameters.
+            uses: Operations between its inputs and outputs that take the parameter.
+        """
+        calls = self.tied_uses.get(param, [])
+        inside = [h for h in calls if hooked.contains(h)]
+        if inside:
+            self.tied_uses[param] = [h for h in calls if h not in inside] + [hooked] * uses
+        return inside
+
+    def count_inside(self, params: Iterable[nn.Parameter], used: Sequence[GraphUse]) -> None:
         """Count the uses that one call of the fallback is for, all but the one that `add_use` counts.
 
         Args:
             params: The call's parameters.
-            used: One of them for each use in the module's graph.
+            used: Their uses in the module's graph.
         """
-        inside = Counter(used)
+        inside = Counter(use.param for use in used)
         self.uses_inside.update({p: inside[p] - 1 for p in params if inside[p] > 1})
+        self.uses_by_fallback.extend((use.param, use.node) for use in used)
 
     def captured_uses(self) -> Counter[nn.Parameter]:
         """Uses that are measured, now or by rules from the next pass on."""
@@ -124,6 +161,11 @@ class ForwardPass:
             by_rules = Counter(p for call in self.rule_calls for p in call.wanted.values() if p in self.learned)
             counted.update({p: max(self.uses[p], self.learned[p] + by_rules[p]) - counted[p] for p in self.learned})
         return counted
+
+    def measured_by_rules(self, params: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+        """Those of some parameters of which every captured use, if any, is a rule's: `supersede` can call them off."""
+        by_rules = Counter(p for call in self.rule_calls for n, p in call.wanted.items() if n not in call.superseded)
+        return {p for p in params if self.uses[p] == by_rules[p]}
 
     def supersede(self, hooked: HookedModule, params: Iterable[nn.Parameter]) -> None:
         """A module is differentiated as a whole for these parameters: uses inside it must not count once more."""

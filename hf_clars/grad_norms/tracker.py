@@ -17,6 +17,7 @@ from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.observation import observe
 from hf_clars.grad_norms.one_product import is_taken_over, take_over
+from hf_clars.grad_norms.own_inputs import OwnInputs
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import inside_backward
@@ -76,7 +77,8 @@ class PerSampleGradNorms(NormAccumulator):
         self.loss_reduction = loss_reduction
         self._unchecked = set(self._layer_of)
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
-        self._without_rule = CallsWithoutRule(self._layer_of, self._captured, self._arrived)
+        self._own_inputs = OwnInputs(model)
+        self._without_rule = CallsWithoutRule(self._layer_of, self._own_inputs, self._captured, self._arrived)
         self._ever_captured: set[nn.Parameter] = set()
         self._in_use: dict[nn.Parameter, nn.Parameter] = {}
         self._hooked = find_hooked_modules(model, self._layer_of)
@@ -130,7 +132,7 @@ class PerSampleGradNorms(NormAccumulator):
     ) -> Any:
         """After a module's forward. What is returned takes the output's place."""
         last = self._passes[-1] if self._passes else None
-        if self._without_rule.busy or (last is not None and not last.kept and not last.implicit):
+        if self._without_rule.replaying or (last is not None and not last.kept and not last.implicit):
             return None  # also the cheapest way out when enough samples are measured
         x = args[0] if args and isinstance(args[0], Tensor) else next(tensors_in((args, kwargs)), None)
         if x is None or x.dim() == 0:
@@ -168,7 +170,7 @@ class PerSampleGradNorms(NormAccumulator):
                 current.without_grad[hooked] -= 1
                 return self._capture(hooked, current, x, call, output)
             if hooked in current.captured and hooked.rule is not None:
-                rows = hooked.rows_of(x, output, current.batch_size)
+                rows = self._rows_of(hooked, current, x, output)
                 wanted = hooked.trainable()
                 if rows is None or not wanted:
                     return None
@@ -190,8 +192,10 @@ class PerSampleGradNorms(NormAccumulator):
         wanted = hooked.trainable()
         if not wanted or not isinstance(output, Tensor) or not output.requires_grad:
             return None
-        alone = current.implicit or not hooked.path
-        rows = hooked.rows_of(x, output, current.batch_size, alone=alone)
+        rows = self._rows_of(hooked, current, x, output)
+        if rows == 1 and self._own_inputs.holds(hooked, current, [x]):
+            current.own_results.add(torch.autograd.graph.get_gradient_edge(output).node)
+            rows = None
         if rows is None:
             current.orphans.append(orphan_of(hooked, current.batch_size, wanted.values(), x, [output]))
             return None
@@ -202,6 +206,10 @@ class PerSampleGradNorms(NormAccumulator):
         if rows == 1 and hooked.rule.positions_in_the_middle:
             current.note_if_open(hooked, output if replaced is None else replaced)
         return replaced
+
+    def _rows_of(self, hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> int | None:
+        alone = current.implicit or not hooked.path or current.was_given(x)
+        return hooked.rows_of(x, output, current.batch_size, alone=alone)
 
     def _captured(self, hooked: HookedModule, current: ForwardPass, wanted: dict[str, nn.Parameter], x: Tensor) -> int:
         """Take note of a call that will be measured; returns its number in the pass."""
@@ -216,6 +224,8 @@ class PerSampleGradNorms(NormAccumulator):
         current.captured.add(hooked)
         for param in wanted.values():
             current.add_use(param)
+        for name in hooked.tied & wanted.keys() if hooked.tied else ():
+            current.tied_uses.setdefault(wanted[name], []).append(hooked)
         if hooked.rule is None or not hooked.ever_captured:
             hooked.ever_captured = True
             self._ever_captured.update(wanted.values())
@@ -256,7 +266,8 @@ class PerSampleGradNorms(NormAccumulator):
             for name, param in hooked.params.items()
             if param in self._unchecked
         }
-        check_coverage(outputs, current.captured_uses(), names, self._in_use)
+        check_coverage(outputs, current.captured_uses(), names, self._in_use, current.uses_by_fallback)
+        current.uses_by_fallback.clear()
         self._unchecked.clear()
 
     def check_all_captured(self) -> None:

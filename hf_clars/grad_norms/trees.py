@@ -21,6 +21,14 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+def memory_of(t: Tensor) -> int | None:
+    """Where a tensor's memory begins; None if it has none (it is elsewhere, or stands in for another)."""
+    try:
+        return t.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
 def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
     """Copy a nested structure with `fn` applied to every tensor; its containers keep their types."""
     if isinstance(tree, Tensor):

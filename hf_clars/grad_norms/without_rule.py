@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import NO_INPUT, Orphan, orphan_of
 from hf_clars.grad_norms.batch_axis import check_batch_axis
-from hf_clars.grad_norms.errors import BatchAxisError
+from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
 from hf_clars.grad_norms.fallback import Fallback, ModuleCall
 from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.own_inputs import OwnInputs
 from hf_clars.grad_norms.own_place import own_place
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import at_least_float32
@@ -29,6 +31,7 @@ class CallsWithoutRule:
 
     Args:
         layer_of: Layer index of every parameter.
+        own_inputs: Tells calls on the model's own tensors.
         captured: Takes note of a call that will be measured, and returns its number in the pass.
         arrived: Takes note that its gradient has come.
 
@@ -39,13 +42,20 @@ class CallsWithoutRule:
     def __init__(
         self,
         layer_of: dict[nn.Parameter, int],
+        own_inputs: OwnInputs,
         captured: Callable[[HookedModule, ForwardPass, dict[str, nn.Parameter], Tensor], int],
         arrived: Callable[[HookedModule, ForwardPass, int], bool],
     ) -> None:
         self.busy = False
-        self._layer_of, self._captured, self._arrived = layer_of, captured, arrived
+        self._layer_of, self._own_inputs = layer_of, own_inputs
+        self._captured, self._arrived = captured, arrived
         self._fallback = Fallback()
         self._direct: dict[Key, bool] = {}
+
+    @property
+    def replaying(self) -> bool:
+        """True while a module's forward runs once more, and not as a part that checkpointing recomputes."""
+        return self._fallback.replaying
 
     def capture(
         self, hooked: HookedModule, current: ForwardPass, x: Tensor, call: Call, output: Any, *, prove: bool
@@ -67,11 +77,17 @@ class CallsWithoutRule:
         outputs = {i: t for i, t in enumerate(found) if t.requires_grad and t.is_floating_point()}
         region = GraphRegion(outputs.values(), tensors_in(call))
         adopted = [o for o in current.orphans if hooked.contains(o.hooked) and (not outputs or o.is_inside(region))]
-        batch_first = any(t.dim() and t.shape[0] == current.batch_size for t in outputs.values())
-        telling = batch_first and (x is not NO_INPUT or current.batch_size == 1)
+        axes = hooked.batch_axes(outputs)
+        others = [i for i, t in outputs.items() if t.dim() <= axes[i] or t.shape[axes[i]] != current.batch_size]
+        # Where the first output does not have it, as in a time-first attention, the gradient will come through that.
+        batch_first = any(not axes[i] and i not in others for i in (outputs if not hooked.path else [*outputs][:1]))
+        telling = batch_first and (current.batch_size == 1 or x is not NO_INPUT)
+        if telling and self._own_inputs.holds(hooked, current, tensors_in(call)):
+            current.own_results.update(t.grad_fn for t in outputs.values() if t.grad_fn is not None)
+            telling = False
         if prove and telling:
             hooked.strays.update(_strays(hooked, current, region))
-        wanted = _wanted(hooked, current, adopted)
+        wanted = _wanted(hooked, current, adopted, _measured_inside(hooked, current, region))
         if (found and not outputs) or not wanted:
             return None
         if not telling:
@@ -79,16 +95,16 @@ class CallsWithoutRule:
                 orphan = orphan_of(hooked, current.batch_size, wanted.values(), x, list(outputs.values()))
                 current.orphans.append(orphan)
             return None
-        others = [i for i, t in outputs.items() if not t.dim() or t.shape[0] != current.batch_size]
         if others and not hooked.params and hooked.path:
             return None  # a gradient may come through those too: leave it to a module further out
         output, outputs = _in_own_places(output, outputs)
         for i in others:
             hooked.refuse_gradient_through(outputs.pop(i), current.batch_size)
+        current.supersede(hooked, (p for n, p in wanted.items() if n in hooked.strays))
         watched = WatchedCall(hooked, current, x, call, outputs, wanted, adopted, region)
         if not self._watch_uses(watched):
             if prove:
-                current.count_inside(wanted.values(), (use.param for use in region.uses(hooked.leaves(wanted))))
+                current.count_inside(wanted.values(), region.uses(hooked.leaves(wanted)))
             self._watch_module(watched)
         return output
 
@@ -158,10 +174,12 @@ class CallsWithoutRule:
         """Measure a module by the fallback; the first time, look whether the graph's uses would give the same."""
         # The hook below must not hold on to `watched`, which knows the graph.
         hooked, current, outputs, wanted = watched.hooked, watched.current, watched.outputs, watched.wanted
-        for output in outputs.values():
+        axes = hooked.batch_axes(outputs)
+        first = [t for i, t in outputs.items() if not axes[i]]
+        for output in first:
             current.note_if_open(hooked, output)
         uses = watched.direct_uses() if watched.key not in self._direct else []
-        self._adopt(hooked, current, watched.adopted, list(outputs.values()))
+        self._adopt(hooked, current, watched.adopted, first)
         ticket = self._captured(hooked, current, watched.wanted, watched.x)
         trial = Trial(len(uses))
         args, kwargs = map_tensors(lambda t: t.detach(), watched.call)
@@ -172,6 +190,7 @@ class CallsWithoutRule:
             args=args,
             kwargs=kwargs,
             outputs={i: t.detach() for i, t in outputs.items()},
+            axes=list(axes.values()),
             edges=[torch.autograd.graph.get_gradient_edge(t) for t in outputs.values()],
             params={name: used for name, (_, used) in leaves.items()},
             training=hooked.module.training,
@@ -230,20 +249,52 @@ def _close(found: Tensor | None, expected: Tensor) -> bool:
 
 
 def _strays(hooked: HookedModule, current: ForwardPass, region: GraphRegion) -> dict[str, nn.Parameter]:
-    """Parameters of modules inside that were used although no call of their modules was seen.
+    """Parameters of modules inside that were used otherwise than by a call of their modules, or more often.
 
     Such as `table.weight` handed to a function, a ParameterList, or a method other than `forward`.
     """
     waiting = {p for orphan in current.orphans for p in orphan.params}
-    unseen = {n: p for n, p in hooked.inner.items() if not current.uses[p] and p not in waiting}
-    return {use.name: use.param for use in region.uses(hooked.leaves(unseen))}
+    known = current.measured_by_rules(hooked.inner.values()) - waiting
+    inner = {n: p for n, p in hooked.inner.items() if p in known}
+    uses = region.uses(hooked.leaves(inner))
+    often = Counter(use.param for use in uses)
+    return {use.name: use.param for use in uses if often[use.param] > current.uses[use.param]}
 
 
-def _wanted(hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan]) -> dict[str, nn.Parameter]:
+def _measured_inside(hooked: HookedModule, current: ForwardPass, region: GraphRegion) -> set[str]:
+    """Own parameters that are used by calls of modules inside alone, and measured there.
+
+    Where the module uses one directly too, it is measured for all of them, and the calls inside are not.
+    """
+    tied = {n: p for n, p in hooked.params.items() if n in hooked.tied}
+    if not tied:
+        return set()
+    uses = Counter(use.name for use in region.uses(hooked.leaves(tied)))
+    measured = set()
+    for name, param in tied.items():
+        inside = current.tied_inside(hooked, param, uses[name])
+        if inside and uses[name] <= len(inside):
+            measured.add(name)
+        elif all(h.rule is not None for h in inside):
+            current.supersede(hooked, [param])
+        else:
+            raise UncoveredParameterError(
+                f"{hooked} uses {name} directly, and {inside[0]} uses the same parameter and has no layer rule: their "
+                "gradients cannot be told apart. Register a rule for either class, set requires_grad=False on the "
+                "parameter, or use estimator='microbatch'."
+            )
+    return measured
+
+
+def _wanted(
+    hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan], measured: Collection[str] = ()
+) -> dict[str, nn.Parameter]:
     """The parameters that a call is measured for, by their name in the module."""
     left = {p for orphan in adopted for p in orphan.params}
-    inner = {n: p for n, p in hooked.inner.items() if p in left or (n in hooked.strays and not current.uses[p])}
+    left.update(current.measured_by_rules(hooked.strays.values()) if hooked.strays else ())
+    inner = {n: p for n, p in hooked.inner.items() if p in left}
     if hooked.params:
         # A module may use the weights of one inside without calling it, as MultiheadAttention does with out_proj.
         inner.update((n, p) for n, p in hooked.inner.items() if not current.uses[p])
-    return {n: p for n, p in {**hooked.params, **inner}.items() if hooked.in_use(n).requires_grad}
+    own = {n: p for n, p in hooked.params.items() if n not in measured}
+    return {n: p for n, p in {**own, **inner}.items() if hooked.in_use(n).requires_grad}
