@@ -20,7 +20,7 @@ RESULT_NAMES = {
     "train_runtime": "Training time (s)",
 }
 BOOKKEEPING = ("epoch", "total_flos", "_runtime", "_per_second")
-"""How the names of numbers end that Trainer adds to results, and nobody chooses a model by; `RESULT_NAMES` come first."""
+"""How the names of numbers end that Trainer adds to results, and nobody chooses a model by."""
 RECIPE_NAMES = {
     "method": "Optimizer",
     "global_batch": "Global batch size",
