@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_clars.optim import CLARS, LARS
+from hf_clars.optim import CLARS, LARS, NAG
 from tests.twin import batch, loss_on, mlp, small_model
 
 # ---- R_k ---------------------------------------------------------------------------------------------------------
@@ -164,3 +164,10 @@ def test_the_trust_clip_bounds_the_ratio_and_its_default_is_out_of_the_way():
     optimizer.step()
     torch.testing.assert_close(optimizer.last_step.rate, torch.full((2,), 2.0))
     assert CLARS(mlp()).defaults["trust_clip"] == 1e8
+
+
+@pytest.mark.parametrize("make", [NAG, LARS, CLARS])
+def test_a_complex_parameter_is_refused_by_name(make):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"1\.weight is complex .*view_as_complex"):
+        make(model, 0.1)

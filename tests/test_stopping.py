@@ -46,8 +46,13 @@ def test_a_signal_ends_the_run_after_a_checkpoint_of_that_step(tmp_path, name):
 
 def test_a_second_signal_acts_as_usual(tmp_path):
     stop = SignalAt(5, "SIGINT", times=2)
-    with pytest.raises(KeyboardInterrupt):
-        ClarsTrainer(Plain(), clars_args(tmp_path, **SETTINGS), train_dataset=Images(), callbacks=[stop]).train()
+    # What is usual: a shell starts its background jobs with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ClarsTrainer(Plain(), clars_args(tmp_path, **SETTINGS), train_dataset=Images(), callbacks=[stop]).train()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_last_step_is_not_interrupted(tmp_path):

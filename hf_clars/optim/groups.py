@@ -38,6 +38,7 @@ def layer_groups(
 
     Raises:
         ValueError: If nothing is trainable, or a group holds a parameter that is not the model's, or twice.
+        TypeError: For complex parameters.
     """
     if isinstance(model, nn.Module):
         partition = param_layers(model, layers=layers, split_norm_and_bias=not scale_norm_and_bias)
@@ -48,9 +49,19 @@ def layer_groups(
         raise ValueError("There is nothing to train: no parameter has requires_grad=True.")
     groups = []
     for layer, settings in paired:
+        _check_real(layer)
         adaptive = scale_norm_and_bias or not layer.norm_or_bias
         groups.append({"params": list(layer.params), LAYER: layer.name, ADAPTIVE: adaptive, **settings})
     return [layer for layer, _ in paired], groups
+
+
+def _check_real(layer: ParamLayer) -> None:
+    for name, param in zip(layer.param_names, layer.params, strict=True):
+        if param.is_complex():
+            raise TypeError(
+                f"The parameter {name} is complex ({param.dtype}), and layer rates are for real ones: keep its real "
+                "and imaginary part as a real parameter [..., 2], and use torch.view_as_complex(...) of it."
+            )
 
 
 def _split_by_groups(

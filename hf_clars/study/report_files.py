@@ -66,7 +66,8 @@ def write_pages(output: Path) -> list[Path]:
         The files.
     """
     groups = {f"{net}, B = {size:,}": arms for (net, size), arms in by_arm(read_parquet(output / RUNS)).items()}
-    plot_curves(output / CURVES, {title: _curves(arms) for title, arms in groups.items()})
+    final = {title: curves for title, arms in groups.items() if (curves := _curves(arms))}
+    plot_curves(output / CURVES, final or {title: {} for title in groups})  # of an unfinished study, what is there
     tuned = {title: _tuning(arms) for title, arms in groups.items() if any(arm.tuning for arm in arms)}
     files = [output / CURVES]
     if tuned:
