@@ -3,6 +3,8 @@
 import io
 import re
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from hf_clars.data import PixelSettings, PixelTransform, collate_images, load_image_data, trainable
 from hf_clars.data.decoding import MAX_IN_A_ROW, BadImageError, open_image
+from hf_clars.data.pixels import to_uint8
 from hf_clars.errors import DataError
 from tests.image_files import CLASSES, picture
 
@@ -215,3 +218,56 @@ def test_persistent_workers_see_the_epoch():
         seen.append(torch.cat([batch["pixel_values"] for batch in loader]))
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[1])
+
+
+LARGEST = """
+import io, resource, sys
+from PIL import Image
+from hf_clars.data.decoding import ImageDecoder
+mode, kind, width, height = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+decoder = ImageDecoder(3)
+if len(sys.argv) == 6:
+    with open(sys.argv[5], "rb") as file:
+        content = file.read()
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert decoder.decode({"bytes": content, "path": None}).shape == (3, height, width)
+    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used))
+else:
+    Image.new(mode, (width, height)).save(sys.argv[6], kind)
+"""
+
+
+def run_python(*arguments):
+    command = [sys.executable, "-c", LARGEST, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "width", "height"),
+    [
+        ("RGBA", "PNG", 9331, 6530),
+        pytest.param("CMYK", "JPEG", 9331, 6530, marks=pytest.mark.slow),
+        pytest.param("I;16", "PNG", 9331, 6530, marks=pytest.mark.slow),
+        pytest.param("RGB", "BMP", 9331, 6530, marks=pytest.mark.slow),
+        pytest.param("RGB", "JPEG2000", 8000, 5000, marks=pytest.mark.slow),
+    ],
+)
+def test_the_largest_images_take_less_than_a_gigabyte(tmp_path, mode, kind, width, height):
+    file = tmp_path / "large"
+    run_python(mode, kind, width, height, "write", file)
+    assert 100e6 < int(run_python(mode, kind, width, height, file)) < 1e9
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "I;16", "I", "1", "LA"])
+def test_strips_of_a_large_image_are_the_whole(monkeypatch, mode, channels):
+    noise = np.random.default_rng(0).integers(0, 256, (37, 23, 4), dtype=np.uint8)
+    colours = PILImage.fromarray(noise, "RGBA")
+    image = PILImage.fromarray(noise[..., 0].astype(np.uint16) * 257) if mode.startswith("I") else colours.convert(mode)
+    image = image.convert("I") if mode == "I" else image
+    whole = to_uint8(image, channels)
+    assert whole.shape == (channels, 37, 23)
+    monkeypatch.setattr("hf_clars.data.pixels._STRIP", 100)
+    assert torch.equal(to_uint8(image, channels), whole)

@@ -26,8 +26,12 @@ BadImages = Literal["raise", "skip"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 """What is opened. Pillow knows more formats, among them ones (EPS) for which it starts another program."""
 
-MAX_PIXELS = 100_000_000
-"""A larger image is refused before it is decoded: the largest of ImageNet has 61 million pixels."""
+MAX_PIXELS = 62_000_000
+"""A larger image is refused before it is decoded, so that none takes more than 1 GB: the largest of ImageNet has 61
+million pixels."""
+
+MAX_PIXELS_OF = {"JPEG2000": 40_000_000}
+"""Formats whose decoder takes more: 18 bytes a pixel."""
 
 MAX_IN_A_ROW = 100
 """So many bad images in a row are a bad data set."""
@@ -59,8 +63,9 @@ def open_image(value: Any) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata; sizes are checked here
             image = Image.open(BytesIO(_content(value)), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImageError(f"it has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded")
+            most = MAX_PIXELS_OF.get(image.format or "", MAX_PIXELS)
+            if image.width * image.height > most:
+                raise BadImageError(f"it has {image.width} x {image.height} pixels; at most {most:,} are decoded")
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return image

@@ -14,6 +14,8 @@ from hf_clars.data.device_pixels import DevicePixels
 from hf_clars.data.jpeg import Box, decode_crop, is_upright, read_jpeg_header
 from hf_clars.data.pixel_settings import PixelSettings
 
+_STRIP = 4_000_000  # pixels; nearly all photographs are smaller
+
 
 def to_uint8(image: Image.Image, num_channels: int) -> Tensor:
     """A decoded image of any mode as uint8 [num_channels, H, W]; 16-bit greys keep their upper 8 bits.
@@ -25,11 +27,24 @@ def to_uint8(image: Image.Image, num_channels: int) -> Tensor:
     Returns:
         The tensor.
     """
+    # Large images go strip by strip: converting one as a whole would hold it several times.
+    rows = max(1, _STRIP // max(1, image.width))
+    if image.height <= rows:
+        pixels = _converted(image, num_channels)
+    else:
+        pixels = np.empty((image.height, image.width, num_channels), np.uint8)
+        for top in range(0, image.height, rows):
+            bottom = min(image.height, top + rows)
+            pixels[top:bottom] = _converted(image.crop((0, top, image.width, bottom)), num_channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _converted(image: Image.Image, num_channels: int) -> np.ndarray:
+    """uint8 [H, W, num_channels]."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     array = np.array(image.convert("L" if num_channels == 1 else "RGB"))
-    tensor = torch.from_numpy(array)
-    return tensor.unsqueeze(0) if num_channels == 1 else tensor.permute(2, 0, 1)
+    return array[:, :, None] if num_channels == 1 else array
 
 
 class PixelTransform:
