@@ -127,6 +127,13 @@ def test_the_old_one_is_deleted_only_after_the_new_one_is_complete(tmp_path, mon
     assert names(tmp_path) == ["checkpoint-9"]
 
 
+def test_a_run_that_was_killed_before_it_cleaned_up_does_so_when_it_is_resumed(tmp_path):
+    trainer_of(tmp_path).train()
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+    trainer_of(tmp_path, save_total_limit=2).train(resume_from_checkpoint=True)  # nothing is left to train
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-9"]
+
+
 def test_the_best_checkpoint_is_kept_and_loaded_under_its_own_name(tmp_path):
     trainer = trainer_of(
         tmp_path,

@@ -82,7 +82,10 @@ class SafeCheckpoints(Trainer):
         if resume_from_checkpoint and not self._keeps_own_format():
             assert isinstance(self.model, nn.Module)
             check_checkpoint(Path(str(resume_from_checkpoint)), self.model, self.checkpoint_settings())
-        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        if resume_from_checkpoint:  # the run before may have been killed between its last checkpoint and the cleaning up
+            self._delete_old_checkpoints(Path(super()._get_output_dir(trial)), set())
+        return output
 
     def _keeps_own_format(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -131,11 +134,13 @@ class SafeCheckpoints(Trainer):
                 checkpoints.clear_partial(run)
             self._report_problem(run / name)
             return False
+        self._delete_old_checkpoints(run, {run / name})
+        return True
+
+    def _delete_old_checkpoints(self, run: Path, newest: set[Path]) -> None:
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            protected = {run / name} | ({Path(best)} if best else set())
-            checkpoints.rotate(run, self.args.save_total_limit, protected)
-        return True
+            checkpoints.rotate(run, self.args.save_total_limit, newest | ({Path(best)} if best else set()))
 
     def _correct_best(self, run: Path, partial: Path) -> None:
         """Trainer noted the best checkpoint where it was written; its name is about to change."""
