@@ -83,7 +83,7 @@ class SafeCheckpoints(Trainer):
             assert isinstance(self.model, nn.Module)
             check_checkpoint(Path(str(resume_from_checkpoint)), self.model, self.checkpoint_settings())
         output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
-        if resume_from_checkpoint:  # the run before may have been killed between its last checkpoint and the cleaning up
+        if resume_from_checkpoint:  # the run before may have been killed before it had cleaned up
             self._delete_old_checkpoints(Path(super()._get_output_dir(trial)), set())
         return output
 
