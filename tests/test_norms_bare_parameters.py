@@ -1,4 +1,4 @@
-"""Promise: bare parameters (tokens, positions, layer scales) are exact in every pass, and cheap after the first."""
+"""Promise: bare parameters, and lookups made for all samples at once, are exact in every pass, and cheap later."""
 
 import gc
 import weakref
@@ -86,6 +86,52 @@ class BatchLike(nn.Module):
         return (x.unsqueeze(1) * self.rows).flatten(1)
 
 
+class Positions(nn.Module):
+    """Looked up once for all samples, as in GPT-2 ([1, T]) or by hand ([T]); some positions twice."""
+
+    def __init__(self, positions, first=False):
+        super().__init__()
+        self.table, self.head = nn.Embedding(6, 5), nn.Linear(5, 2)
+        self.positions, self.first = positions, first
+
+    def forward(self, x):  # [B, 3, 5]
+        found = self.table(self.positions)
+        return self.head(torch.tanh(found + x if self.first else x - found)).mean(1)
+
+
+class Twofold(Positions):
+    """One result used twice, or cut before it is used."""
+
+    def __init__(self, positions, end=None):
+        super().__init__(positions)
+        self.end = end
+
+    def forward(self, x):
+        found = self.table(self.positions)
+        again = found if self.end is None else found[: self.end]
+        return self.head(torch.tanh((x + found) * again)).mean(1)
+
+
+class Queries(nn.Module):
+    """Learned queries that are normalised and projected before they meet the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(3, 5))
+        self.norm, self.head = nn.LayerNorm(5), nn.Linear(5, 2)
+
+    def forward(self, x):  # [B, 3, 5]
+        return self.head(torch.tanh(x * self.norm(self.queries))).mean(1)
+
+
+class ByFrequency(Positions):
+    """Rows' gradients are divided by how often they are looked up in the whole batch: once, not once a sample."""
+
+    def __init__(self, positions):
+        super().__init__(positions)
+        self.table = nn.Embedding(6, 5, scale_grad_by_freq=True)
+
+
 CASES = {
     "tokens": (Embedder, (B, 3, 5), True),
     "scales": (Scaled, (B, 3, 5, 5), True),
@@ -93,6 +139,12 @@ CASES = {
     "coupled": (Coupled, (B, 5), True),
     "shared": (Shared, (B, 3, 5, 5), True),
     "as long as the batch": (BatchLike, (B, 5), True),
+    "positions [T]": (lambda: Positions(torch.tensor([4, 0, 4])), (B, 3, 5), True),
+    "positions [1, T]": (lambda: Positions(torch.tensor([[4, 0, 4]]), first=True), (B, 3, 5), True),
+    "a lookup used twice": (lambda: Twofold(torch.tensor([[4, 0, 4]])), (B, 3, 5), True),
+    "a lookup cut before it is used": (lambda: Twofold(torch.tensor([4, 0, 4]), end=1), (B, 3, 5), False),
+    "queries": (Queries, (B, 3, 5), False),
+    "rows by frequency": (lambda: ByFrequency(torch.tensor([4, 0, 4])), (B, 3, 5), False),
 }
 
 

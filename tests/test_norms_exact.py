@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_clars.grad_norms import PerSampleGradNorms, find_rule
 from hf_clars.grad_norms.normalization import LayerNormRule
@@ -202,6 +203,9 @@ OTHER = {
     "Embedding": (lambda: nn.Embedding(7, 3), lambda: torch.randint(0, 7, (B, 9))),
     "Embedding, 1-D": (lambda: nn.Embedding(7, 3), lambda: torch.randint(0, 7, (B,))),
     "Embedding, padding": (lambda: nn.Embedding(4, 3, padding_idx=1), lambda: torch.randint(0, 4, (B, 9))),
+    "transformers' Conv1D": (lambda: Conv1D(4, 6), lambda: torch.randn(B, 6)),
+    "transformers' Conv1D, Gram": (lambda: Conv1D(40, 30), lambda: torch.randn(B, 3, 30)),
+    "transformers' Conv1D, product": (lambda: Conv1D(4, 5), lambda: torch.randn(B, 30, 5)),
     "own module": (lambda: Scale(6), lambda: torch.randn(B, 6)),
     "PReLU": (lambda: nn.PReLU(4), images),
     "Bilinear-like two outputs": (UsesTwoOutputs, lambda: torch.randn(B, 6)),

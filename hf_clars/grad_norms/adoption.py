@@ -38,7 +38,8 @@ class Orphan:
         nodes: Where its outputs come from in the graph: the module that adopts it must have them inside.
         edge: Where its output comes from in the graph, if the batch may be folded into its first axis.
         rows: Rows a sample then.
-        x: Its detached input then.
+        x: Its detached input, if a rule serves it.
+        output: Its detached output then.
     """
 
     hooked: HookedModule
@@ -48,6 +49,7 @@ class Orphan:
     edge: GradientEdge | None = None
     rows: int = 0
     x: Tensor | None = None
+    output: Tensor | None = None
 
     def is_inside(self, region: GraphRegion) -> bool:
         """Whether the call was made between a module's inputs and outputs, and not on the way to its inputs."""
@@ -121,9 +123,10 @@ def orphan_of(
     orphan = Orphan(
         hooked, tuple(params), error, tuple(torch.autograd.graph.get_gradient_edge(t).node for t in outputs)
     )
-    has_rows = outputs and hooked.rule is not None and hooked.rule.has_batch_axis(hooked.module, x)
-    rows = folded_rows(x, outputs[0], batch_size) if has_rows else None
+    if hooked.rule is None or not outputs or x is NO_INPUT:
+        return orphan
+    orphan.x, orphan.output = x.detach(), outputs[0].detach()
+    rows = folded_rows(x, outputs[0], batch_size) if hooked.rule.has_batch_axis(hooked.module, x) else None
     if rows:
-        orphan.edge = torch.autograd.graph.get_gradient_edge(outputs[0])
-        orphan.rows, orphan.x = rows, x.detach()
+        orphan.edge, orphan.rows = torch.autograd.graph.get_gradient_edge(outputs[0]), rows
     return orphan

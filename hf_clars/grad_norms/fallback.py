@@ -13,7 +13,7 @@ The replay is compared with the real output at the first call in each mode; wher
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +95,7 @@ class Fallback:
             UncoveredParameterError: If neither way works.
         """
         key = (call.module, call.training)
-        replay = (
-            call.replayable
-            and not any(call.axes)
-            and self._replays.get(key, True)
-            and call.module.training == call.training
-        )
+        replay = call.replayable and self._replays.get(key, True) and call.module.training == call.training
         if replay:
             self.replaying = True
             try:
@@ -109,7 +104,7 @@ class Fallback:
                 self._replays[key] = False  # not fit for vmap: coupled, random or data-dependent
             else:
                 if key not in self._replays:
-                    self._replays[key] = _same(outputs, [o[: call.count] for o in call.outputs.values()])
+                    self._replays[key] = _same(outputs, _samples_first(call, call.outputs.values()))
                 if self._replays[key]:
                     return result
             finally:
@@ -131,16 +126,19 @@ def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return all(torch.allclose(a.to(b.dtype), b, rtol=1e-3, atol=1e-5) for a, b in zip(first, second, strict=True))
 
 
+def _samples_first(call: ModuleCall, outputs: Iterable[Tensor]) -> list[Tensor]:
+    """What has the outputs' shapes, with the batch axis first and cut to the samples that are wanted."""
+    return [t.movedim(axis, 0)[: call.count] for t, axis in zip(outputs, call.axes, strict=True)]
+
+
 def _by_replay(call: ModuleCall, grads: Sequence[Tensor | None]) -> tuple[dict[str, Tensor], list[Tensor]]:
     own = {name: p.detach() for name, p in call.params.items()}
     everything: list[tuple[str, Tensor]] = [*call.module.named_parameters(), *call.module.named_buffers()]
     fixed = {name: t.detach() for name, t in everything if name not in own}
     leaves = list(tensors_in((call.args, call.kwargs)))
     batched = [t.dim() > 0 and t.shape[0] == call.batch_size for t in leaves]
-    wanted = tuple(
-        torch.zeros_like(o[: call.count]) if g is None else g[: call.count]
-        for g, o in zip(grads, call.outputs.values(), strict=True)
-    )
+    all_grads = (torch.zeros_like(o) if g is None else g for g, o in zip(grads, call.outputs.values(), strict=True))
+    wanted = tuple(_samples_first(call, all_grads))
 
     def one_sample(
         sample_leaves: list[Tensor], sample_grads: tuple[Tensor, ...]
@@ -154,7 +152,8 @@ def _by_replay(call: ModuleCall, grads: Sequence[Tensor | None]) -> tuple[dict[s
             return tuple(returned[i] for i in call.outputs)
 
         outputs, vjp, *_ = torch.func.vjp(outputs_of, own)
-        return vjp(tuple(g.unsqueeze(0) for g in sample_grads))[0], tuple(o.squeeze(0) for o in outputs)
+        own_grads = vjp(tuple(g.unsqueeze(axis) for g, axis in zip(sample_grads, call.axes, strict=True)))[0]
+        return own_grads, tuple(o.squeeze(axis) for o, axis in zip(outputs, call.axes, strict=True))
 
     in_dims = ([0 if b else None for b in batched], tuple(0 for _ in wanted))
     sliced = [t[: call.count] if b else t for t, b in zip(leaves, batched, strict=True)]

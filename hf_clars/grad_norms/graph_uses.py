@@ -4,11 +4,13 @@ Modules without a rule mostly just expand, add or multiply their parameters. The
 operation still has the batch axis that the parameter does not have: it is the per-sample gradient, but for a sum over
 other broadcast axes. That costs nothing, where the general fallback runs the module once more. Whether it is right for
 a module (the batch first, nothing but such operations) is seen by comparing both in its first backward pass.
+
+The same holds for what a module made of its parameters for all samples at once: see `shared_results.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,46 +18,79 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from hf_clars.grad_norms.norm_math import at_least_float32, squared_sum
 from hf_clars.grad_norms.torch_internals import broadcast_factor
-
-Receiver = Callable[[str, nn.Parameter, Tensor | None], None]
 
 
 @dataclass(frozen=True, eq=False)
-class GraphUse:
-    """One operation that takes a parameter.
+class Operand:
+    """What an operation of the graph takes, and how its per-sample gradients become a parameter's: here, they are.
 
     Attributes:
-        name: The parameter's name in its module.
+        name: The parameter's name in the module that is measured.
         param: The parameter.
-        node: The operation's place in the graph.
-        index: Which of its operands the parameter is.
+        shape: Of the operand.
     """
 
     name: str
     param: nn.Parameter
+    shape: tuple[int, ...]
+
+    def grads(self, g: Tensor) -> Tensor:
+        """The operand's per-sample gradients [b, *shape] -> the parameter's [b, *shape of the parameter]."""
+        return g
+
+    def squares(self, g: Tensor) -> Tensor:
+        """The operand's per-sample gradients [b, *shape] -> the parameter's squared norms [b]."""
+        return squared_sum(self.grads(g))
+
+
+Receiver = Callable[[Operand, Tensor | None], None]
+
+
+@dataclass(frozen=True, eq=False)
+class GraphUse:
+    """One operation that takes an operand.
+
+    Attributes:
+        operand: What it takes.
+        node: The operation's place in the graph.
+        index: Which of its operands that is.
+    """
+
+    operand: Operand
     node: Node
     index: int
 
+    @property
+    def name(self) -> str:
+        """The parameter's name in the module that is measured."""
+        return self.operand.name
+
+    @property
+    def param(self) -> nn.Parameter:
+        """The parameter."""
+        return self.operand.param
+
     def watch(self, batch_size: int, count: int, active: Callable[[], bool], deliver: Receiver) -> None:
-        """Have the per-sample gradients [count, *shape] delivered when they come; None if they cannot be told.
+        """Have the operand's per-sample gradients [count, *shape] delivered when they come; None if they can't be told.
 
         Args:
             batch_size: Samples in the pass.
             count: How many of the first are wanted.
             active: False while the graph is differentiated for other purposes.
-            deliver: Called with the parameter's name, the parameter and its gradients.
+            deliver: Called with the operand and its gradients, in float32 at least.
         """
         # The hook lives as long as the node: it must not hold the node, nor the factor longer than needed.
-        name, param, factor = self.name, self.param, [broadcast_factor(self.node, self.index)]
+        operand, factor = self.operand, [broadcast_factor(self.node, self.index)]
 
         @torch.no_grad()
         def before_backward(grads: tuple[Tensor, ...]) -> None:
             if not active():
                 return
             by = factor.pop() if factor else None
-            found = None if by is None else unbroadcast(grads[0] * by, tuple(param.shape), batch_size)
-            deliver(name, param, None if found is None else found[:count])
+            found = None if by is None else unbroadcast(at_least_float32(grads[0]) * by, operand.shape, batch_size)
+            deliver(operand, None if found is None else found[:count])
 
         self.node.register_prehook(before_backward)
 
@@ -91,12 +126,21 @@ class GraphRegion:
             params: By name, each parameter and the tensor that the module computes with in its place.
         """
         edge = torch.autograd.graph.get_gradient_edge
-        leaves = {edge(used).node: (n, p) for n, (p, used) in params.items() if used.requires_grad}
+        used = {n: (p, leaf) for n, (p, leaf) in params.items() if leaf.requires_grad}
+        return self.uses_of({edge(leaf).node: [Operand(n, p, tuple(p.shape))] for n, (p, leaf) in used.items()})
+
+    def uses_of(self, operands: Mapping[Node, Sequence[Operand]]) -> list[GraphUse]:
+        """Every operation in it that takes one of some operands.
+
+        Args:
+            operands: By the place in the graph that they come from.
+        """
         return [
-            GraphUse(*leaves[before], node, index)
+            GraphUse(operand, node, index)
             for node in self.nodes
             for index, (before, _) in enumerate(node.next_functions)
-            if before in leaves
+            if before is not None and before in operands
+            for operand in operands[before]
         ]
 
 

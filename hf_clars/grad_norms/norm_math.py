@@ -24,6 +24,11 @@ MAX_ELEMENTS = 1 << 24
 SMALL = 1 << 15
 
 
+def at_least_float32(t: Tensor) -> Tensor:
+    """Floating-point tensors in float32 or better; others as they are."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
 def squared_sum(x: Tensor) -> Tensor:
     """Squared 2-norm of every sample: [B, ...] -> [B]."""
     flat = x if x.dim() == 2 else x.flatten(1) if x.dim() > 2 else x.unsqueeze(1)

@@ -99,6 +99,11 @@ class ForwardPass:
         """Whether a module's input is what the model was called with."""
         return bool(self.given) and x.dim() > 1 and (memory_of(x), x.shape) in self.given
 
+    def leave(self, orphans: Iterable[Orphan]) -> None:
+        """A module around these calls has seen to them."""
+        for orphan in orphans:
+            self.orphans.remove(orphan)
+
     def check_adopted(self) -> None:
         """Raise if a call was left to no one, so that its norms would be missing.
 

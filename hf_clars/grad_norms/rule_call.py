@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.hooked_modules import HookedModule
-from hf_clars.grad_norms.norm_math import slices_of, squared_sum
+from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.registry import LayerRule
 
@@ -133,8 +133,3 @@ def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else _NOTHING
-
-
-def at_least_float32(t: Tensor) -> Tensor:
-    """Floating-point tensors in float32 or better; others as they are."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

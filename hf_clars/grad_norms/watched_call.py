@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from hf_clars.grad_norms.adoption import Orphan
 from hf_clars.grad_norms.graph_uses import GraphRegion, GraphUse
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.passes import ForwardPass
+from hf_clars.grad_norms.shared_results import shared_results
 from hf_clars.grad_norms.torch_internals import saved_tensors_are_packed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -48,22 +49,15 @@ class WatchedCall:
         return self.hooked, self.hooked.module.training, tuple(self.wanted)
 
     def direct_uses(self) -> list[GraphUse]:
-        """Where the graph uses the module's own parameters, if it may be looked at and they are all that is wanted."""
-        if self.adopted or saved_tensors_are_packed() or self.wanted.keys() != self.hooked.trainable().keys():
+        """Where the graph uses bare parameters and shared results, if it may be looked at and these are all wanted."""
+        if saved_tensors_are_packed():
             return []
-        return self.region.uses(self.hooked.leaves(self.wanted))
-
-
-@dataclass(eq=False)
-class Trial:
-    """A pass in which both the fallback and the graph's uses are followed, to compare them.
-
-    Attributes:
-        waiting: Uses whose gradient has not come.
-        expected: Per-sample gradients by the fallback.
-        found: The same by the uses.
-    """
-
-    waiting: int
-    expected: dict[str, Tensor] = field(default_factory=dict)
-    found: dict[str, Tensor] = field(default_factory=dict)
+        shared = shared_results(self.adopted, {p: n for n, p in self.wanted.items()})
+        if shared is None:
+            return []
+        adopted = {operand.name for operands in shared.values() for operand in operands}
+        bare = {n: p for n, p in self.wanted.items() if n not in adopted}
+        if bare.keys() != self.hooked.trainable().keys():
+            return []
+        uses = [*self.region.uses(self.hooked.leaves(bare)), *self.region.uses_of(shared)]
+        return uses if {use.name for use in uses} == self.wanted.keys() else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,18 +11,18 @@ from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import NO_INPUT, Orphan, orphan_of
 from hf_clars.grad_norms.batch_axis import check_batch_axis
-from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
+from hf_clars.grad_norms.direct_measures import DirectMeasures
+from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.fallback import Fallback, ModuleCall
 from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule
-from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.norm_math import at_least_float32, squared_sum
 from hf_clars.grad_norms.own_inputs import OwnInputs
 from hf_clars.grad_norms.own_place import own_place
 from hf_clars.grad_norms.passes import ForwardPass
-from hf_clars.grad_norms.rule_call import at_least_float32
 from hf_clars.grad_norms.torch_internals import saved_tensors_are_packed
 from hf_clars.grad_norms.trees import map_tensors, tensors_in
-from hf_clars.grad_norms.watched_call import Call, Key, Trial, WatchedCall
+from hf_clars.grad_norms.watched_call import Call, WatchedCall
 
 
 class CallsWithoutRule:
@@ -50,7 +49,7 @@ class CallsWithoutRule:
         self._layer_of, self._own_inputs = layer_of, own_inputs
         self._captured, self._arrived = captured, arrived
         self._fallback = Fallback()
-        self._direct: dict[Key, bool] = {}
+        self._direct = DirectMeasures(layer_of, captured, arrived, lambda: not self.busy)
 
     @property
     def replaying(self) -> bool:
@@ -102,7 +101,7 @@ class CallsWithoutRule:
             hooked.refuse_gradient_through(outputs.pop(i), current.batch_size)
         current.supersede(hooked, (p for n, p in wanted.items() if n in hooked.strays))
         watched = WatchedCall(hooked, current, x, call, outputs, wanted, adopted, region)
-        if not self._watch_uses(watched):
+        if not self._direct.take(watched):
             if prove:
                 current.count_inside(wanted.values(), region.uses(hooked.leaves(wanted)))
             self._watch_module(watched)
@@ -120,50 +119,14 @@ class CallsWithoutRule:
         for call in calls:
             call.hooked.proven_dims.add(len(call.shape))
 
-    def _watch_uses(self, watched: WatchedCall) -> bool:
-        """Measure a module's bare parameters where the graph uses them, if that is known to be right for it."""
-        hooked, current = watched.hooked, watched.current
-        uses = watched.direct_uses() if self._direct.get(watched.key) else []
-
-        def deliver(ticket: int, name: str, param: nn.Parameter, grads: Tensor | None) -> None:
-            if not self._arrived(hooked, current, ticket):
-                return
-            if grads is None:
-                raise BatchAxisError(
-                    f"{hooked} used {name} with the batch as first axis before, and now in another way: give it inputs "
-                    "of one layout, or freeze the parameter."
-                )
-            self._add(current, param, grads)
-
-        for use in uses:
-            ticket = self._captured(hooked, current, {use.name: use.param}, watched.x)
-            use.watch(current.batch_size, current.kept, self._active, partial(deliver, ticket))
-        return bool(uses)
-
-    def _active(self) -> bool:
-        return not self.busy
-
-    def _compare(self, key: Key, trial: Trial, name: str, param: nn.Parameter, grads: Tensor | None) -> None:
-        """See whether the graph's uses give what the fallback gave, for later passes."""
-        if key in self._direct:
-            return
-        if grads is None:
-            self._direct[key] = False
-            return
-        trial.found[name] = trial.found[name] + grads if name in trial.found else grads
-        trial.waiting -= 1
-        if trial.waiting == 0:
-            same = (_close(trial.found.get(n), want) for n, want in trial.expected.items())
-            self._direct[key] = bool(trial.expected) and all(same)
-
     def _adopt(
         self, hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan], outputs: list[Tensor]
     ) -> None:
         """Take calls inside over, and look whether they could do by themselves from now on."""
         self.busy = True
         try:
+            current.leave(adopted)
             for orphan in adopted:
-                current.orphans.remove(orphan)
                 current.supersede(hooked, orphan.params)
                 if not saved_tensors_are_packed() and orphan.learn(outputs, current.batch_size):
                     current.learned.update(orphan.params)
@@ -178,10 +141,9 @@ class CallsWithoutRule:
         first = [t for i, t in outputs.items() if not axes[i]]
         for output in first:
             current.note_if_open(hooked, output)
-        uses = watched.direct_uses() if watched.key not in self._direct else []
+        trial, uses = self._direct.trial(watched)
         self._adopt(hooked, current, watched.adopted, first)
         ticket = self._captured(hooked, current, watched.wanted, watched.x)
-        trial = Trial(len(uses))
         args, kwargs = map_tensors(lambda t: t.detach(), watched.call)
         leaves = hooked.leaves(watched.wanted)
         remembered = ModuleCall(
@@ -203,11 +165,10 @@ class CallsWithoutRule:
         def on_gradients(grads: Sequence[Tensor | None]) -> None:
             if self._arrived(hooked, current, ticket):
                 per_sample = self._measure(current, remembered, wanted, grads)
-                trial.expected = per_sample if trial.waiting else {}
+                trial.expect(per_sample)
 
         torch.autograd.graph.register_multi_grad_hook(list(outputs.values()), on_gradients, mode="all")
-        for use in uses:
-            use.watch(current.batch_size, current.kept, self._active, partial(self._compare, watched.key, trial))
+        self._direct.follow(uses, current, trial)
 
     def _measure(
         self,
@@ -241,11 +202,6 @@ def _in_own_places(output: Any, outputs: dict[int, Tensor]) -> tuple[Any, dict[i
     output = map_tensors(lambda t: own_place(t) if t.requires_grad and t.is_floating_point() else t, output)
     placed = list(tensors_in(output))
     return output, {i: placed[i] for i in outputs}
-
-
-def _close(found: Tensor | None, expected: Tensor) -> bool:
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    return found is not None and torch.allclose(found, expected.to(found.dtype), rtol=1e-3, atol=1e-5 * scale)
 
 
 def _strays(hooked: HookedModule, current: ForwardPass, region: GraphRegion) -> dict[str, nn.Parameter]:
