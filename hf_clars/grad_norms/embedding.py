@@ -28,8 +28,9 @@ class EmbeddingRule(LayerRule):
         counts.scatter_add_(0, tokens.flatten(), tokens.new_ones(()).expand(tokens.numel()))
         return tokens, counts[tokens]
 
-    def _row_gradients(self, module: nn.Embedding, saved: tuple[Tensor, ...], g: Tensor) -> Tensor:
+    def row_grads(self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor) -> Tensor:
         """What each lookup adds to its row, [B, T, width]."""
+        assert isinstance(module, nn.Embedding)
         tokens, *counts = saved
         g = g.reshape(*tokens.shape, module.embedding_dim)
         if module.padding_idx is not None:
@@ -41,13 +42,12 @@ class EmbeddingRule(LayerRule):
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
         assert isinstance(module, nn.Embedding)
-        rows = self._row_gradients(module, saved, g)
+        rows = self.row_grads(module, saved, g)
         return {"weight": norm_math.embedding_weight_grads(saved[0], rows, module.num_embeddings)}
 
     def squared_norms(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
-        assert isinstance(module, nn.Embedding)
-        rows = self._row_gradients(module, saved, g)
+        rows = self.row_grads(module, saved, g)
         return {"weight": norm_math.embedding_weight_squared_norm(saved[0], rows)}

@@ -20,6 +20,7 @@ from hf_clars.grad_norms.trees import memory_of
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.rule_call import RuleCall
+    from hf_clars.grad_norms.tied_tables import TiedTable
 
 
 @dataclass(eq=False)
@@ -45,6 +46,7 @@ class ForwardPass:
         small: Layer index and per-sample gradients of small parameters, which are squared together in the end.
         squares: {layer index: Tensor [kept]}, squared norms added up over the layer's parameters.
         pending: Per-sample gradients of parameters used more than once: those add up before they are squared.
+        tables: Parameters used more than once that are tables looked up; see `tied_tables.py`.
         fallback_calls: Calls remembered for the fallback; each holds on to its graph until its gradient has come.
         calls: Number of captured module calls.
         fired: Calls whose gradient has arrived.
@@ -72,6 +74,7 @@ class ForwardPass:
     small: list[tuple[int, Tensor]] = field(default_factory=list)
     squares: dict[int, Tensor] = field(default_factory=dict)
     pending: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    tables: dict[nn.Parameter, TiedTable | None] = field(default_factory=dict)
     fallback_calls: list[ModuleCall] = field(default_factory=list)
     calls: int = 0
     fired: set[int] = field(default_factory=set)
@@ -226,6 +229,11 @@ class ForwardPass:
         for param, grads in self.pending.items():
             self.add_squares(layer_of[param], squared_sum(grads))
         self.pending.clear()
+        for param, table in self.tables.items():
+            squares = None if table is None else table.squares()
+            if squares is not None:
+                self.add_squares(layer_of[param], squares)
+        self.tables.clear()
         self._square_small()
         if not self.squares:
             return None

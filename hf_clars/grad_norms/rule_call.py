@@ -14,6 +14,7 @@ from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.registry import LayerRule
+from hf_clars.grad_norms.tied_tables import TiedTable, tied_table
 
 _EXACT = (torch.float32, torch.float64)
 _NOTHING = nullcontext()
@@ -31,6 +32,7 @@ class RuleCall:
         rows: Rows of the module's first axis that make up one sample; 1 unless the model folds something into it.
         arrived: Called when the gradient comes; False says to leave it unmeasured.
         superseded: Parameters that a module around this one is measured for as a whole.
+        tokens: The rows of its weight that an embedding looked up, [B, T].
     """
 
     hooked: HookedModule
@@ -40,6 +42,7 @@ class RuleCall:
     rows: int
     arrived: Callable[[], bool]
     superseded: set[str] = field(default_factory=set)
+    tokens: Tensor | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -74,8 +77,18 @@ class RuleCall:
                 g = g.unflatten(0, (self.current.kept, self.rows))
             self._add(saved, g)
 
+    def _tables(self) -> dict[str, TiedTable]:
+        """Those of the shared parameters that are tables looked up by some of their uses."""
+        found = {n: tied_table(self.current, self.wanted[n]) for n in self.shared if n not in self.superseded}
+        return {n: table for n, table in found.items() if table is not None}
+
     def _add(self, saved: tuple[Tensor, ...], g: Tensor) -> None:
         names = self.wanted.keys() - self.superseded if self.superseded else self.wanted.keys()
+        tables = self._tables() if self.current.several else {}
+        for name, table in tables.items():
+            table.measure(self, name, saved, g)
+        if tables:
+            names = names - tables.keys()
         by_grads: Collection[str] = names
         folded = self.rows > 1 and not self.rule.positions_in_the_middle
         if not folded and self.rule.squares_without_grads:
@@ -107,9 +120,11 @@ class RuleCall:
         """
         measured = self.arrived()
         shared = self.shared
+        tables = self._tables() if shared and measured else {}
         sums: dict[str, Tensor] = {}
         parts: dict[str, list[Tensor]] = {}
-        size = sum(p.numel() for p in self.wanted.values())
+        rows: dict[str, list[list[Tensor]]] = {}
+        size, start = sum(p.numel() for p in self.wanted.values()), 0
         for x_part, g_part in slices_of(x, g, elements_per_sample=size):
             grads = self.rule.per_sample_grads(self.module, (x_part,), g_part, self.wanted.keys())
             for name, t in grads.items():
@@ -117,12 +132,18 @@ class RuleCall:
                 sums[name] = sums[name] + t.sum(0) if name in sums else t.sum(0)
                 if not measured or name in self.superseded:
                     continue
-                if x_part is x:
+                if name in tables:
+                    parts.setdefault(name, []).append(squared_sum(t.detach()))
+                    rows.setdefault(name, []).append(tables[name].rows_of(t.detach(), start))
+                elif x_part is x:
                     self._add_grads(name, t.detach())
                 else:
                     parts.setdefault(name, []).append(t.detach() if name in shared else squared_sum(t.detach()))
+            start += len(x_part)
         for name, part in parts.items():
-            if name in shared:
+            if name in tables:
+                tables[name].add_dense(torch.cat(part), [torch.cat(each) for each in zip(*rows[name], strict=True)])
+            elif name in shared:
                 self._add_grads(name, torch.cat(part))
             else:
                 self.current.add_squares(self.hooked.layers[name], torch.cat(part))

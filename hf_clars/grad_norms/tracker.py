@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_clars.grad_norms.accumulator import NormAccumulator
 from hf_clars.grad_norms.adoption import NO_INPUT, orphan_of
 from hf_clars.grad_norms.coverage import check_coverage
+from hf_clars.grad_norms.embedding import EmbeddingRule
 from hf_clars.grad_norms.errors import MixedDevicesError, SecondBackwardError, UncoveredParameterError
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook
@@ -235,7 +236,9 @@ class PerSampleGradNorms(NormAccumulator):
         """Take the weight gradient over, or watch the ordinary one."""
         if call.current.kept == call.current.batch_size and call.rows == 1 and _may_take_over(call, x, output):
             return take_over(call, x, output)
-        return observe(call, call.rule.save(call.module, x.detach(), output, call.wanted.keys()), output)
+        saved = call.rule.save(call.module, x.detach(), output, call.wanted.keys())
+        call.tokens = saved[0] if isinstance(call.rule, EmbeddingRule) else None
+        return observe(call, saved, output)
 
     # ---- backward --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,114 @@
+"""A table that is looked up and is a layer's weight as well, as the tied embeddings of language models.
+
+A sample's gradient is A + E: A = sum_t g_t x_t^T of the linear layer, and E, which has a row e_s at each token that the
+sample looked up. ||A + E||^2 = ||A||^2 + ||E||^2 + 2 sum_s <A[token_s], e_s>, so that no more than the rows of A that
+were looked up have to meet E. The gradients [B, vocabulary, width] that would otherwise be added up before they are
+squared never exist together. A table that is looked up several times and is no layer's weight is the case A = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hf_clars.grad_norms import norm_math
+from hf_clars.grad_norms.embedding import EmbeddingRule
+from hf_clars.grad_norms.linear import LinearRule
+
+if TYPE_CHECKING:
+    from hf_clars.grad_norms.passes import ForwardPass
+    from hf_clars.grad_norms.rule_call import RuleCall
+
+
+class TiedTable:
+    """What one backward pass has delivered of a table's gradients.
+
+    Args:
+        lookups: The calls that look rows up.
+        count: Samples that are measured.
+    """
+
+    def __init__(self, lookups: Sequence[RuleCall], count: int) -> None:
+        self.tokens = [call.tokens[:count] for call in lookups if call.tokens is not None]
+        self._lookups = list(lookups)
+        self._found: dict[int, Tensor] = {}
+        self._dense: Tensor | None = None
+        self._rows: Sequence[Tensor] = ()
+
+    def measure(self, call: RuleCall, name: str, saved: tuple[Tensor, ...], g: Tensor) -> None:
+        """Take the gradient of one call's output.
+
+        Args:
+            call: The call.
+            name: The table's name in its module.
+            saved: What the rule saved, of the measured samples.
+            g: Gradient of the module's output, of the measured samples.
+        """
+        if call in self._lookups:
+            assert isinstance(call.rule, EmbeddingRule)
+            self._found[self._lookups.index(call)] = call.rule.row_grads(call.module, saved, g)
+            return
+        x, g = _positions(saved[0]), _positions(g)
+        squares = call.rule.squared_norms(call.module, (x,), g, {name})[name]
+        rows = [g.gather(2, tokens.unsqueeze(1).expand(-1, g.shape[1], -1)).mT @ x for tokens in self.tokens]
+        self.add_dense(squares, rows)
+
+    def rows_of(self, grads: Tensor, start: int) -> list[Tensor]:
+        """The rows that were looked up, of some samples' dense gradients.
+
+        Args:
+            grads: [b, vocabulary, width].
+            start: The first of these samples.
+
+        Returns:
+            For each lookup [b, tokens, width].
+        """
+        own = (tokens[start : start + len(grads)] for tokens in self.tokens)
+        return [grads.gather(1, tokens.unsqueeze(-1).expand(-1, -1, grads.shape[2])) for tokens in own]
+
+    def add_dense(self, squares: Tensor, rows: Sequence[Tensor]) -> None:
+        """Take the linear layer's part.
+
+        Args:
+            squares: ||A||^2, [count].
+            rows: A[token] for each lookup, [count, tokens, width].
+        """
+        self._dense, self._rows = squares, rows
+
+    def squares(self) -> Tensor | None:
+        """||A + E||^2, [count]; None if no gradient has come."""
+        if not self._found:
+            return self._dense
+        order = sorted(self._found)
+        e = torch.cat([self._found[i] for i in order], dim=1)
+        total = norm_math.embedding_weight_squared_norm(torch.cat([self.tokens[i] for i in order], dim=1), e)
+        if self._dense is None:
+            return total
+        rows = torch.cat([self._rows[i] for i in order], dim=1)
+        # Rounding may leave less than nothing where the two parts cancel.
+        return (total + self._dense + 2 * (rows * e).flatten(1).sum(1)).clamp(min=0.0)
+
+
+def _positions(t: Tensor) -> Tensor:
+    return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
+
+
+def tied_table(current: ForwardPass, param: nn.Parameter) -> TiedTable | None:
+    """Where a parameter's uses in a pass are lookups and at most one linear layer, what they come to; else None.
+
+    Args:
+        current: The pass.
+        param: A parameter with several uses.
+    """
+    if param not in current.tables:
+        calls = [
+            (c, n) for c in current.rule_calls for n, p in c.wanted.items() if p is param and n not in c.superseded
+        ]
+        lookups = [c for c, _ in calls if c.tokens is not None and c.rows == 1]
+        dense = [c for c, n in calls if type(c.rule) is LinearRule and n == "weight" and c.rows == 1]
+        known = lookups and len(dense) <= 1 and len(lookups) + len(dense) == current.uses[param]
+        current.tables[param] = TiedTable(lookups, current.kept) if known else None
+    return current.tables[param]
