@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchvision.models.convnext import LayerNorm2d
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from hf_clars.grad_norms import PerSampleGradNorms, find_rule
@@ -206,6 +208,10 @@ OTHER = {
     "transformers' Conv1D": (lambda: Conv1D(4, 6), lambda: torch.randn(B, 6)),
     "transformers' Conv1D, Gram": (lambda: Conv1D(40, 30), lambda: torch.randn(B, 3, 30)),
     "transformers' Conv1D, product": (lambda: Conv1D(4, 5), lambda: torch.randn(B, 30, 5)),
+    "torchvision's LayerNorm2d": (lambda: LayerNorm2d(4), images),
+    "transformers' ConvNextLayerNorm": (lambda: ConvNextLayerNorm(4, data_format="channels_first"), images),
+    "transformers' ConvNextLayerNorm, channels last": (lambda: ConvNextLayerNorm(4), lambda: images().movedim(1, -1)),
+    "timm's LayerNorm2d": (lambda: pytest.importorskip("timm").layers.LayerNorm2d(4), images),
     "own module": (lambda: Scale(6), lambda: torch.randn(B, 6)),
     "PReLU": (lambda: nn.PReLU(4), images),
     "Bilinear-like two outputs": (UsesTwoOutputs, lambda: torch.randn(B, 6)),

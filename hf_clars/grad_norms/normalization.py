@@ -165,6 +165,35 @@ class LayerNormRule(LayerRule):
         return grads
 
 
+@register_rule(
+    "timm.layers.norm.LayerNorm2d",
+    "torchvision.models.convnext.LayerNorm2d",
+    "transformers.models.convnext.modeling_convnext.ConvNextLayerNorm",
+    "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2LayerNorm",
+    "transformers.models.dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextLayerNorm",
+)
+class ChannelLayerNormRule(LayerNormRule):
+    """LayerNorm over the channels of images [B, C, H, W], as in ConvNeXt; transformers' have `data_format` for both."""
+
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """See `LayerRule`."""
+        return x.dim() == 4 if _channels_first(module) else super().has_batch_axis(module, x)
+
+    def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
+        """As for LayerNorm, of the input with its channels last."""
+        return super().save(module, x.movedim(-3, -1) if _channels_first(module) else x, output, wanted)
+
+    def per_sample_grads(
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
+    ) -> dict[str, Tensor]:
+        """See `LayerRule`."""
+        return super().per_sample_grads(module, saved, g.movedim(-3, -1) if _channels_first(module) else g, wanted)
+
+
+def _channels_first(module: nn.Module) -> bool:
+    return getattr(module, "data_format", "channels_first") == "channels_first"
+
+
 def _inverse_scale(module: nn.RMSNorm, x: Tensor, dims: int) -> Tensor:
     eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
     exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
