@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.fallback import Fallback
@@ -42,7 +43,7 @@ class Scaled(nn.Module):
 
 
 class Table(nn.Module):
-    """Neither expanded nor added: indexed. The fallback must go on serving it."""
+    """Indexed before it meets the samples."""
 
     def __init__(self):
         super().__init__()
@@ -124,6 +125,57 @@ class Queries(nn.Module):
         return self.head(torch.tanh(x * self.norm(self.queries))).mean(1)
 
 
+class OnePlus(nn.Module):
+    """A norm as Gemma has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):  # [B, 3, 5]
+        return (torch.tanh(x) * (1 + self.gain)).flatten(1)
+
+
+class Windows(nn.Module):
+    """A bias by relative position for attention in windows, [B * windows, heads, T, T], as Swin has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.table = nn.Linear(5, 5), nn.Parameter(torch.randn(3, 2))
+        self.index = torch.tensor([[0, 1], [2, 0]])
+
+    def forward(self, x):  # [B, 4, 5]
+        x = self.mix(x).unflatten(1, (2, 2)).flatten(0, 1)  # windows of two
+        scores = x @ x.mT
+        scores = scores.unsqueeze(1) * torch.tensor([[[1.0]], [[2.0]]], dtype=x.dtype)
+        scores = scores + self.table[self.index].permute(2, 0, 1).contiguous().unsqueeze(0)
+        return (scores.softmax(-1) @ x.unsqueeze(1)).unflatten(0, (-1, 2)).flatten(1)
+
+
+class Resized(nn.Module):
+    """Positions for another number of patches than there are, resized first."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.positions = nn.Linear(5, 5), nn.Parameter(torch.randn(1, 5, 2))
+
+    def forward(self, x):  # [B, 3, 5]
+        return torch.tanh(self.mix(x) + functional.interpolate(self.positions, size=3, mode="linear").mT).flatten(1)
+
+
+class Network(nn.Module):
+    """Biases that a small network makes of coordinates, as Swin v2 has it; its bias is added last, elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.shift = nn.Linear(2, 7), nn.Linear(7, 5), nn.Parameter(torch.randn(5))
+        self.coordinates = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+
+    def forward(self, x):  # [B, 3, 5]
+        biases = self.second(torch.relu(self.first(self.coordinates.to(x.dtype))))
+        return torch.tanh(x * 16 * biases.sigmoid() + self.shift.exp()).flatten(1)
+
+
 class ByFrequency(Positions):
     """Rows' gradients are divided by how often they are looked up in the whole batch: once, not once a sample."""
 
@@ -135,15 +187,19 @@ class ByFrequency(Positions):
 CASES = {
     "tokens": (Embedder, (B, 3, 5), True),
     "scales": (Scaled, (B, 3, 5, 5), True),
-    "indexed": (Table, (B, 5), False),
+    "indexed": (Table, (B, 5), True),
     "coupled": (Coupled, (B, 5), True),
     "shared": (Shared, (B, 3, 5, 5), True),
     "as long as the batch": (BatchLike, (B, 5), True),
     "positions [T]": (lambda: Positions(torch.tensor([4, 0, 4])), (B, 3, 5), True),
     "positions [1, T]": (lambda: Positions(torch.tensor([[4, 0, 4]]), first=True), (B, 3, 5), True),
     "a lookup used twice": (lambda: Twofold(torch.tensor([[4, 0, 4]])), (B, 3, 5), True),
-    "a lookup cut before it is used": (lambda: Twofold(torch.tensor([4, 0, 4]), end=1), (B, 3, 5), False),
-    "queries": (Queries, (B, 3, 5), False),
+    "a lookup cut before it is used": (lambda: Twofold(torch.tensor([4, 0, 4]), end=1), (B, 3, 5), True),
+    "queries": (Queries, (B, 3, 5), True),
+    "one plus": (OnePlus, (B, 3, 5), True),
+    "windows": (Windows, (B, 4, 5), True),
+    "resized": (Resized, (B, 3, 5), True),
+    "a network of its own": (Network, (B, 3, 5), True),
     "rows by frequency": (lambda: ByFrequency(torch.tensor([4, 0, 4])), (B, 3, 5), False),
 }
 
@@ -186,6 +242,33 @@ def test_the_first_samples_alone():
             loss_of(model, x).backward()
             for name, want in layer_norms(expected, norms.layers).items():
                 torch.testing.assert_close(norms.per_sample[name].double(), want[:2], rtol=1e-4, atol=1e-6)
+
+
+class Heads(nn.Module):
+    """Spread over as many heads as there may be samples, before it is spread over the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1, 3, 3))
+
+    def forward(self, x):  # [B, 3, 5]
+        scores = torch.stack([x @ x.mT, x @ x.mT + 1, x @ x.mT + 2, x @ x.mT + 3], 1)  # [B, heads, 3, 3]
+        return (scores + (0.5 * self.bias).expand(4, 3, 3)).flatten(1)
+
+
+@pytest.mark.parametrize("sizes", [(6, 4, 2, 8, 1, 4, 6), (4, 6, 4, 1, 8), (8, 4, 8)])
+def test_another_batch_size_is_no_trap(sizes):
+    torch.manual_seed(0)
+    model = Heads().double()
+    with PerSampleGradNorms(model) as norms:
+        for size in sizes:
+            x = torch.randn(size, 3, 5).double()
+            expected = one_by_one(model, lambda m, i, x=x: loss_of(m, x[i : i + 1]), size)
+            for _ in range(2):
+                model.zero_grad()
+                loss_of(model, x).backward()
+                for name, want in layer_norms(expected, norms.layers).items():
+                    torch.testing.assert_close(norms.per_sample[name], want, rtol=1e-9, atol=1e-12)
 
 
 def test_whole_vision_transformers():

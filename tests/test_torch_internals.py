@@ -134,3 +134,28 @@ def test_views_are_seen():
     x = torch.ones(2, 3, 4)
     assert internals.is_view(x[0])
     assert not internals.is_view(x * 2)
+
+
+def test_shapes_and_types_in_the_graph():
+    a, b = torch.ones(2, 1, dtype=torch.float64, requires_grad=True), torch.ones(3, dtype=torch.float64)
+    added = a + b
+    halves = added.half().unbind(1)
+    assert internals.shape_at(added.grad_fn) == (2, 3)
+    assert internals.dtype_at(added.grad_fn) == torch.float64
+    assert internals.shape_at(halves[2].grad_fn, 2) == (2,)
+    assert internals.dtype_at(halves[2].grad_fn, 2) == torch.float16
+    assert internals.shape_at(added.grad_fn, 1) is None
+
+
+def test_factors_of_operations_that_spread():
+    a, b = torch.tensor([2.0], requires_grad=True), torch.tensor([[3.0], [5.0]])
+    cases = {
+        torch.add(b, a, alpha=4): (1, 4.0),
+        a + b: (0, 1.0),
+        b - a: (1, -1.0),
+        a * b: (0, b),
+        a.expand(2, 1): (0, 1.0),
+    }
+    for result, (index, factor) in cases.items():
+        torch.testing.assert_close(internals.broadcast_factor(result.grad_fn, index), factor)
+    assert internals.broadcast_factor((a / b).grad_fn, 0) is None

@@ -7,6 +7,7 @@ from then on calls like that one are measured by the uses alone, which cost noth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,6 +30,7 @@ class DirectMeasures:
         captured: Takes note of a use that will be measured, and returns its number in the pass.
         arrived: Takes note that its gradient has come.
         active: False while the graph is differentiated for other purposes.
+        quiet: Says that it is.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class DirectMeasures:
         captured: Callable[[HookedModule, ForwardPass, dict[str, nn.Parameter], Tensor], int],
         arrived: Callable[[HookedModule, ForwardPass, int], bool],
         active: Callable[[], bool],
+        quiet: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._layer_of = layer_of
-        self._captured, self._arrived, self._active = captured, arrived, active
+        self._captured, self._arrived, self._active, self._quiet = captured, arrived, active, quiet
         self._right: dict[Key, bool] = {}
 
     def take(self, watched: WatchedCall) -> bool:
@@ -52,13 +55,14 @@ class DirectMeasures:
             Whether it is measured now.
         """
         hooked, current = watched.hooked, watched.current  # the hooks below must not hold on to the graph
-        uses = watched.direct_uses() if self._right.get(watched.key) else []
-        if uses:
-            current.leave(watched.adopted)
+        uses = watched.direct_uses
+        if not uses or not self._right.get(watched.key):
+            return False
+        current.leave(watched.adopted)
         for use in uses:
             ticket = self._captured(hooked, current, {use.name: use.param}, watched.x)
             use.watch(current.batch_size, current.kept, self._active, partial(self._deliver, hooked, current, ticket))
-        return bool(uses)
+        return True
 
     def _deliver(
         self, hooked: HookedModule, current: ForwardPass, ticket: int, operand: Operand, g: Tensor | None
@@ -70,7 +74,7 @@ class DirectMeasures:
                 f"{hooked} used {operand.name} with the batch as first axis before, and now in another way: give it "
                 "inputs of one layout, or freeze the parameter."
             )
-        with no_autocast(g.device.type):
+        with no_autocast(g.device.type), self._quiet():
             if operand.param in current.several:
                 current.add_pending(operand.param, operand.grads(g))
             else:
@@ -85,9 +89,11 @@ class DirectMeasures:
         Returns:
             The comparison, and the uses to `follow` for it; none if its result is known or there is nothing to compare.
         """
+        uses = watched.direct_uses
         key = watched.key
-        uses = watched.direct_uses() if key not in self._right else []
-        return Trial(len(uses), partial(self._right.setdefault, key)), uses
+        if key in self._right:
+            uses = []
+        return Trial(len(uses), partial(self._right.setdefault, key), self._quiet), uses
 
     def follow(self, uses: Iterable[GraphUse], current: ForwardPass, trial: Trial) -> None:
         """Have uses compared; after the fallback's own hooks are in place, so that its gradients come first.
@@ -108,12 +114,14 @@ class Trial:
     Attributes:
         waiting: Uses whose gradient has not come.
         conclude: Takes whether both agreed.
+        quiet: Keeps hooks from taking what is differentiated inside for the pass itself.
         expected: Per-sample gradients by the fallback.
         found: The same by the uses.
     """
 
     waiting: int
     conclude: Callable[[bool], bool]
+    quiet: Callable[[], AbstractContextManager[None]]
     expected: dict[str, Tensor] = field(default_factory=dict)
     found: dict[str, Tensor] = field(default_factory=dict)
 
@@ -128,7 +136,7 @@ class Trial:
             self.waiting = 0
         if self.waiting == 0 or g is None:
             return
-        with no_autocast(g.device.type):
+        with no_autocast(g.device.type), self.quiet():
             grads = operand.grads(g)
         self.found[operand.name] = self.found[operand.name] + grads if operand.name in self.found else grads
         self.waiting -= 1

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from hf_clars.grad_norms.batched_grads import batched_grads
 from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS
 from hf_clars.grad_norms.trees import map_tensors, tensors_in
@@ -171,27 +172,12 @@ def _by_masks(call: ModuleCall, grads: Sequence[Tensor | None]) -> dict[str, Ten
     for start in range(0, call.count, step):
         rows = torch.arange(start, min(start + step, call.count))
         masked = [_one_row_each(g, rows, axis) for g, axis in zip(grads, call.axes, strict=True) if g is not None]
-        found = _batched_grads(edges, [call.params[n] for n in names], masked)
+        found = batched_grads(edges, [call.params[n] for n in names], masked)
         zeros = [p.new_zeros(len(rows), *p.shape) for p in call.params.values()]
         parts.append([z if f is None else f for f, z in zip(found, zeros, strict=True)])
     if not parts:
         return {n: p.new_zeros(0, *p.shape) for n, p in call.params.items()}
     return {n: torch.cat([part[i] for part in parts]) for i, n in enumerate(names)}
-
-
-def _batched_grads(edges: list[GradientEdge], params: list[nn.Parameter], masked: list[Tensor]) -> list[Tensor | None]:
-    """Gradients for each of a stack of output gradients, together where the operations allow it."""
-
-    def grads(outputs: list[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            edges, params, grad_outputs=outputs, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-
-    try:
-        return list(grads(masked, True))
-    except RuntimeError:  # an operation without a batching rule: one after the other
-        rows = [grads([m[i] for m in masked], False) for i in range(len(masked[0]))]
-        return [None if each[0] is None else torch.stack(each) for each in zip(*rows, strict=True)]
 
 
 def _one_row_each(g: Tensor, rows: Tensor, axis: int) -> Tensor:

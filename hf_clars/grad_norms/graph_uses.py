@@ -5,7 +5,8 @@ operation still has the batch axis that the parameter does not have: it is the p
 other broadcast axes. That costs nothing, where the general fallback runs the module once more. Whether it is right for
 a module (the batch first, nothing but such operations) is seen by comparing both in its first backward pass.
 
-The same holds for what a module made of its parameters for all samples at once: see `shared_results.py`.
+The same holds for what a module made of its parameters for all samples at once: see `shared_results.py` and
+`batch_free.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from hf_clars.grad_norms.norm_math import at_least_float32, squared_sum
-from hf_clars.grad_norms.torch_internals import broadcast_factor
+from hf_clars.grad_norms.torch_internals import broadcast_factor, shape_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ class Operand:
 
 
 Receiver = Callable[[Operand, Tensor | None], None]
+Signature = tuple[object, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +58,13 @@ class GraphUse:
         operand: What it takes.
         node: The operation's place in the graph.
         index: Which of its operands that is.
+        way: The names of the operations between the parameter and this one.
     """
 
     operand: Operand
     node: Node
     index: int
+    way: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -71,6 +75,16 @@ class GraphUse:
     def param(self) -> nn.Parameter:
         """The parameter."""
         return self.operand.param
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether it is an operation whose operands' gradients are known from that of its result."""
+        return broadcast_factor(self.node, self.index) is not None
+
+    def signature(self, batch_size: int) -> Signature:
+        """What uses have in common that are measured in the same way."""
+        folded = (shape_at(self.node) or (0,))[0] > batch_size
+        return (self.name, type(self.operand).__name__, *self.way, self.node.name(), self.index, folded)
 
     def watch(self, batch_size: int, count: int, active: Callable[[], bool], deliver: Receiver) -> None:
         """Have the operand's per-sample gradients [count, *shape] delivered when they come; None if they can't be told.
@@ -101,16 +115,19 @@ class GraphRegion:
     Args:
         outputs: Differentiable tensors that the module returned.
         inputs: Tensors that it was given.
+
+    Attributes:
+        ends: Where the outputs come from.
     """
 
     def __init__(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
-        self._ends = [t.grad_fn for t in outputs]
+        self.ends = [t.grad_fn for t in outputs]
         self._starts = {t.grad_fn for t in inputs}
 
     @cached_property
     def nodes(self) -> set[Node]:
         """Every operation in it."""
-        seen = {node for node in self._ends if node is not None} - self._starts
+        seen = {node for node in self.ends if node is not None} - self._starts
         stack = list(seen)
         while stack:
             for node, _ in stack.pop().next_functions:
@@ -147,16 +164,34 @@ class GraphRegion:
 def unbroadcast(spread: Tensor, shape: tuple[int, ...], batch_size: int) -> Tensor | None:
     """Sum a gradient over all axes that an operand was broadcast along, but the batch.
 
+    Other axes may be folded into the first, behind the batch, as windows of an image are.
+
     Args:
         spread: Gradient of the broadcast operand.
         shape: The operand's own shape.
         batch_size: B.
 
     Returns:
-        [B, *shape]; None unless the operand was broadcast along a first axis of length B.
+        [B, *shape]; None unless the operand was broadcast along a first axis of length B, or a multiple of it.
     """
-    own = (1,) * (spread.dim() - len(shape)) + shape
-    if spread.dim() == 0 or spread.shape[0] != batch_size or own[0] != 1:
+    if not is_spread(spread.shape, shape, batch_size):
         return None
+    own = (1,) * (spread.dim() - len(shape)) + shape
     summed = [i for i in range(1, spread.dim()) if own[i] == 1 and spread.shape[i] > 1]
-    return (spread.sum(summed, keepdim=True) if summed else spread).reshape(batch_size, *shape)
+    kept = spread.sum(summed, keepdim=True) if summed else spread
+    if kept.shape[0] > batch_size:
+        kept = kept.unflatten(0, (batch_size, -1)).sum(1)
+    return kept.reshape(batch_size, *shape)
+
+
+def is_spread(result: Sequence[int], shape: Sequence[int], batch_size: int) -> bool:
+    """Whether an operand was broadcast along the batch.
+
+    Args:
+        result: Shape of the operation's result.
+        shape: Of the operand.
+        batch_size: B.
+    """
+    if not result or len(shape) > len(result) or batch_size == 0 or result[0] == 0 or result[0] % batch_size:
+        return False
+    return len(shape) < len(result) or shape[0] == 1

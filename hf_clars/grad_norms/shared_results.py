@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from hf_clars.grad_norms.adoption import Orphan
-from hf_clars.grad_norms.graph_uses import Operand
+from hf_clars.grad_norms.graph_uses import GraphRegion, GraphUse, Operand, is_spread
 from hf_clars.grad_norms.norm_math import at_least_float32
 from hf_clars.grad_norms.registry import LayerRule
+from hf_clars.grad_norms.torch_internals import shape_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,29 +52,33 @@ class SharedResult(Operand):
         return tuple(at_least_float32(t) for t in self.rule.save(self.module, x, output, {self.local}))
 
 
-def shared_results(
-    orphans: Iterable[Orphan], names: Mapping[nn.Parameter, str]
-) -> dict[Node, list[SharedResult]] | None:
-    """The results of calls that were made once for all samples, by their places in the graph.
+def shared_uses(
+    orphans: Iterable[Orphan], names: Mapping[nn.Parameter, str], region: GraphRegion, batch_size: int
+) -> list[GraphUse]:
+    """Where the graph spreads the results of calls that were made once for all samples.
 
     Args:
         orphans: The calls.
         names: The name of each of their parameters in the module that adopts them.
+        region: The graph of that module.
+        batch_size: B.
 
     Returns:
-        The results; None if any of the calls is not of a kind that can be measured where its result is used: the rule
-        has to take any number of axes between the batch and the last.
+        The uses of those results that are all spread at once, and whose rule takes any number of axes between the batch
+        and the last.
     """
-    found: dict[Node, list[SharedResult]] = {}
+    found: list[GraphUse] = []
     for orphan in orphans:
         rule = orphan.hooked.rule
         if rule is None or not rule.positions_in_the_middle or orphan.x is None or orphan.output is None:
-            return None
+            continue
         own = {p: n for n, p in orphan.hooked.params.items()}
-        found[orphan.nodes[0]] = [
-            SharedResult(
-                names[p], p, tuple(orphan.output.shape), orphan.hooked.module, rule, own[p], orphan.x, orphan.output
-            )
+        shape = tuple(orphan.output.shape)
+        operands = [
+            SharedResult(names[p], p, shape, orphan.hooked.module, rule, own[p], orphan.x, orphan.output)
             for p in orphan.params
         ]
+        uses = region.uses_of({orphan.nodes[0]: operands})
+        if all(is_spread(shape_at(u.node) or (), shape, batch_size) and u.can_be_told for u in uses):
+            found += uses
     return found

@@ -196,3 +196,20 @@ def broadcast_factor(node: torch.autograd.graph.Node, index: int) -> Tensor | fl
         other = getattr(node, "_saved_other" if index == 0 else "_saved_self", None)
         return None if other is None else other.detach()
     return None
+
+
+def shape_at(node: torch.autograd.graph.Node, output: int = 0) -> tuple[int, ...] | None:
+    """Shape of what an operation of the graph returned; None where the node does not say.
+
+    Args:
+        node: The operation's place in the graph.
+        output: Which of its results.
+    """
+    known = getattr(node, "_input_metadata", ())
+    return tuple(known[output].shape) if output < len(known) else None
+
+
+def dtype_at(node: torch.autograd.graph.Node, output: int = 0) -> torch.dtype:
+    """Type of what an operation of the graph returned, for nodes with a `shape_at`."""
+    dtype: torch.dtype = node._input_metadata[output].dtype
+    return dtype

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import Orphan
-from hf_clars.grad_norms.graph_uses import GraphRegion, GraphUse
+from hf_clars.grad_norms.batch_free import BatchFreeSearch
+from hf_clars.grad_norms.graph_uses import GraphRegion, GraphUse, Signature
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.passes import ForwardPass
-from hf_clars.grad_norms.shared_results import shared_results
+from hf_clars.grad_norms.shared_results import shared_uses
 from hf_clars.grad_norms.torch_internals import saved_tensors_are_packed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-Key = tuple[HookedModule, bool, tuple[str, ...]]
+Key = tuple[HookedModule, bool, tuple[str, ...], tuple[Signature, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,18 +48,22 @@ class WatchedCall:
     @property
     def key(self) -> Key:
         """What calls have in common that are measured in the same way."""
-        return self.hooked, self.hooked.module.training, tuple(self.wanted)
+        signatures = sorted((use.signature(self.current.batch_size) for use in self.direct_uses), key=repr)
+        return self.hooked, self.hooked.module.training, tuple(self.wanted), tuple(signatures)
 
+    @cached_property
     def direct_uses(self) -> list[GraphUse]:
-        """Where the graph uses bare parameters and shared results, if it may be looked at and these are all wanted."""
-        if saved_tensors_are_packed():
+        """Where the graph spreads what the wanted parameters come to over the samples; none unless that is all."""
+        leaves = self.hooked.leaves(self.wanted)
+        plain = all(used is p and not hasattr(p, "ds_id") for p, used in leaves.values())
+        if not self.wanted or saved_tensors_are_packed():
             return []
-        shared = shared_results(self.adopted, {p: n for n, p in self.wanted.items()})
-        if shared is None:
+        batch_size = self.current.batch_size
+        uses = shared_uses(self.adopted, {p: n for n, p in self.wanted.items()}, self.region, batch_size)
+        shared = {use.name for use in uses}
+        search = BatchFreeSearch(self.region.nodes, self.region.ends, batch_size)
+        others = search.uses({n: leaf for n, leaf in leaves.items() if n not in shared}, bare_only=not plain)
+        if others is None:
             return []
-        adopted = {operand.name for operands in shared.values() for operand in operands}
-        bare = {n: p for n, p in self.wanted.items() if n not in adopted}
-        if bare.keys() != self.hooked.trainable().keys():
-            return []
-        uses = [*self.region.uses(self.hooked.leaves(bare)), *self.region.uses_of(shared)]
+        uses += others
         return uses if {use.name for use in uses} == self.wanted.keys() else []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,7 +50,15 @@ class CallsWithoutRule:
         self._layer_of, self._own_inputs = layer_of, own_inputs
         self._captured, self._arrived = captured, arrived
         self._fallback = Fallback()
-        self._direct = DirectMeasures(layer_of, captured, arrived, lambda: not self.busy)
+        self._direct = DirectMeasures(layer_of, captured, arrived, lambda: not self.busy, self._quietly)
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
 
     @property
     def replaying(self) -> bool:
@@ -109,13 +118,10 @@ class CallsWithoutRule:
 
     def check_batch_axis(self, current: ForwardPass, outputs: Sequence[Tensor]) -> None:
         """Prove that the batch is the first axis of calls whose shapes leave that open; see `batch_axis.py`."""
-        self.busy = True
         calls = list(current.open_calls)
         current.open_calls.clear()
-        try:
+        with self._quietly():
             check_batch_axis(outputs, calls, current.batch_size)
-        finally:
-            self.busy = False
         for call in calls:
             call.hooked.proven_dims.add(len(call.shape))
 
@@ -123,15 +129,12 @@ class CallsWithoutRule:
         self, hooked: HookedModule, current: ForwardPass, adopted: Sequence[Orphan], outputs: list[Tensor]
     ) -> None:
         """Take calls inside over, and look whether they could do by themselves from now on."""
-        self.busy = True
-        try:
-            current.leave(adopted)
+        current.leave(adopted)
+        with self._quietly():
             for orphan in adopted:
                 current.supersede(hooked, orphan.params)
                 if not saved_tensors_are_packed() and orphan.learn(outputs, current.batch_size):
                     current.learned.update(orphan.params)
-        finally:
-            self.busy = False
 
     def _watch_module(self, watched: WatchedCall) -> None:
         """Measure a module by the fallback; the first time, look whether the graph's uses would give the same."""
@@ -177,11 +180,10 @@ class CallsWithoutRule:
         wanted: dict[str, nn.Parameter],
         grads: Sequence[Tensor | None],
     ) -> dict[str, Tensor]:
-        self.busy = True
         try:
-            per_sample = self._fallback.per_sample_grads(call, grads)
+            with self._quietly():
+                per_sample = self._fallback.per_sample_grads(call, grads)
         finally:
-            self.busy = False
             call.edges.clear()
             current.fallback_calls.remove(call)
         for name, own in per_sample.items():
