@@ -10,19 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.accumulator import NormAccumulator
-from hf_clars.grad_norms.adoption import NO_INPUT, orphan_of
+from hf_clars.grad_norms.adoption import NO_INPUT
 from hf_clars.grad_norms.coverage import check_coverage
-from hf_clars.grad_norms.embedding import EmbeddingRule
 from hf_clars.grad_norms.errors import MixedDevicesError, SecondBackwardError, UncoveredParameterError
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook
-from hf_clars.grad_norms.observation import observe
-from hf_clars.grad_norms.one_product import is_taken_over, take_over
 from hf_clars.grad_norms.own_inputs import OwnInputs
 from hf_clars.grad_norms.passes import ForwardPass
-from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import inside_backward
 from hf_clars.grad_norms.trees import tensors_in
+from hf_clars.grad_norms.with_rule import CallsWithRule
 from hf_clars.grad_norms.without_rule import CallsWithoutRule
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 
@@ -80,6 +77,7 @@ class PerSampleGradNorms(NormAccumulator):
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
         self._own_inputs = OwnInputs(model)
         self._without_rule = CallsWithoutRule(self._layer_of, self._own_inputs, self._captured, self._arrived)
+        self._with_rule = CallsWithRule(self._own_inputs, self._captured, self._arrived)
         self._ever_captured: set[nn.Parameter] = set()
         self._in_use: dict[nn.Parameter, nn.Parameter] = {}
         self._hooked = find_hooked_modules(model, self._layer_of)
@@ -171,12 +169,7 @@ class PerSampleGradNorms(NormAccumulator):
                 current.without_grad[hooked] -= 1
                 return self._capture(hooked, current, x, call, output)
             if hooked in current.captured and hooked.rule is not None:
-                rows = self._rows_of(hooked, current, x, output)
-                wanted = hooked.trainable()
-                if rows is None or not wanted:
-                    return None
-                repeated = RuleCall(hooked, hooked.rule, current, wanted, rows, lambda: False)
-                return self._follow(repeated, x, output)
+                return self._with_rule.repeat(hooked, current, x, output)
         return None
 
     def _capture(
@@ -190,27 +183,7 @@ class PerSampleGradNorms(NormAccumulator):
         """Arrange for the norms of one call."""
         if hooked.rule is None:
             return self._without_rule.capture(hooked, current, x, call, output, prove=bool(self._unchecked))
-        wanted = hooked.trainable()
-        if not wanted or not isinstance(output, Tensor) or not output.requires_grad:
-            return None
-        rows = self._rows_of(hooked, current, x, output)
-        if rows == 1 and self._own_inputs.holds(hooked, current, [x]):
-            current.own_results.add(torch.autograd.graph.get_gradient_edge(output).node)
-            rows = None
-        if rows is None:
-            current.orphans.append(orphan_of(hooked, current.batch_size, wanted.values(), x, [output]))
-            return None
-        ticket = self._captured(hooked, current, wanted, x)
-        rule_call = RuleCall(hooked, hooked.rule, current, wanted, rows, lambda: self._arrived(hooked, current, ticket))
-        current.rule_calls.append(rule_call)
-        replaced = self._follow(rule_call, x, output)
-        if rows == 1 and hooked.rule.positions_in_the_middle:
-            current.note_if_open(hooked, output if replaced is None else replaced)
-        return replaced
-
-    def _rows_of(self, hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> int | None:
-        alone = current.implicit or not hooked.path or current.was_given(x)
-        return hooked.rows_of(x, output, current.batch_size, alone=alone)
+        return self._with_rule.capture(hooked, current, x, output)
 
     def _captured(self, hooked: HookedModule, current: ForwardPass, wanted: dict[str, nn.Parameter], x: Tensor) -> int:
         """Take note of a call that will be measured; returns its number in the pass."""
@@ -231,14 +204,6 @@ class PerSampleGradNorms(NormAccumulator):
             hooked.ever_captured = True
             self._ever_captured.update(wanted.values())
         return current.next_call()
-
-    def _follow(self, call: RuleCall, x: Tensor, output: Tensor) -> Tensor | None:
-        """Take the weight gradient over, or watch the ordinary one."""
-        if call.current.kept == call.current.batch_size and call.rows == 1 and _may_take_over(call, x, output):
-            return take_over(call, x, output)
-        saved = call.rule.save(call.module, x.detach(), output, call.wanted.keys())
-        call.tokens = saved[0] if isinstance(call.rule, EmbeddingRule) else None
-        return observe(call, saved, output)
 
     # ---- backward --------------------------------------------------------------------------------------------
 
@@ -327,18 +292,3 @@ class PerSampleGradNorms(NormAccumulator):
 def _state_of_grad(param: nn.Parameter) -> tuple[int, int] | None:
     """Changes whenever the gradient does: what was there before the hooks is none of their business."""
     return None if param.grad is None else (id(param.grad), param.grad._version)
-
-
-def _may_take_over(call: RuleCall, x: Tensor, output: Tensor) -> bool:
-    """Whether the weight gradient should, and can, come from the per-sample gradients of this call."""
-    if "weight" not in call.wanted or is_taken_over(output):
-        return False
-    weight = call.hooked.in_use("weight")
-    decisions = call.hooked.decisions
-    key = (x.shape, output.dtype, x.device)
-    decision = decisions.get(key)
-    if decision is None:
-        # Weights that an engine has split or put aside are differentiated by the engine's own graph.
-        plain = weight.numel() > 0 and not hasattr(weight, "device_mesh")
-        decision = decisions[key] = plain and call.rule.takes_over(call.module, x, output)
-    return decision
