@@ -1,63 +1,32 @@
-"""Per-sample gradients of any module's own parameters, for modules that no rule knows. Two exact ways.
+"""Per-sample gradients of any module's own parameters, for modules that no rule knows. Three exact ways.
 
 **Replay**: the forward runs again under `torch.func.vmap`, one sample at a time in one batched call. As cheap as one
 more forward and backward of the module, but it needs a module that treats samples apart and draws no random numbers.
+
+**Unrolling**: for torch's recurrent nets, in place of the replay; see `recurrent.py`.
 
 **Masks**: the module's own graph is differentiated once for every sample, with the output gradient of all other
 samples set to zero: what reaches the parameters then is that sample's own use of them. This is the definition itself,
 so it is right for coupled samples and random layers too, and costs a backward pass of the module for every sample.
 
-The replay is compared with the real output at the first call in each mode; where it fails or differs, masks are used.
+The replay, or the unrolled net, is compared with the real output at the first call in each mode; where it fails or
+differs, masks are used.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from hf_clars.grad_norms.batched_grads import batched_grads
 from hf_clars.grad_norms.errors import UncoveredParameterError
+from hf_clars.grad_norms.module_call import ModuleCall
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS
+from hf_clars.grad_norms.recurrent import by_unrolling, can_unroll
 from hf_clars.grad_norms.trees import map_tensors, tensors_in
-
-
-@dataclass(eq=False)
-class ModuleCall:
-    """One call of a module: what is needed to differentiate it sample by sample.
-
-    Attributes:
-        module: The module.
-        path: Its name in the model, for messages.
-        args: Detached arguments.
-        kwargs: Detached keyword arguments.
-        outputs: Detached differentiable outputs, by their place among all tensors it returned.
-        axes: The batch axis of each of them.
-        edges: Where these outputs come from in the graph; emptied when the pass is over.
-        params: The parameters to differentiate, by their name in the module.
-        training: The mode it ran in.
-        batch_size: Length of the batch axis. Inputs of another length are shared by all samples.
-        count: How many of the first samples are wanted.
-        replayable: False where an engine's hooks would gather and split weights again if the module were called.
-    """
-
-    module: nn.Module
-    path: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: dict[int, Tensor]
-    axes: list[int]
-    edges: list[GradientEdge]
-    params: dict[str, nn.Parameter]
-    training: bool
-    batch_size: int
-    count: int
-    replayable: bool = True
 
 
 class Fallback:
@@ -100,7 +69,7 @@ class Fallback:
         if replay:
             self.replaying = True
             try:
-                result, outputs = _by_replay(call, grads)
+                result, outputs = (by_unrolling if can_unroll(call) else _by_replay)(call, grads)
             except (RuntimeError, ValueError, TypeError, IndexError):
                 self._replays[key] = False  # not fit for vmap: coupled, random or data-dependent
             else:

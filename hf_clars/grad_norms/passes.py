@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import Orphan
 from hf_clars.grad_norms.batch_axis import OpenCall, is_open
-from hf_clars.grad_norms.fallback import ModuleCall
 from hf_clars.grad_norms.graph_uses import GraphUse
 from hf_clars.grad_norms.hooked_modules import HookedModule
+from hf_clars.grad_norms.module_call import ModuleCall
 from hf_clars.grad_norms.norm_math import SMALL, squared_sum
 from hf_clars.grad_norms.trees import memory_of
 

@@ -14,9 +14,10 @@ from hf_clars.grad_norms.adoption import NO_INPUT, Orphan, orphan_of
 from hf_clars.grad_norms.batch_axis import check_batch_axis
 from hf_clars.grad_norms.direct_measures import DirectMeasures
 from hf_clars.grad_norms.errors import UncoveredParameterError
-from hf_clars.grad_norms.fallback import Fallback, ModuleCall
+from hf_clars.grad_norms.fallback import Fallback
 from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule
+from hf_clars.grad_norms.module_call import ModuleCall
 from hf_clars.grad_norms.norm_math import at_least_float32, squared_sum
 from hf_clars.grad_norms.own_inputs import OwnInputs
 from hf_clars.grad_norms.own_place import own_place
