@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_clars.grad_norms import norm_math
-from hf_clars.grad_norms.convolution import ConvolutionRule, convolution_squared_norm, convolution_use
-from hf_clars.grad_norms.costs import MACHINES, WeightUse, cheapest_form
-from hf_clars.grad_norms.linear import linear_squared_norm
+from hf_clars.grad_norms.rules.convolution import ConvolutionRule, convolution_squared_norm, convolution_use
+from hf_clars.grad_norms.rules.costs import MACHINES, WeightUse, cheapest_form
+from hf_clars.grad_norms.rules.linear import linear_squared_norm
 
 small = st.integers(1, 3)
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.grad_norms.fallback import Fallback
+from hf_clars.grad_norms.without_rule.fallback import Fallback
 from tests.oracle import layer_norms, one_by_one, per_sample_grads
 
 B = 4

@@ -10,8 +10,8 @@ from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from hf_clars.grad_norms import PerSampleGradNorms, find_rule
-from hf_clars.grad_norms.normalization import LayerNormRule
-from hf_clars.grad_norms.timm_layers import BatchNormActRule
+from hf_clars.grad_norms.rules.normalization import LayerNormRule
+from hf_clars.grad_norms.rules.timm_layers import BatchNormActRule
 from hf_clars.layers import param_layers
 from tests.oracle import layer_norms, per_sample_grads
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_clars.grad_norms import PerSampleGradNorms, SecondBackwardError, convolution, linear, norm_math
-from hf_clars.grad_norms.convolution import ConvolutionRule
-from hf_clars.grad_norms.linear import LinearRule
+from hf_clars.grad_norms import PerSampleGradNorms, SecondBackwardError, norm_math
+from hf_clars.grad_norms.rules import convolution, linear
+from hf_clars.grad_norms.rules.convolution import ConvolutionRule
+from hf_clars.grad_norms.rules.linear import LinearRule
 from tests.oracle import layer_norms, per_sample_grads
 
 B = 6

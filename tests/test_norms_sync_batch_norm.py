@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_clars.grad_norms import PerSampleGradNorms, normalization
+from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms.rules import normalization
 from hf_clars.grad_norms.errors import SharedStatisticsError
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from hf_clars.bench.cost import CostRow
 from hf_clars.bench.growth import UNITS, GrowthRow
 from hf_clars.bench.ways import HfClars, Plain
-from hf_clars.grad_norms.costs import Form, WeightUse, cheapest_form
+from hf_clars.grad_norms.rules.costs import Form, WeightUse, cheapest_form
 
 TARGET = 1.25
 """The cost that this package is to stay below."""

@@ -11,7 +11,7 @@ from hf_clars.bench.layers import chosen_forms
 from hf_clars.bench.networks import Network
 from hf_clars.bench.timing import Ratio, alternate, ratio
 from hf_clars.bench.ways import HfClars, Plain
-from hf_clars.grad_norms.costs import Form
+from hf_clars.grad_norms.rules.costs import Form
 from hf_clars.models import CifarResNetConfig, CifarResNetForImageClassification
 
 AXES: dict[str, tuple[int, ...]] = {

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from hf_clars.bench.networks import Network
 from hf_clars.bench.timing import alternate
-from hf_clars.grad_norms.convolution import ConvolutionRule, convolution_squared_norm, convolution_use
-from hf_clars.grad_norms.costs import MACHINES, Form, WeightUse, cheapest_form
-from hf_clars.grad_norms.linear import LinearRule, linear_squared_norm, linear_use
 from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.rules.convolution import ConvolutionRule, convolution_squared_norm, convolution_use
+from hf_clars.grad_norms.rules.costs import MACHINES, Form, WeightUse, cheapest_form
+from hf_clars.grad_norms.rules.linear import LinearRule, linear_squared_norm, linear_use
 from hf_clars.grad_norms.torch_internals import convolution_weight_grad
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -1,14 +1,6 @@
 """Per-sample gradient norms by layer, out of an ordinary backward pass. Needs torch only."""
 
-# These modules register their rules.
-from hf_clars.grad_norms import (  # noqa: F401
-    convolution,
-    embedding,
-    linear,
-    normalization,
-    timm_layers,
-    transformers_layers,
-)
+from hf_clars.grad_norms import rules  # noqa: F401  registers them
 from hf_clars.grad_norms.errors import BatchAxisError, MixedDevicesError, SecondBackwardError, UncoveredParameterError
 from hf_clars.grad_norms.microbatch import MicroBatchGradNorms
 from hf_clars.grad_norms.passes import NormTotals

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
-from hf_clars.grad_norms.embedding import EmbeddingRule
-from hf_clars.grad_norms.linear import LinearRule
+from hf_clars.grad_norms.rules.embedding import EmbeddingRule
+from hf_clars.grad_norms.rules.linear import LinearRule
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.passes import ForwardPass

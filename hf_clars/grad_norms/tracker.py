@@ -20,7 +20,7 @@ from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.torch_internals import inside_backward
 from hf_clars.grad_norms.trees import tensors_in
 from hf_clars.grad_norms.with_rule import CallsWithRule
-from hf_clars.grad_norms.without_rule import CallsWithoutRule
+from hf_clars.grad_norms.without_rule.calls import CallsWithoutRule
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import orphan_of
-from hf_clars.grad_norms.embedding import EmbeddingRule
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.observation import observe
 from hf_clars.grad_norms.one_product import is_taken_over, take_over
 from hf_clars.grad_norms.own_inputs import OwnInputs
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.rules.embedding import EmbeddingRule
 
 
 class CallsWithRule:

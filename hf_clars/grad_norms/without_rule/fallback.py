@@ -21,12 +21,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.batched_grads import batched_grads
 from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.module_call import ModuleCall
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS
-from hf_clars.grad_norms.recurrent import by_unrolling, can_unroll
 from hf_clars.grad_norms.trees import map_tensors, tensors_in
+from hf_clars.grad_norms.without_rule.batched_grads import batched_grads
+from hf_clars.grad_norms.without_rule.recurrent import by_unrolling, can_unroll
 
 
 class Fallback:

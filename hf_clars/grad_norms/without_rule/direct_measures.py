@@ -19,7 +19,7 @@ from hf_clars.grad_norms.graph_uses import GraphUse, Operand
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import no_autocast
-from hf_clars.grad_norms.watched_call import Key, WatchedCall
+from hf_clars.grad_norms.without_rule.watched_call import Key, WatchedCall
 
 
 class DirectMeasures:

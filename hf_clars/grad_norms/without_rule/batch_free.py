@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from hf_clars.grad_norms.batched_grads import batched_grads
 from hf_clars.grad_norms.graph_uses import GraphUse, Operand, is_spread
 from hf_clars.grad_norms.norm_math import at_least_float32
 from hf_clars.grad_norms.torch_internals import broadcast_factor, dtype_at, shape_at
+from hf_clars.grad_norms.without_rule.batched_grads import batched_grads
 
 Leaves = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 LONGEST_WAY = 32

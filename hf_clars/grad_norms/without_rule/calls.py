@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import NO_INPUT, Orphan, orphan_of
 from hf_clars.grad_norms.batch_axis import check_batch_axis
-from hf_clars.grad_norms.direct_measures import DirectMeasures
 from hf_clars.grad_norms.errors import UncoveredParameterError
-from hf_clars.grad_norms.fallback import Fallback
 from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.module_call import ModuleCall
@@ -24,7 +22,9 @@ from hf_clars.grad_norms.own_place import own_place
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.torch_internals import saved_tensors_are_packed
 from hf_clars.grad_norms.trees import map_tensors, tensors_in
-from hf_clars.grad_norms.watched_call import Call, WatchedCall
+from hf_clars.grad_norms.without_rule.direct_measures import DirectMeasures
+from hf_clars.grad_norms.without_rule.fallback import Fallback
+from hf_clars.grad_norms.without_rule.watched_call import Call, WatchedCall
 
 
 class CallsWithoutRule:

@@ -11,8 +11,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.normalization import BatchNormRule
 from hf_clars.grad_norms.registry import register_rule
+from hf_clars.grad_norms.rules.normalization import BatchNormRule
 
 
 @register_rule("timm.layers.norm_act.BatchNormAct2d")

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import Orphan
-from hf_clars.grad_norms.batch_free import BatchFreeSearch
 from hf_clars.grad_norms.graph_uses import GraphRegion, GraphUse, Signature
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.passes import ForwardPass
-from hf_clars.grad_norms.shared_results import shared_uses
 from hf_clars.grad_norms.torch_internals import saved_tensors_are_packed
+from hf_clars.grad_norms.without_rule.batch_free import BatchFreeSearch
+from hf_clars.grad_norms.without_rule.shared_results import shared_uses
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Key = tuple[HookedModule, bool, tuple[str, ...], tuple[Signature, ...]]

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
-from hf_clars.grad_norms.costs import Form, WeightUse, cheapest_form
 from hf_clars.grad_norms.registry import LayerRule, register_rule
+from hf_clars.grad_norms.rules.costs import Form, WeightUse, cheapest_form
 
 
 def _positions(t: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
-from hf_clars.grad_norms.costs import Form, WeightUse, cheapest_form
-from hf_clars.grad_norms.linear import linear_squared_norm
 from hf_clars.grad_norms.registry import LayerRule, register_rule
+from hf_clars.grad_norms.rules.costs import Form, WeightUse, cheapest_form
+from hf_clars.grad_norms.rules.linear import linear_squared_norm
 from hf_clars.grad_norms.torch_internals import convolution_input_grad
 
 # Up to so many inputs an output (an RGB image's first 3x3 convolution has 27) patches are cheap to write out.

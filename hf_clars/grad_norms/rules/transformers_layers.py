@@ -9,8 +9,8 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.linear import LinearRule
 from hf_clars.grad_norms.registry import register_rule
+from hf_clars.grad_norms.rules.linear import LinearRule
 
 
 @register_rule("transformers.pytorch_utils.Conv1D")

@@ -1,0 +1,10 @@
+"""The layer rules that come with the package, a file a family; importing this registers them."""
+
+from hf_clars.grad_norms.rules import (  # noqa: F401
+    convolution,
+    embedding,
+    linear,
+    normalization,
+    timm_layers,
+    transformers_layers,
+)
