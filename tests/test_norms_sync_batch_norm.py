@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.grad_norms.rules import normalization
 from hf_clars.grad_norms.errors import SharedStatisticsError
+from hf_clars.grad_norms.rules import normalization
 
 
 def norms_of(model):
