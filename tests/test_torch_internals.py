@@ -158,4 +158,6 @@ def test_factors_of_operations_that_spread():
     }
     for result, (index, factor) in cases.items():
         torch.testing.assert_close(internals.broadcast_factor(result.grad_fn, index), factor)
+        assert internals.may_spread(result.grad_fn)
+    assert not internals.may_spread((a / b).grad_fn)
     assert internals.broadcast_factor((a / b).grad_fn, 0) is None

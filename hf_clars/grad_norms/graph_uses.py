@@ -76,11 +76,6 @@ class GraphUse:
         """The parameter."""
         return self.operand.param
 
-    @property
-    def can_be_told(self) -> bool:
-        """Whether it is an operation whose operands' gradients are known from that of its result."""
-        return broadcast_factor(self.node, self.index) is not None
-
     def signature(self, batch_size: int) -> Signature:
         """What uses have in common that are measured in the same way."""
         folded = (shape_at(self.node) or (0,))[0] > batch_size

@@ -176,6 +176,11 @@ def _convolution_backward(
     )
 
 
+def may_spread(node: torch.autograd.graph.Node) -> bool:
+    """Whether an operation is one that `broadcast_factor` knows; looks at its name alone, not at what it saved."""
+    return node.name() in ("ExpandBackward0", "AddBackward0", "SubBackward0", "MulBackward0")
+
+
 def broadcast_factor(node: torch.autograd.graph.Node, index: int) -> Tensor | float | None:
     """What turns the gradient of the result of `expand`, `+`, `-` or `*` into that of an operand, before it is summed.
 

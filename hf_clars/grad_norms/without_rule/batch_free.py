@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.graph_uses import GraphUse, Operand, is_spread
 from hf_clars.grad_norms.norm_math import at_least_float32
-from hf_clars.grad_norms.torch_internals import broadcast_factor, dtype_at, shape_at
+from hf_clars.grad_norms.torch_internals import dtype_at, may_spread, shape_at
 from hf_clars.grad_norms.without_rule.batched_grads import batched_grads
 
 Leaves = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
@@ -96,7 +96,7 @@ class BatchFreeSearch:
                 if shape is None:
                     return None
                 spread = is_spread(shape_at(consumer) or (), shape, self._batch_size)
-                if spread and broadcast_factor(consumer, index) is not None:
+                if spread and may_spread(consumer):
                     operand = (
                         Operand(name, param, shape)
                         if node is start

@@ -17,7 +17,7 @@ from hf_clars.grad_norms.adoption import Orphan
 from hf_clars.grad_norms.graph_uses import GraphRegion, GraphUse, Operand, is_spread
 from hf_clars.grad_norms.norm_math import at_least_float32
 from hf_clars.grad_norms.registry import LayerRule
-from hf_clars.grad_norms.torch_internals import shape_at
+from hf_clars.grad_norms.torch_internals import may_spread, shape_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +79,6 @@ def shared_uses(
             for p in orphan.params
         ]
         uses = region.uses_of({orphan.nodes[0]: operands})
-        if all(is_spread(shape_at(u.node) or (), shape, batch_size) and u.can_be_told for u in uses):
+        if all(is_spread(shape_at(u.node) or (), shape, batch_size) and may_spread(u.node) for u in uses):
             found += uses
     return found
