@@ -75,10 +75,11 @@ def test_a_kill_between_any_two_file_operations_leaves_a_beginning_of_the_log(tm
     assert operation > 3
 
 
-def keep_writing(folder: Path, last: int) -> None:
+def keep_writing(folder: Path, last: int, written) -> None:
     log = LayerRateLog.resume(folder, last, flush_every=3)
     for step in range(last + 1, last + 100_000):
         log.append(step, values_of(step))
+        written.value = step - last
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs fork")
@@ -87,8 +88,11 @@ def test_sigkill_at_random_moments_loses_no_flushed_step_and_doubles_none(tmp_pa
     fork, chance = multiprocessing.get_context("fork"), random.Random(7)
     last = 2
     for _ in range(8):
-        process = fork.Process(target=keep_writing, args=(tmp_path, last))
+        written = fork.Value("i", 0)
+        process = fork.Process(target=keep_writing, args=(tmp_path, last, written))
         process.start()
+        while written.value < 30 and process.is_alive():  # however busy the machine is
+            time.sleep(0.005)
         time.sleep(0.05 + 0.15 * chance.random())
         os.kill(process.pid, signal.SIGKILL)
         process.join()
