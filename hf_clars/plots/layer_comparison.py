@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from hf_clars.plots.columns import shortened
+from hf_clars.plots.columns import on_log_scale, shortened
 
 Lines = tuple[Sequence[str], NDArray[np.floating[Any]]]
 """Layer names, from input to output, and values [epochs, K]."""
@@ -38,8 +38,9 @@ def plot_layers(path: Path, rows: Mapping[str, Mapping[str, Lines]], *, ylabel: 
         for axes, (method, (layers, values)) in zip(panels, methods.items(), strict=False):
             shades = colormaps["viridis"](np.linspace(0, 0.93, len(layers)))
             epochs = np.arange(1, len(values) + 1)
+            usable = np.where(on_log_scale(values), values, np.nan)  # a layer that died has none
             for k, layer in enumerate(layers):
-                axes.plot(epochs, values[:, k], color=shades[k], linewidth=1.5, label=shortened(layer, 26))
+                axes.plot(epochs, usable[:, k], color=shades[k], linewidth=1.5, label=shortened(layer, 26))
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(_PLAIN)
             axes.yaxis.set_minor_formatter(_PLAIN if _decades(methods) < 1 else NullFormatter())
@@ -54,5 +55,5 @@ def plot_layers(path: Path, rows: Mapping[str, Mapping[str, Lines]], *, ylabel: 
 
 def _decades(methods: Mapping[str, Lines]) -> float:
     """How many decades the values of one row of panels span."""
-    usable = np.concatenate([values[np.isfinite(values) & (values > 0)] for _, values in methods.values()])
+    usable = np.concatenate([values[on_log_scale(values)] for _, values in methods.values()])
     return float(np.log10(usable.max() / usable.min())) if len(usable) else 0.0
