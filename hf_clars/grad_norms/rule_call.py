@@ -123,8 +123,7 @@ class RuleCall:
         tables = self._tables() if shared and measured else {}
         sums: dict[str, Tensor] = {}
         parts: dict[str, list[Tensor]] = {}
-        rows: dict[str, list[list[Tensor]]] = {}
-        size, start = sum(p.numel() for p in self.wanted.values()), 0
+        size = sum(p.numel() for p in self.wanted.values())
         for x_part, g_part in slices_of(x, g, elements_per_sample=size):
             grads = self.rule.per_sample_grads(self.module, (x_part,), g_part, self.wanted.keys())
             for name, t in grads.items():
@@ -133,17 +132,13 @@ class RuleCall:
                 if not measured or name in self.superseded:
                     continue
                 if name in tables:
-                    parts.setdefault(name, []).append(squared_sum(t.detach()))
-                    rows.setdefault(name, []).append(tables[name].rows_of(t.detach(), start))
+                    tables[name].add_grads(t.detach())
                 elif x_part is x:
                     self._add_grads(name, t.detach())
                 else:
                     parts.setdefault(name, []).append(t.detach() if name in shared else squared_sum(t.detach()))
-            start += len(x_part)
         for name, part in parts.items():
-            if name in tables:
-                tables[name].add_dense(torch.cat(part), [torch.cat(each) for each in zip(*rows[name], strict=True)])
-            elif name in shared:
+            if name in shared:
                 self._add_grads(name, torch.cat(part))
             else:
                 self.current.add_squares(self.hooked.layers[name], torch.cat(part))

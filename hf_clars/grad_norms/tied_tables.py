@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
 from hf_clars.grad_norms.rules.embedding import EmbeddingRule
-from hf_clars.grad_norms.rules.linear import LinearRule
+from hf_clars.grad_norms.rules.linear import LinearRule, positions
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.passes import ForwardPass
@@ -35,8 +35,8 @@ class TiedTable:
         self.tokens = [call.tokens[:count] for call in lookups if call.tokens is not None]
         self._lookups = list(lookups)
         self._found: dict[int, Tensor] = {}
-        self._dense: Tensor | None = None
-        self._rows: Sequence[Tensor] = ()
+        self._dense: list[Tensor] = []
+        self._rows: list[list[Tensor]] = []
 
     def measure(self, call: RuleCall, name: str, saved: tuple[Tensor, ...], g: Tensor) -> None:
         """Take the gradient of one call's output.
@@ -51,49 +51,36 @@ class TiedTable:
             assert isinstance(call.rule, EmbeddingRule)
             self._found[self._lookups.index(call)] = call.rule.row_grads(call.module, saved, g)
             return
-        x, g = _positions(saved[0]), _positions(g)
+        x, g = positions(saved[0]), positions(g)
         squares = call.rule.squared_norms(call.module, (x,), g, {name})[name]
         rows = [g.gather(2, tokens.unsqueeze(1).expand(-1, g.shape[1], -1)).mT @ x for tokens in self.tokens]
-        self.add_dense(squares, rows)
+        self._dense.append(squares)
+        self._rows.append(rows)
 
-    def rows_of(self, grads: Tensor, start: int) -> list[Tensor]:
-        """The rows that were looked up, of some samples' dense gradients.
+    def add_grads(self, grads: Tensor) -> None:
+        """Take the linear layer's gradients of the samples that follow those taken so far.
 
         Args:
             grads: [b, vocabulary, width].
-            start: The first of these samples.
-
-        Returns:
-            For each lookup [b, tokens, width].
         """
-        own = (tokens[start : start + len(grads)] for tokens in self.tokens)
-        return [grads.gather(1, tokens.unsqueeze(-1).expand(-1, -1, grads.shape[2])) for tokens in own]
-
-    def add_dense(self, squares: Tensor, rows: Sequence[Tensor]) -> None:
-        """Take the linear layer's part.
-
-        Args:
-            squares: ||A||^2, [count].
-            rows: A[token] for each lookup, [count, tokens, width].
-        """
-        self._dense, self._rows = squares, rows
+        start = sum(map(len, self._dense))
+        own = (tokens[start : start + len(grads)].unsqueeze(-1) for tokens in self.tokens)
+        self._rows.append([grads.gather(1, tokens.expand(-1, -1, grads.shape[2])) for tokens in own])
+        self._dense.append(norm_math.squared_sum(grads))
 
     def squares(self) -> Tensor | None:
         """||A + E||^2, [count]; None if no gradient has come."""
+        dense = torch.cat(self._dense) if self._dense else None
         if not self._found:
-            return self._dense
+            return dense
         order = sorted(self._found)
         e = torch.cat([self._found[i] for i in order], dim=1)
         total = norm_math.embedding_weight_squared_norm(torch.cat([self.tokens[i] for i in order], dim=1), e)
-        if self._dense is None:
+        if dense is None:
             return total
-        rows = torch.cat([self._rows[i] for i in order], dim=1)
+        rows = torch.cat([torch.cat([part[i] for part in self._rows]) for i in order], dim=1)
         # Rounding may leave less than nothing where the two parts cancel.
-        return (total + self._dense + 2 * (rows * e).flatten(1).sum(1)).clamp(min=0.0)
-
-
-def _positions(t: Tensor) -> Tensor:
-    return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
+        return (total + dense + 2 * (rows * e).flatten(1).sum(1)).clamp(min=0.0)
 
 
 def tied_table(current: ForwardPass, param: nn.Parameter) -> TiedTable | None:

@@ -11,7 +11,7 @@ from hf_clars.grad_norms.registry import LayerRule, register_rule
 from hf_clars.grad_norms.rules.costs import Form, WeightUse, cheapest_form
 
 
-def _positions(t: Tensor) -> Tensor:
+def positions(t: Tensor) -> Tensor:
     """[B, ..., width] -> [B, T, width]."""
     return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
 
@@ -37,7 +37,7 @@ class LinearRule(LayerRule):
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
-        x, g = _positions(saved[0]), _positions(g)
+        x, g = positions(saved[0]), positions(g)
         grads = {}
         if "weight" in wanted:
             grads["weight"] = norm_math.linear_weight_grads(x, g)
@@ -49,7 +49,7 @@ class LinearRule(LayerRule):
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
-        x, g = _positions(saved[0]), _positions(g)
+        x, g = positions(saved[0]), positions(g)
         squares = {}
         if "weight" in wanted:
             form = cheapest_form(linear_use(x, g), x.device.type, replaces_weight_grad=False)
@@ -61,7 +61,7 @@ class LinearRule(LayerRule):
 
     def takes_over(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """Where the per-sample product is the cheapest form."""
-        return cheapest_form(linear_use(_positions(x), _positions(output)), x.device.type) == "product"
+        return cheapest_form(linear_use(positions(x), positions(output)), x.device.type) == "product"
 
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """See `LayerRule`."""
