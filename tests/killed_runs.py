@@ -116,8 +116,8 @@ def _run(arguments: list[str], rank: int, world: int, port: int, moment: Moment,
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    from hf_clars.image_classification.run import parse_run, train_image_classifier
     from hf_clars.trainer.callbacks import LayerRateCallback
-    from hf_clars.trainer.image_classification import parse_run, train_image_classifier
     from hf_clars.trainer.stopping import RESUME_ME, RunInterruptedError
 
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # 5 seconds at the end of each pass over parquet files
@@ -137,7 +137,7 @@ def _run(arguments: list[str], rank: int, world: int, port: int, moment: Moment,
 
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hf_clars.trainer.image_classification", "tests.killed_runs", "torchvision"])
+_context.set_forkserver_preload(["hf_clars.image_classification.run", "tests.killed_runs", "torchvision"])
 
 
 def start(arguments: list[str], *, world: int = 1, moment: Moment | None = None) -> list[Any]:

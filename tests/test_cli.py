@@ -79,7 +79,7 @@ def built(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("hf_clars", "configs"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build("sdist", source, out)
     sdist = next(out.glob("*.tar.gz"))
@@ -122,7 +122,7 @@ def test_wheel_and_sdist_hold_all_that_the_package_needs(built):
     assert tracked <= names
     assert {"hf_clars/py.typed", "hf_clars/grad_norms/README.md"} <= names
     assert {f"hf_clars/configs/{name}.yaml" for name in recipe_names()} <= names
-    assert not any(name.startswith(("tests", "scripts", "configs")) for name in names)
+    assert not any(name.startswith(("tests", "scripts", "configs", "research", "setup")) for name in names)
     entry = next(name for name in names if name.endswith("entry_points.txt"))
     assert "hf-clars = hf_clars.cli.commands:main" in zipfile.ZipFile(built[0]).read(entry).decode()
     with tarfile.open(built[1]) as sdist:

@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 
 from hf_clars.cli.commands import COMMANDS
 from hf_clars.cli.commands import main as command_line
-from hf_clars.trainer.image_classification import parse_run
+from hf_clars.image_classification.run import parse_run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from hf_clars.errors import ConfigError, HfClarsError
+from hf_clars.image_classification.run import parse_run, train_image_classifier
 from hf_clars.trainer import ClarsTrainer
 from hf_clars.trainer import preflight as preflight_module
-from hf_clars.trainer.image_classification import parse_run, train_image_classifier
 from hf_clars.trainer.preflight import OutputError, claim_output_dir
 from tests.image_files import image_folder
 from tests.trainer_kit import Images, Plain, plain_args

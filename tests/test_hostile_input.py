@@ -24,6 +24,7 @@ from hf_clars.data import PixelSettings, PixelTransform
 from hf_clars.data.decoding import BadImageError, ImageDecoder
 from hf_clars.data.samples import Samples
 from hf_clars.errors import HfClarsError
+from hf_clars.image_classification.arguments import DataArguments, ModelArguments, OutputArguments
 from hf_clars.records import (
     QUANTITIES,
     LayerRateLog,
@@ -34,7 +35,6 @@ from hf_clars.records import (
 )
 from hf_clars.records.differences import weight_differences
 from hf_clars.trainer.config import parse_config
-from hf_clars.trainer.run_arguments import DataArguments, ModelArguments, OutputArguments
 from tests.image_files import picture
 from tests.trainer_kit import Plain
 

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 from hf_clars.bench.input import held_memory
 from hf_clars.data import DevicePixels, PixelSettings, PixelTransform, collate_images, load_image_data, trainable
+from hf_clars.image_classification.run import parse_run, train_image_classifier
 from hf_clars.trainer import ClarsTrainer
-from hf_clars.trainer.image_classification import parse_run, train_image_classifier
 from tests.imagenet_like import class_names, imagenet_like
 from tests.trainer_kit import clars_args
 

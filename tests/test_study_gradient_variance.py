@@ -8,10 +8,10 @@ from torch.nn import functional
 
 from hf_clars.layers import param_layers
 from hf_clars.models import build_model
-from hf_clars.plots.variance_factors import plot_variance_factors
-from hf_clars.study.gradient_variance import depth_correlation, measure_run, sentence, variance_factors, write_csv
-from hf_clars.study.images import open_images
-from hf_clars.study.loop import train
+from research.plots.variance_factors import plot_variance_factors
+from research.study.gradient_variance import depth_correlation, measure_run, sentence, variance_factors, write_csv
+from research.study.images import open_images
+from research.study.loop import train
 from tests.oracle import one_by_one, per_sample_grads
 from tests.test_study_loop import images, tiny
 

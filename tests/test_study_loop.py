@@ -11,9 +11,9 @@ from transformers import get_polynomial_decay_schedule_with_warmup
 from hf_clars import CLARS, LARS, NAG, ClarsTrainer
 from hf_clars.data import ImageTensors
 from hf_clars.models import build_model
-from hf_clars.study.images import MemoryImages, epoch_generator
-from hf_clars.study.loop import Training, train
-from hf_clars.study.settings import RunSettings
+from research.study.images import MemoryImages, epoch_generator
+from research.study.loop import Training, train
+from research.study.settings import RunSettings
 from tests.trainer_kit import clars_args
 
 SIDE, CLASSES, TRAIN = 8, 3, 40
@@ -189,7 +189,7 @@ def test_a_data_loader_gives_the_same_run_as_tensors_in_memory(tmp_path):
     """The path for sets that are too large to hold: the same order, the same passes, the same weights."""
     from datasets import ClassLabel, Dataset, Features, Image
 
-    from hf_clars.study.images import open_images
+    from research.study.images import open_images
     from tests.image_files import picture
 
     folder = tmp_path / "tiny"
@@ -216,7 +216,7 @@ def test_bfloat16_is_autocast_and_close_to_float32():
 
 
 def test_the_speed_comparison_runs_both_loops():
-    from hf_clars.study.speed import speed_against_bare_loop
+    from research.study.speed import speed_against_bare_loop
 
     settings = tiny("lars")
     share = speed_against_bare_loop(settings, images(settings), rounds=3)

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from hf_clars.errors import ConfigError
-from hf_clars.study.loop import Training
-from hf_clars.study.methods import METHODS, method_of
+from research.study.loop import Training
+from research.study.methods import METHODS, method_of
 from tests.oracle import per_sample_grads
 from tests.test_study_loop import CLASSES, SIDE, images, tiny
 

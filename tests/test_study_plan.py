@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from hf_clars.errors import ConfigError
-from hf_clars.study.plan import best, two_more
-from hf_clars.study.study_file import read_study
+from research.study.plan import best, two_more
+from research.study.study_file import read_study
 
 STUDY = """
 about: small

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from hf_clars.records import RecordError
-from hf_clars.study import driver
-from hf_clars.study.layer_summary import over_epochs
-from hf_clars.study.parquet import read_parquet
-from hf_clars.study.report import accuracy_text, put_between_markers, results_text, verdict
-from hf_clars.study.report_files import write_pages, write_report, write_why
-from hf_clars.study.results import ResultsFolder
-from hf_clars.study.rows import COLUMNS, by_arm, epochs_to
-from hf_clars.study.study_file import read_study
-from hf_clars.study.why import early_over_late, ratio_sentence, robustness_table
+from research.study import driver
+from research.study.layer_summary import over_epochs
+from research.study.parquet import read_parquet
+from research.study.report import accuracy_text, put_between_markers, results_text, verdict
+from research.study.report_files import write_pages, write_report, write_why
+from research.study.results import ResultsFolder
+from research.study.rows import COLUMNS, by_arm, epochs_to
+from research.study.study_file import read_study
+from research.study.why import early_over_late, ratio_sentence, robustness_table
 from tests.test_study_resume import STUDY, data  # noqa: F401 - a fixture
 
 

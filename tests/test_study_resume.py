@@ -13,10 +13,10 @@ from PIL import Image as PILImage
 
 from hf_clars.errors import DataError
 from hf_clars.records import LayerRateLog, RecordError
-from hf_clars.study import driver
-from hf_clars.study.images import locate
-from hf_clars.study.results import ResultsFolder
-from hf_clars.study.study_file import read_study
+from research.study import driver
+from research.study.images import locate
+from research.study.results import ResultsFolder
+from research.study.study_file import read_study
 
 STUDY = """
 about: tiny

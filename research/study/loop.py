@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from hf_clars.models import build_model
 from hf_clars.optim import LayerwiseOptimizer
-from hf_clars.study.images import Images, Pass
-from hf_clars.study.methods import Method, method_of
-from hf_clars.study.rate_plan import RatePlan
-from hf_clars.study.settings import RunSettings
+from research.study.images import Images, Pass
+from research.study.methods import Method, method_of
+from research.study.rate_plan import RatePlan
+from research.study.settings import RunSettings
 
 
 @dataclass

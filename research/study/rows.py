@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from hf_clars.study.plan import Lookup, Run, Study
+from research.study.plan import Lookup, Run, Study
 
 COLUMNS = datasets.Features(
     {

@@ -1,4 +1,4 @@
-"""Compare methods at an equal tuning budget: `python scripts/compare_methods.py --help`."""
+"""Compare methods at an equal tuning budget: `python -m research.compare_methods --help`."""
 
 import argparse
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from hf_clars.errors import ConfigError, HfClarsError
-from hf_clars.study.driver import run_study
-from hf_clars.study.images import MemoryImages, open_images
-from hf_clars.study.plan import Study
-from hf_clars.study.report_files import write_report
-from hf_clars.study.speed import speed_against_bare_loop
-from hf_clars.study.study_file import read_study
+from research.study.driver import run_study
+from research.study.images import MemoryImages, open_images
+from research.study.plan import Study
+from research.study.report_files import write_report
+from research.study.speed import speed_against_bare_loop
+from research.study.study_file import read_study
 
 DESCRIPTION = """\
 Do the runs of a study, all of them kept: one small file a run in the results folder, under a key of its settings. A
@@ -21,9 +21,9 @@ finished run is never done again; stop at any time, and start the same command t
 on several machines that share the folder. At the end (or at any time, with --report-only) all runs go to one parquet
 file, with pictures and tables.
 
-  python scripts/compare_methods.py --config configs/study/fashion_mnist.yaml --data DATA --jobs 2 --report REPORT
-  python scripts/compare_methods.py --config configs/study/figure3.yaml                   # the paper's, on CIFAR-100
-  python scripts/compare_methods.py --config configs/study/figure3.yaml --data DATA/mnist   # the same on another set
+  python -m research.compare_methods --config configs/study/fashion_mnist.yaml --data DATA --jobs 2 --report REPORT
+  python -m research.compare_methods --config configs/study/figure3.yaml                   # the paper's, on CIFAR-100
+  python -m research.compare_methods --config configs/study/figure3.yaml --data DATA/mnist   # the same on another set
 """
 
 

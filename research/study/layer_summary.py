@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_clars.records import LayerRateLog
-from hf_clars.study.plan import Run, Study
-from hf_clars.study.results import ResultsFolder
+from research.study.plan import Run, Study
+from research.study.results import ResultsFolder
 
 COLUMNS = datasets.Features(
     {

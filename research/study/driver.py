@@ -14,11 +14,11 @@ import torch
 from tqdm import tqdm
 
 from hf_clars.errors import HfClarsError
-from hf_clars.study.images import locate, open_images
-from hf_clars.study.layer_log import LayerLogger
-from hf_clars.study.loop import Outcome, train
-from hf_clars.study.plan import Run, Study
-from hf_clars.study.results import ResultsFolder, finite_or_none
+from research.study.images import locate, open_images
+from research.study.layer_log import LayerLogger
+from research.study.loop import Outcome, train
+from research.study.plan import Run, Study
+from research.study.results import ResultsFolder, finite_or_none
 
 LOOK_AGAIN = 2.0
 """Seconds between two looks at what other processes have finished."""
@@ -36,7 +36,7 @@ def run_study(study: Study, results: Path, *, data: Path | None = None, jobs: in
     Args:
         study: What to do.
         results: The results folder; other processes may work on it at the same time.
-        data: Where data sets are, see `hf_clars.study.images.locate`.
+        data: Where data sets are, see `research.study.images.locate`.
         jobs: Processes; they share the machine's cores.
 
     Raises:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_clars.plots.layer_comparison import Lines, plot_layers
-from hf_clars.plots.study import plot_curves, plot_tuning
 from hf_clars.records import RecordError
-from hf_clars.study import layer_summary
-from hf_clars.study import rows as run_rows
-from hf_clars.study.layer_summary import Entry, over_epochs, summarise
-from hf_clars.study.parquet import read_parquet, write_parquet
-from hf_clars.study.plan import Study
-from hf_clars.study.report import put_between_markers, results_text
-from hf_clars.study.results import ResultsFolder
-from hf_clars.study.rows import ArmRows, Row, by_arm, rows_of
-from hf_clars.study.why import why_text
+from research.plots.layer_comparison import Lines, plot_layers
+from research.plots.tuning import plot_curves, plot_tuning
+from research.study import layer_summary
+from research.study import rows as run_rows
+from research.study.layer_summary import Entry, over_epochs, summarise
+from research.study.parquet import read_parquet, write_parquet
+from research.study.plan import Study
+from research.study.report import put_between_markers, results_text
+from research.study.results import ResultsFolder
+from research.study.rows import ArmRows, Row, by_arm, rows_of
+from research.study.why import why_text
 
 RUNS, CURVES, TUNING, PAGE = "runs.parquet", "curves.png", "tuning.png", "README.md"
 LAYERS, RATES, RATIOS, WHY = "layers.parquet", "layer_rates.png", "layer_ratios.png", "why.md"

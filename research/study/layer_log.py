@@ -13,14 +13,14 @@ from hf_clars.optim import LayerMeasures, LayerwiseOptimizer
 from hf_clars.optim.clars import CLARS
 from hf_clars.optim.rates import mean_sample_norm
 from hf_clars.records import LayerRateLog
-from hf_clars.study.loop import Training
+from research.study.loop import Training
 
 OBSERVED_SAMPLES = 512
 """LARS and mNAG do without n_k: for the log it is measured from so many samples of each batch."""
 
 
 class LayerLogger:
-    """Logs a run's layers: an observer of `hf_clars.study.loop.train`.
+    """Logs a run's layers: an observer of `research.study.loop.train`.
 
     Args:
         folder: Where to; must hold no log yet.

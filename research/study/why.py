@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_clars.hub.markdown import plain, table
-from hf_clars.study.layer_summary import Entry, over_epochs
-from hf_clars.study.report import accuracy_text
-from hf_clars.study.rows import ArmRows, Row, by_arm
+from research.study.layer_summary import Entry, over_epochs
+from research.study.report import accuracy_text
+from research.study.rows import ArmRows, Row, by_arm
 
 EARLY = 5
 """Epochs at the beginning, and at the end, that are compared: as many as warmup takes in the study."""

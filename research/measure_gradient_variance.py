@@ -9,10 +9,10 @@ import torch
 from tqdm import tqdm
 
 from hf_clars.errors import HfClarsError
-from hf_clars.plots.variance_factors import plot_variance_factors
-from hf_clars.study.gradient_variance import VarianceHistory, measure_run, sentence, write_csv
-from hf_clars.study.images import MemoryImages, open_images
-from hf_clars.study.settings import RunSettings
+from research.plots.variance_factors import plot_variance_factors
+from research.study.gradient_variance import VarianceHistory, measure_run, sentence, write_csv
+from research.study.images import MemoryImages, open_images
+from research.study.settings import RunSettings
 
 DESCRIPTION = """\
 Figure 2 of the paper: mNAG at the constant rate 0.001 and B = 128; before training and after each epoch

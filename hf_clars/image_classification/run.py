@@ -22,18 +22,19 @@ from hf_clars.data import (
     trainable,
 )
 from hf_clars.errors import ConfigError
+from hf_clars.image_classification.arguments import DataArguments, ModelArguments, OutputArguments
+from hf_clars.image_classification.card import write_model_card
+from hf_clars.image_classification.summary import after_training, before_training
 from hf_clars.metrics import AccuracyOfRanked, ranked_classes
 from hf_clars.models import build_model
 from hf_clars.records.checkpoints import newest_checkpoint
 from hf_clars.trainer.arguments import ClarsTrainingArguments
-from hf_clars.trainer.card import final_results, write_model_card
+from hf_clars.trainer.card import final_results
 from hf_clars.trainer.config import parse_config
 from hf_clars.trainer.outside_failures import outside_failures_explained
 from hf_clars.trainer.preflight import check_free_space, checkpoint_bytes, claim_output_dir
 from hf_clars.trainer.resuming import newest_to_resume
-from hf_clars.trainer.run_arguments import DataArguments, ModelArguments, OutputArguments
 from hf_clars.trainer.stopping import StopCallback
-from hf_clars.trainer.summary import after_training, before_training
 from hf_clars.trainer.trainer import ClarsTrainer
 
 DESCRIPTION = (

@@ -18,9 +18,9 @@ from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.layers import ParamLayer, param_layers
 from hf_clars.models import build_model
 from hf_clars.records.files import write_complete
-from hf_clars.study.images import MemoryImages, Pass
-from hf_clars.study.loop import Training, train
-from hf_clars.study.settings import RunSettings
+from research.study.images import MemoryImages, Pass
+from research.study.loop import Training, train
+from research.study.settings import RunSettings
 
 
 def variance_factors(model: nn.Module, passes: Iterable[Pass]) -> tuple[list[ParamLayer], Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_clars.study.settings import RunSettings
+from research.study.settings import RunSettings
 
 Stage = Literal["grid", "extension", "final"]
 Extend = Literal["never", "edge", "always"]

@@ -11,7 +11,7 @@ from hf_clars.errors import ConfigError
 from hf_clars.optim import LayerwiseOptimizer, schedules
 from hf_clars.optim.freeze import head_layer_names, set_frozen
 from hf_clars.optim.groups import ADAPTIVE
-from hf_clars.study.settings import RunSettings
+from research.study.settings import RunSettings
 
 
 class RatePlan:

@@ -10,9 +10,9 @@ import yaml
 
 from hf_clars.errors import ConfigError
 from hf_clars.records.files import nearest
-from hf_clars.study.methods import method_of
-from hf_clars.study.plan import Arm, Extend, Study
-from hf_clars.study.settings import RunSettings
+from research.study.methods import method_of
+from research.study.plan import Arm, Extend, Study
+from research.study.settings import RunSettings
 
 SECTIONS = ("about", "common", "networks", "batch_sizes", "arms", "seeds", "held_out", "extend")
 

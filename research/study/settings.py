@@ -34,7 +34,7 @@ class RunSettings:
         held_out: So many training images are held out and evaluated on; 0: train on all, evaluate on the test images.
         model: A name of `hf_clars.models.model_names()`.
         model_kwargs: Settings of the model's configuration.
-        method: A name of `hf_clars.study.methods.METHODS`.
+        method: A name of `research.study.methods.METHODS`.
         method_kwargs: Further arguments of the method's optimizer.
         batch_size: B, samples an update; the last part of an epoch that does not fill a batch is dropped.
         micro_batch: Samples a forward and backward pass; passes are accumulated to B. BatchNorm sees these.

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_clars.bench.timing import Ratio, alternate, ratio
-from hf_clars.study.images import MemoryImages
-from hf_clars.study.loop import Training, training_batches
-from hf_clars.study.settings import RunSettings
+from research.study.images import MemoryImages
+from research.study.loop import Training, training_batches
+from research.study.settings import RunSettings
 
 
 def bare_update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, size: int) -> None:

@@ -24,7 +24,7 @@ from hf_clars.data import (
 )
 from hf_clars.data.loading import trainable
 from hf_clars.errors import DataError
-from hf_clars.study.settings import RunSettings
+from research.study.settings import RunSettings
 
 Pass = tuple[Tensor, Tensor]
 """Images float32 [b, C, H, W] and labels int64 [b]."""

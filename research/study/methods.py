@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from hf_clars.errors import ConfigError
 from hf_clars.optim import CLARS, LARS, NAG
 from hf_clars.records.files import nearest
-from hf_clars.study.settings import RunSettings
-from hf_clars.study.variants import make_variant
+from research.study.settings import RunSettings
+from research.study.variants import make_variant
 
 REFERENCE_MICRO_BATCH, REFERENCE_SAMPLES = 8, 512
 """The authors' code measures the norms of 64 micro-batches of 8."""

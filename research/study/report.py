@@ -7,14 +7,14 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from hf_clars.hub.markdown import plain, table
-from hf_clars.study.rows import ArmRows, Row, by_arm, epochs_to
+from research.study.rows import ArmRows, Row, by_arm, epochs_to
 
 CLARS_ARM, RIVALS = "clars", ("lars", "lars+warmup", "mnag+warmup")
 MILESTONES = (0.80, 0.85)
 CHANCE = 0.15
 """Accuracy below which a run of ten classes has learnt next to nothing."""
 
-BEGIN, END = "<!-- results: made by scripts/compare_methods.py -->", "<!-- end of results -->"
+BEGIN, END = "<!-- results: made by research/compare_methods.py -->", "<!-- end of results -->"
 
 
 def results_text(rows: Iterable[Row]) -> str:

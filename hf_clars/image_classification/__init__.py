@@ -1,0 +1,1 @@
+"""The application: an image classifier from its settings to its model card."""
