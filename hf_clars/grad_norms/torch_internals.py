@@ -124,13 +124,14 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
         centred = (x.flatten(2) - mean.unsqueeze(-1)).mul_(g.flatten(2))
         return centred.sum(2) * rstd, g.flatten(2).sum(2)
     rows = (1, channels[0] * channels[1], -1)
+    mean = mean.expand(channels).reshape(-1).contiguous()  # the kernel takes no strides
     _, weighted, plain = torch.ops.aten.native_batch_norm_backward(
         g.view(rows),
         x.view(rows),
+        torch.ones_like(mean),  # no factor in these sums; but CUDA's kernel reads its device and type
         None,
         None,
-        None,
-        mean.expand(channels).reshape(-1).contiguous(),  # the kernel takes no strides
+        mean,
         rstd.expand(channels).reshape(-1).contiguous(),
         True,
         0.0,
