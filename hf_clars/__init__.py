@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_clars import models
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.layers import ParamLayer, param_layers
-from hf_clars.optim import CLARS, LARS, NAG
+from hf_clars.optim import CLARS, LARS, NAG, SignalLARS
 
 if TYPE_CHECKING:
     from hf_clars import theory
@@ -34,6 +34,7 @@ __all__ = [
     "LayerRateLog",
     "ParamLayer",
     "PerSampleGradNorms",
+    "SignalLARS",
     "models",
     "param_layers",
     "theory",

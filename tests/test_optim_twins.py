@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_clars.optim import CLARS, LARS, NAG
+from hf_clars.optim import CLARS, LARS, NAG, SignalLARS
 from tests.twin import Twin, batch, loss_on, small_model
 
 STEPS = 50
@@ -17,6 +17,8 @@ METHODS = {
     "clars": (CLARS, {"eta": 0.03}, {"eta": 0.03}),
     "clars, decay": (CLARS, {"eta": 0.03, "weight_decay": 0.05}, {"eta": 0.03, "weight_decay": 0.05}),
     "clars, rms": (CLARS, {"eta": 0.03, "norm": "rms"}, {"eta": 0.03, "norm": "rms"}),
+    "signal": (SignalLARS, {"eta": 0.03}, {"eta": 0.03}),
+    "signal, decay": (SignalLARS, {"eta": 0.03, "weight_decay": 0.05}, {"eta": 0.03, "weight_decay": 0.05}),
     "clars, tensors": (CLARS, {"eta": 0.03, "layers": "tensor"}, {"eta": 0.03, "layers": "tensor"}),
 }
 

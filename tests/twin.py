@@ -21,7 +21,7 @@ class Twin:
         self.norm = norm
         self.layers = param_layers(self.model, layers=layers)
         self.v = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        self.rates = {}
+        self.rates, self.moments, self.n, self.signal_decay = {}, {}, 16.0, 0.9
 
     def step(self, loss_of, batch, lr):
         per_sample = per_sample_grads(self.model, loss_of, batch)
@@ -29,7 +29,7 @@ class Twin:
         for layer in self.layers:
             w = torch.cat([params[n].detach().flatten() for n in layer.param_names])
             g_i = torch.cat([per_sample[n].flatten(1) for n in layer.param_names], dim=1)
-            gamma = lr * self._ratio(w, g_i)
+            gamma = lr * self._ratio(w, g_i) * self._damping(layer.name, w, g_i)
             self.rates[layer.name] = float(gamma)
             for n in layer.param_names:
                 g = per_sample[n].sum(0) + self.decay * params[n].detach()
@@ -42,7 +42,7 @@ class Twin:
         """eta ||w|| / denominator; g_i [B, d] are contributions to a mean loss: their norms add up to the mean norm."""
         if self.method == "nag":
             return 1.0
-        if self.method == "lars":
+        if self.method in ("lars", "signallars"):
             scale = g_i.sum(0).norm()
         elif self.norm == "mean":
             scale = g_i.norm(dim=1).sum()
@@ -50,6 +50,21 @@ class Twin:
             scale = (g_i * len(g_i)).norm(dim=1).square().mean().sqrt()
         denominator = scale + self.decay * w.norm()
         return self.eta * w.norm() / denominator if w.norm() > 0 and denominator > 0 else self.eta
+
+    def _damping(self, name, w, g_i):
+        """f_k of SignalLARS, from means over samples written out."""
+        if self.method != "signallars":
+            return 1.0
+        b, own = len(g_i), g_i * len(g_i)  # own [B, d]: the samples' own gradients
+        scale = w.norm() ** 2 if w.norm() > 0 else 1.0
+        now = own.mean(0).norm() ** 2 / scale, own.norm(dim=1).square().mean() / scale
+        a, m = (
+            self.signal_decay * old + (1 - self.signal_decay) * new
+            for old, new in zip(self.moments.get(name, (0.0, 0.0)), now, strict=True)
+        )
+        self.moments[name] = (a, m)
+        share = min(1.0, max(0.0, float((b * a - m) / ((b - 1) * a)))) if a > 0 else 0.0
+        return (1 + (self.n - 1) * (1 - share)) / self.n
 
 
 def small_model(seed=0):

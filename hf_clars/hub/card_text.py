@@ -10,6 +10,7 @@ from urllib.parse import quote
 from hf_clars.hub.batch_advice import batch_advice
 from hf_clars.hub.markdown import plain, shown, table
 from hf_clars.hub.summary import RunSummary
+from hf_clars.optim.methods import METHODS
 
 RESULT_NAMES = {
     "eval_accuracy": "Top-1 accuracy",
@@ -37,12 +38,6 @@ RECIPE_NAMES = {
     "norm_samples": "Samples per step for the norms",
     "precision": "Precision",
     "seed": "Seed",
-}
-METHODS = {
-    "clars": "CLARS: each layer k steps with the rate `gamma_scale * eta * ||w_k|| / n_k`, `n_k` being the mean norm "
-    "of the layer's per-sample gradients; it is made for large batches without warmup.",
-    "lars": "LARS: each layer k steps with the rate `gamma_scale * eta * ||w_k|| / ||g_k||`.",
-    "nag": "Nesterov's accelerated gradient: one rate for all layers.",
 }
 CAPTIONS = {  # by the picture's name without its ending
     "layer_rates": "The rate of each layer over the steps of the run and, where the method measures it, "
@@ -89,7 +84,8 @@ def _introduction(summary: RunSummary) -> str:
     origin = "from scratch" if summary.base_model is None else f"from {plain(summary.base_model)}"
     size = summary.recipe.get("global_batch")
     batch = "" if size is None else f" in batches of {shown(size)}"
-    method = METHODS.get(summary.method.lower(), f"{plain(summary.method)}.")
+    known = METHODS.get(summary.method.lower())
+    method = f"{plain(summary.method)}." if known is None else known.words
     licence = "" if summary.license else "\n\nNo licence was chosen for these weights: ask their author before use."
     return (
         f"An image classifier ({plain(summary.architecture)}, {shown(summary.parameters)} parameters), trained "

@@ -16,7 +16,7 @@ class RunSummary:
         architecture: The model class, as "ResNetForImageClassification".
         parameters: The number of trainable parameters.
         dataset: The data's name, for people.
-        method: "clars", "lars" or "nag".
+        method: A name in `hf_clars.optim.METHODS`.
         recipe: How it was trained: any JSON-like values by name; the usual names ("global_batch", "micro_batch",
             "accumulation", "processes", "gamma_scale", "eta", "momentum", "schedule", "warmup_epochs", "epochs",
             "weight_decay", "norm_samples", "precision", "seed") come first in the table and are spelled out.

@@ -6,16 +6,22 @@ from hf_clars.optim.clars import CLARS, NoNormsError
 from hf_clars.optim.lars import LARS
 from hf_clars.optim.loop_guard import AccumulationIgnoredError, OptimizerNotSteppedError
 from hf_clars.optim.measures import LayerMeasures
+from hf_clars.optim.methods import METHODS, Method, method_of
 from hf_clars.optim.nag import NAG
+from hf_clars.optim.signal_lars import SignalLARS
 
 __all__ = [
     "CLARS",
     "LARS",
+    "METHODS",
     "NAG",
     "AccumulationIgnoredError",
     "LayerMeasures",
     "LayerwiseOptimizer",
+    "Method",
     "NoNormsError",
     "OptimizerNotSteppedError",
+    "SignalLARS",
     "UnsupportedEngineError",
+    "method_of",
 ]

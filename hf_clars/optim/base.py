@@ -109,6 +109,7 @@ class LayerwiseOptimizer(Optimizer):
             if tensors.params or self._zero is not None:
                 measures = self._measure(tensors)
                 self.last_step = hold_unless_finite(measures) if self.measures_norms else measures
+                self._keep(self.last_step)
         if tensors.params and self.last_step is not None:
             self._update(tensors, self.last_step.rate, self.last_step.applied)
         self._calls_left = max(0, self._calls_left - 1)
@@ -145,6 +146,9 @@ class LayerwiseOptimizer(Optimizer):
                 "accelerator.prepare, or use ClarsTrainer."
             )
         return 1
+
+    def _keep(self, measures: LayerMeasures) -> None:
+        """Subclasses with a memory of their own keep what a step measured."""
 
     def _after_step(self) -> None:
         """Subclasses also clear what they accumulated for this step."""

@@ -153,18 +153,7 @@ class CLARS(LARS):
     # ---- the step ------------------------------------------------------------------------------------------
 
     def _measure(self, tensors: StepTensors) -> LayerMeasures:
-        if isinstance(self.norms, PerSampleGradNorms):
-            self.norms.check_all_captured()
-        totals = self.norms.totals()
-        if totals is None and world_size() == 1:
-            raise NoNormsError(
-                "There are gradients to step with, but no backward pass through the model was seen since the last "
-                "step. CLARS measures norms while backward() runs through the module it was created with: call that "
-                "module, and do not set p.grad by hand."
-            )
-        weight_norm, grad_norm, sums = self._layer_norms(tensors, self._sample_sums(totals))
-        assert sums is not None
-        n = self._mean_sample_norm(sums, grad_norm)
+        weight_norm, grad_norm, n, _ = self._measured_norms(tensors)
         ratio = torch.where(n > 0, grad_norm / n, 1.0)
         trust = trust_ratio(
             weight_norm,
@@ -173,6 +162,21 @@ class CLARS(LARS):
             clip=self._clips(weight_norm),
         )
         return LayerMeasures(self._rates(trust), weight_norm, grad_norm, n, ratio)
+
+    def _measured_norms(self, tensors: StepTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(||w_k||, ||g_k||, n_k), each [K], the latter two in the units of `p.grad`; and the batch size B, 0-dim."""
+        if isinstance(self.norms, PerSampleGradNorms):
+            self.norms.check_all_captured()
+        totals = self.norms.totals()
+        if totals is None and world_size() == 1:
+            raise NoNormsError(
+                "There are gradients to step with, but no backward pass through the model was seen since the last "
+                f"step. {type(self).__name__} measures norms while backward() runs through the module it was created "
+                "with: call that module, and do not set p.grad by hand."
+            )
+        weight_norm, grad_norm, sums = self._layer_norms(tensors, self._sample_sums(totals))
+        assert sums is not None
+        return weight_norm, grad_norm, self._mean_sample_norm(sums, grad_norm), sums[len(self.partition) + 1]
 
     def _sample_sums(self, totals: NormTotals | None) -> Tensor:
         """This rank's share of n_k, [K + 2 + m]: K sums, samples measured, samples in all, and the guard's sample."""

@@ -20,6 +20,8 @@ class LayerMeasures:
         ratio: R_k = ||g_k|| / n_k, in [0, 1]; None likewise.
         finite: Bool: the layer's gradient norms are neither NaN nor infinite; None for methods that measure none.
         applied: Bool, 0-dim: the step was taken, because all of them are; None likewise.
+        signal: s_k, the running share of signal in ||g_k||^2, in [0, 1]; None for methods that do not use it.
+        moments: [2, K], the running moments that `signal` is made of, this step's included; None likewise.
     """
 
     rate: Tensor
@@ -29,6 +31,8 @@ class LayerMeasures:
     ratio: Tensor | None = None
     finite: Tensor | None = None
     applied: Tensor | None = None
+    signal: Tensor | None = None
+    moments: Tensor | None = None
 
     def stacked(self) -> Tensor:
         """[5, K] in the order of the attributes, NaN where a quantity was not measured."""

@@ -5,18 +5,13 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hf_clars.optim.methods import METHODS
 from hf_clars.plots.columns import Columns, shortened
 from hf_clars.plots.panels import NOTHING_USABLE, Quantity, draw_heat_map, draw_summary, name_layers
 from hf_clars.plots.style import Look, NothingToShowError, checked_target, finish, new_figure, say, themed
 from hf_clars.records import LayerRateLog
 
 RATIO = r"$R_k = \Vert g_k\Vert\,/\,n_k$"
-
-_FORMULAS = {
-    "clars": r"$\gamma_k = \gamma\,\eta\,\Vert w_k\Vert\,/\,n_k$",
-    "lars": r"$\gamma_k = \gamma\,\eta\,\Vert w_k\Vert\,/\,\Vert g_k\Vert$",
-    "nag": r"$\gamma_k = \gamma$ for all layers",
-}
 
 
 def plot_layer_rates(
@@ -56,7 +51,8 @@ def plot_layer_rates(
     target = None if path is None else checked_target(path)
     log = opened(log)
     columns = Columns(log.steps, max_columns)
-    formula = _FORMULAS.get(str(log.settings.get("method", "")).lower(), r"$\gamma_k$")
+    known = METHODS.get(str(log.settings.get("method", "")).lower())
+    formula = r"$\gamma_k$" if known is None else known.formula
     rate = Quantity(log["rate"], f"Rates  {formula}", r"rate $\gamma_k$", "viridis")
     ratio = Quantity(log["ratio"], f"Agreement of samples  {RATIO}", r"$R_k$", "cividis", upper=1.0)
     heat_height = heat_map_height(len(log.layers), max_labels)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 from hf_clars.errors import ConfigError
+from hf_clars.optim.methods import METHODS
 
-DEFAULT_ETA = {"clars": 1e-2, "lars": 1e-3, "nag": None}
 DEFAULT_NORM_SAMPLES = 512
 
 
@@ -30,17 +30,18 @@ class ClarsTrainingArguments(TrainingArguments):
     `hub_strategy` `"end"` (nothing but the finished run is shared), `weight_decay` stays 0.
 
     Args:
-        method: `"clars"` (default), `"lars"` or `"nag"` (mNAG).
+        method: `"clars"` (default), `"signal_lars"` (LARS that measures its own warmup), `"lars"` or `"nag"` (mNAG).
         learning_rate: gamma_scale. None (default): linear scaling, gamma_base * B / base_batch_size with the global
             batch size B of the run.
         gamma_base: Rate at the base batch size. Default 0.1.
         base_batch_size: Default 128.
         global_batch_size: B. Sets `gradient_accumulation_steps` to B / (samples a pass of all devices). Default None:
             B follows from `gradient_accumulation_steps`.
-        eta: Trust coefficient. None (default): 1e-2 for clars, 1e-3 for lars.
+        eta: Trust coefficient. None (default): 1e-2 for clars and signal_lars, 1e-3 for lars.
+        signal_n: For signal_lars: how much shorter a step of pure signal is than one of pure noise. Default 16.
         momentum: Default 0.9.
-        norm_samples: How many samples of a batch CLARS measures; 0: all. Default 512, the paper's; a batch of fewer is
-            then measured whole, but another number above the batch size is an error.
+        norm_samples: How many samples of a batch clars and signal_lars measure; 0: all. Default 512, the paper's; a
+            batch of fewer is then measured whole, but another number above the batch size is an error.
         norm: `"mean"` (default, Eq. 5) or `"rms"` (Algorithm 1).
         estimator: `"samples"` (default) or `"microbatch"` (the authors' code).
         layers: What shares a rate: `"module"` (default) or `"tensor"`.
@@ -74,12 +75,13 @@ class ClarsTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = _option(False, "Replace NaN losses in logs by the mean of others.")
     hub_strategy: str = _option("end", "Must stay end: checkpoints hold states that are not for sharing.")
     method: str = field(
-        default="clars", metadata={"help": "Layer rates: clars, lars or nag.", "choices": ["clars", "lars", "nag"]}
+        default="clars", metadata={"help": f"Layer rates: {', '.join(METHODS)}.", "choices": list(METHODS)}
     )
     gamma_base: float = _option(0.1, "Rate at the base batch size.")
     base_batch_size: int = _option(128, "Batch size that gamma_base belongs to.")
     global_batch_size: int | None = _option(None, "Samples an update; sets gradient_accumulation_steps.")
     eta: float | None = _option(None, "Trust coefficient; empty: 1e-2 for clars, 1e-3 for lars.")
+    signal_n: float = _option(16.0, "signal_lars: how much shorter a step of pure signal is than one of noise.")
     momentum: float = _option(0.9, "Nesterov momentum.")
     norm_samples: int = _option(DEFAULT_NORM_SAMPLES, "Samples of a batch whose gradient norms are measured; 0: all.")
     norm: str = field(default="mean", metadata={"help": "mean (Eq. 5) or rms.", "choices": ["mean", "rms"]})
@@ -134,7 +136,7 @@ class ClarsTrainingArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = self.gamma_base * self.total_batch_size / self.base_batch_size
         if self.eta is None:
-            self.eta = DEFAULT_ETA[self.method]
+            self.eta = METHODS[self.method].eta
 
     def _join_processes_on_cpu(self) -> None:
         """Start the process group with `ddp_timeout`, which transformers heeds on accelerators only."""
@@ -156,7 +158,7 @@ class ClarsTrainingArguments(TrainingArguments):
 
     def _check_values(self) -> None:
         choices = {
-            "method": tuple(DEFAULT_ETA),
+            "method": tuple(METHODS),
             "norm": ("mean", "rms"),
             "estimator": ("samples", "microbatch"),
             "layers": ("module", "tensor"),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_clars.optim import CLARS, LARS, NAG, LayerwiseOptimizer
+from hf_clars.optim import CLARS, LARS, NAG, LayerwiseOptimizer, SignalLARS
 from hf_clars.optim.schedules import steps_down
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 
@@ -21,7 +21,7 @@ def build_optimizer(model: nn.Module, args: ClarsTrainingArguments) -> Layerwise
         args: The run's arguments.
 
     Returns:
-        `CLARS`, `LARS` or `NAG`.
+        `CLARS`, `SignalLARS`, `LARS` or `NAG`.
     """
     common: dict[str, Any] = {"momentum": args.momentum, "weight_decay": args.weight_decay, "layers": args.layers}
     rate = float(args.learning_rate or 0.0)
@@ -34,16 +34,13 @@ def build_optimizer(model: nn.Module, args: ClarsTrainingArguments) -> Layerwise
     }
     if args.method == "lars":
         return LARS(model, rate, **common)
+    measure_all = args.norm_samples == 0 or args.norm_samples >= args.total_batch_size
+    common |= {"samples": None if measure_all else args.norm_samples}
+    if args.method == "signal_lars":
+        return SignalLARS(model, rate, n=args.signal_n, **common)
     # ClarsTrainingArguments has checked these two; dataclass fields cannot be Literals for the argument parser.
     choices: dict[str, Any] = {"norm": args.norm, "estimator": args.estimator}
-    measure_all = args.norm_samples == 0 or args.norm_samples >= args.total_batch_size
-    return CLARS(
-        model,
-        rate,
-        samples=None if measure_all else args.norm_samples,
-        **choices,
-        **common,
-    )
+    return CLARS(model, rate, **choices, **common)
 
 
 def layerwise(optimizer: Any) -> LayerwiseOptimizer | None:

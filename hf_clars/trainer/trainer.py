@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.errors import ConfigError
-from hf_clars.optim import LayerwiseOptimizer
+from hf_clars.optim import METHODS, LayerwiseOptimizer, method_of
 from hf_clars.optim.freeze import head_layer_names
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.callbacks import FreezeHeadCallback, LayerRateCallback, LogAtCheckpointCallback
@@ -243,7 +243,7 @@ class ClarsTrainer(SharingTrainer):
         args = self.args
         given = layerwise(self.optimizer)
         settings: dict[str, Any] = {
-            "method": args.method if given is None else type(given).__name__.lower(),
+            "method": args.method if given is None else method_of(given),
             "global_batch": args.total_batch_size,
             "micro_batch": args.train_batch_size,
             "accumulation": args.gradient_accumulation_steps,
@@ -258,10 +258,10 @@ class ClarsTrainer(SharingTrainer):
             "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
             "seed": args.seed,
         }
-        if args.method == "clars":
+        if METHODS[args.method].measures_samples:
             all_samples = args.norm_samples == 0 or args.norm_samples >= args.total_batch_size
             settings["norm_samples"] = "every sample" if all_samples else args.norm_samples
-            settings["norm"] = args.norm
+            settings["norm"] = "rms" if args.method == "signal_lars" else args.norm
         if args.freeze_head_epochs:
             settings["freeze_head_epochs"] = args.freeze_head_epochs
         return settings
