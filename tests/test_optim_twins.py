@@ -17,7 +17,7 @@ METHODS = {
     "clars": (CLARS, {"eta": 0.03}, {"eta": 0.03}),
     "clars, decay": (CLARS, {"eta": 0.03, "weight_decay": 0.05}, {"eta": 0.03, "weight_decay": 0.05}),
     "clars, rms": (CLARS, {"eta": 0.03, "norm": "rms"}, {"eta": 0.03, "norm": "rms"}),
-    "signal": (SignalLARS, {"eta": 0.03}, {"eta": 0.03}),
+    "signal": (SignalLARS, {"eta": 0.01}, {"eta": 0.01}),
     "signal, decay": (SignalLARS, {"eta": 0.03, "weight_decay": 0.05}, {"eta": 0.03, "weight_decay": 0.05}),
     "clars, tensors": (CLARS, {"eta": 0.03, "layers": "tensor"}, {"eta": 0.03, "layers": "tensor"}),
 }
