@@ -30,7 +30,7 @@ class HookedModule:
         foreign_inputs: What its inputs are like that were seen not to be tensors of the model itself.
         known_rows: Layouts (rows a sample, shape of a row) whose rows were proven to lie sample by sample.
         proven_dims: Numbers of axes with which its calls were proven to have the batch first.
-        decisions: Whether the rule takes the weight gradient over, by shapes.
+        decisions: How the rule takes the weight gradient over, if it does, by shapes.
         ever_captured: Whether a call has been captured since the hooks were placed.
     """
 
@@ -46,7 +46,7 @@ class HookedModule:
         self.foreign_inputs: set[tuple[bool, tuple[int, ...]]] = set()
         self.known_rows: set[tuple[int, ...]] = set()
         self.proven_dims: set[int] = set()
-        self.decisions: dict[tuple[Any, ...], bool] = {}
+        self.decisions: dict[tuple[Any, ...], Any] = {}
         self.ever_captured = False
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_clars.grad_norms.rule_call import RuleCall, no_autocast
 
@@ -30,9 +31,18 @@ def take_over(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
     return _OneProduct.apply(call, names, output.detach(), x, *(call.hooked.in_use(n) for n in names))
 
 
+def replace_backward(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
+    """The module's output, whose gradient now goes through the rule's own backward pass. Arguments as above."""
+    names = list(call.wanted)
+    operands = call.rule.operands(call.module, x, output)
+    # The output travels in a list: as a tensor argument it would come back as a view, which in-place ReLUs refuse.
+    params = (call.hooked.in_use(n) for n in names)
+    return _WholeBackward.apply(call, names, [output], operands[1:], x, operands[0], *params)
+
+
 def is_taken_over(output: Tensor) -> bool:
     """Whether another tracker has taken this output's weight gradient over: a second one would cut the first off."""
-    return output.grad_fn is not None and output.grad_fn.name() == f"{_OneProduct.__name__}Backward"
+    return output.grad_fn is not None and output.grad_fn.name() in _OWN
 
 
 class _OneProduct(torch.autograd.Function):
@@ -60,6 +70,50 @@ class _OneProduct(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 x_grad = _as(call.rule.input_grad(call.module, x, _as(weight, ctx.dtype), g), ctx.x_dtype)
         return None, None, None, x_grad, *grads
+
+
+class _WholeBackward(torch.autograd.Function):
+    """Identity on the output; see `replace_backward`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: RuleCall,
+        names: list[str],
+        held: list[Tensor],
+        more: tuple[Tensor, ...],
+        x: Tensor,
+        used: Tensor,
+        *params: Tensor,
+    ) -> Tensor:
+        output = held[0]
+        ctx.call, ctx.names, ctx.dtype, ctx.x_dtype = call, names, output.dtype, x.dtype
+        ctx.param_dtypes = [p.dtype for p in params]
+        ctx.save_for_backward(params[names.index("weight")], used.detach(), *more)
+        return output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        call: RuleCall = ctx.call
+        weight, *saved = ctx.saved_tensors
+        with no_autocast(g.device.type):
+            if call.shared:  # several uses add up before they are squared: that takes the samples' gradients
+                sums = call.summed_grads(saved[0], g)
+                x_grad = None
+                if ctx.needs_input_grad[4]:
+                    x_grad = call.rule.input_grad(call.module, saved[0], _as(weight, ctx.dtype), g)
+            else:
+                done = call.rule.whole_backward(
+                    call.module, tuple(saved), weight, g, input_wanted=ctx.needs_input_grad[4]
+                )
+                call.add_squares(done.squares)
+                sums, x_grad = done.grads, done.input_grad
+            grads = [_as(sums[n], dtype) for n, dtype in zip(ctx.names, ctx.param_dtypes, strict=True)]
+        return None, None, None, None, None if x_grad is None else _as(x_grad, ctx.x_dtype), None, *grads
+
+
+_OWN = {f"{function.__name__}Backward" for function in (_OneProduct, _WholeBackward)}
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

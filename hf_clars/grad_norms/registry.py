@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.torch_internals import operand_of
 
 
 class LayerRule(ABC):
@@ -96,6 +98,31 @@ class LayerRule(ABC):
         """
         return False
 
+    def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """Whether `whole_backward` should take the place of autograd's backward pass of this call. Default: no."""
+        return False
+
+    def whole_backward(
+        self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
+    ) -> WholeBackward:
+        """The layer's whole backward pass; only for rules that supply it. A pure function of its arguments.
+
+        Args:
+            module: The module, for its settings (stride, padding ...).
+            saved: What `operands` returned.
+            weight: The weight, in the precision that the module computed in.
+            g: Gradient of the output.
+            input_wanted: Whether the input's gradient is asked for.
+
+        Returns:
+            Gradients and every sample's squared norms.
+        """
+        raise NotImplementedError
+
+    def operands(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+        """What `whole_backward` needs of the forward pass, the input first. Default: the input as it was used."""
+        return (operand_of(output, x),)
+
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """Gradient of the loss with respect to the module's input; only for rules that take over.
 
@@ -109,6 +136,21 @@ class LayerRule(ABC):
             The shape of `x`.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class WholeBackward:
+    """What a layer's backward pass gives.
+
+    Attributes:
+        input_grad: Gradient of the input, in its shape; None if it was not asked for.
+        grads: Gradient of each parameter, by local name.
+        squares: Every sample's squared gradient norm of each parameter, [B] each.
+    """
+
+    input_grad: Tensor | None
+    grads: dict[str, Tensor]
+    squares: dict[str, Tensor]
 
 
 _RULES: dict[str, LayerRule] = {}

@@ -108,6 +108,13 @@ class RuleCall:
         else:
             self.current.add_grads(self.hooked.layers[name], grads)
 
+    def add_squares(self, squares: dict[str, Tensor]) -> None:
+        """Add the squared norms that the rule's own backward pass gave, {local parameter name: [kept]}."""
+        if self.arrived():
+            for name, t in squares.items():
+                if name in self.wanted and name not in self.superseded:
+                    self.current.add_squares(self.hooked.layers[name], t)
+
     def summed_grads(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         """The batch gradient as the sum of the per-sample ones, whose norms are added on the way.
 

@@ -100,6 +100,39 @@ def layer_statistics(x: Tensor, output: Tensor, dims: int, eps: float) -> tuple[
     return found
 
 
+_OPERANDS = {
+    "AddmmBackward0": "_saved_mat1",
+    "MmBackward0": "_saved_self",
+    "ConvolutionBackward0": "_saved_input",
+}
+
+
+def operand_of(output: Tensor, x: Tensor) -> Tensor:
+    """A module's input as it was multiplied: under autocast the copy in the lower precision, which the graph holds.
+
+    Args:
+        output: The module's output, at most two views away from the product.
+        x: The module's input.
+
+    Returns:
+        The shape of `x`; `x` itself, in the type of the output, where the graph holds no such tensor.
+    """
+    if x.dtype == output.dtype:
+        return x
+    node = None if saved_tensors_are_packed() else output.grad_fn
+    for _ in range(3):
+        if node is None:
+            break
+        name = _OPERANDS.get(node.name())
+        if name is not None:
+            held = getattr(node, name, None)
+            if held is not None and held.numel() == x.numel() and held.dtype == output.dtype:
+                return held.detach().view(x.shape)
+            break
+        node = node.next_functions[0][0] if node.next_functions else None
+    return x.detach().to(output.dtype)
+
+
 def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over positions of g * x_hat and of g, x_hat = (x - mean) * rstd, in one pass over both tensors.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_clars.grad_norms.adoption import orphan_of
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.observation import observe
-from hf_clars.grad_norms.one_product import is_taken_over, take_over
+from hf_clars.grad_norms.one_product import is_taken_over, replace_backward, take_over
 from hf_clars.grad_norms.own_inputs import OwnInputs
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import RuleCall
@@ -90,23 +90,29 @@ def _rows_of(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tens
 
 def _follow(call: RuleCall, x: Tensor, output: Tensor) -> Tensor | None:
     """Take the weight gradient over, or watch the ordinary one."""
-    if call.current.kept == call.current.batch_size and call.rows == 1 and _may_take_over(call, x, output):
-        return take_over(call, x, output)
+    if call.current.kept == call.current.batch_size and call.rows == 1:
+        way = _way(call, x, output)
+        if way is not None:
+            return way(call, x, output)
     saved = call.rule.save(call.module, x.detach(), output, call.wanted.keys())
     call.tokens = saved[0] if isinstance(call.rule, EmbeddingRule) else None
     return observe(call, saved, output)
 
 
-def _may_take_over(call: RuleCall, x: Tensor, output: Tensor) -> bool:
-    """Whether the weight gradient should, and can, come from the per-sample gradients of this call."""
+def _way(call: RuleCall, x: Tensor, output: Tensor) -> Callable[[RuleCall, Tensor, Tensor], Tensor] | None:
+    """How the weight gradient should, and can, come from this engine: decided once for calls of one shape."""
     if "weight" not in call.wanted or is_taken_over(output):
-        return False
+        return None
     weight = call.hooked.in_use("weight")
     decisions = call.hooked.decisions
-    key = (x.shape, output.dtype, x.device)
-    decision = decisions.get(key)
-    if decision is None:
+    key = (x.shape, output.dtype, x.device, tuple(call.wanted), call.module.training, x.stride(), output.stride())
+    if key not in decisions:
         # Weights that an engine has split or put aside are differentiated by the engine's own graph.
         plain = weight.numel() > 0 and not hasattr(weight, "device_mesh")
-        decision = decisions[key] = plain and call.rule.takes_over(call.module, x, output)
-    return decision
+        way = None
+        if plain and call.rule.supplies_backward(call.module, x, output):
+            way = replace_backward
+        elif plain and call.rule.takes_over(call.module, x, output):
+            way = take_over
+        decisions[key] = way
+    return decisions[key]

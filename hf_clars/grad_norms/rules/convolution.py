@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
-from hf_clars.grad_norms.registry import LayerRule, register_rule
+from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.costs import Form, WeightUse, cheapest_form
+from hf_clars.grad_norms.rules.kernel_forms import convolution_backward, in_channels_last, kernels_fit
 from hf_clars.grad_norms.rules.linear import linear_squared_norm
 from hf_clars.grad_norms.torch_internals import convolution_input_grad
 
@@ -106,6 +107,22 @@ class ConvolutionRule(LayerRule):
         assert isinstance(module, _Conv)
         use = convolution_use(module, x, output)
         return _zeros_only(module) and cheapest_form(use, x.device.type) in ("product", "outer")
+
+    def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """On a GPU, for images in channels_last, without groups and with plain padding."""
+        assert isinstance(module, _Conv)
+        images = in_channels_last(x) and in_channels_last(output) and output.shape[2] * output.shape[3] > 1
+        return kernels_fit(output) and images and module.groups == 1 and _zeros_only(module)
+
+    def whole_backward(
+        self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
+    ) -> WholeBackward:
+        """See `LayerRule`."""
+        assert isinstance(module, _Conv)
+        settings = _settings(module, module.padding)
+        del settings["groups"]
+        has_bias = module.bias is not None
+        return convolution_backward(saved[0], weight, g, settings, bias=has_bias, input_wanted=input_wanted)
 
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """See `LayerRule`."""

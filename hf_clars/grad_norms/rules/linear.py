@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
-from hf_clars.grad_norms.registry import LayerRule, register_rule
+from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.costs import Form, WeightUse, cheapest_form
+from hf_clars.grad_norms.rules.kernel_forms import kernels_fit, linear_backward
 
 
 def positions(t: Tensor) -> Tensor:
@@ -62,6 +64,19 @@ class LinearRule(LayerRule):
     def takes_over(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """Where the per-sample product is the cheapest form."""
         return cheapest_form(linear_use(positions(x), positions(output)), x.device.type) == "product"
+
+    def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """On a GPU, for more than one position."""
+        return kernels_fit(output) and x.dim() > 2 and positions(x).shape[1] > 1
+
+    def whole_backward(
+        self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
+    ) -> WholeBackward:
+        """See `LayerRule`."""
+        done = linear_backward(
+            positions(saved[0]), weight, positions(g), bias=module.bias is not None, input_wanted=input_wanted
+        )
+        return done if done.input_grad is None else replace(done, input_grad=done.input_grad.view(saved[0].shape))
 
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """See `LayerRule`."""

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from hf_clars.distributed import world_size
 from hf_clars.grad_norms.errors import SharedStatisticsError
-from hf_clars.grad_norms.registry import LayerRule, register_rule
+from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
+from hf_clars.grad_norms.rules.kernel_forms import (
+    batch_norm_backward,
+    in_channels_last,
+    kernels_fit,
+    layer_norm_backward,
+)
 from hf_clars.grad_norms.torch_internals import (
     affine_sums,
     batch_statistics,
@@ -73,6 +80,23 @@ class BatchNormRule(_ChannelRule):
         """[C] each."""
         assert isinstance(module, _BatchNorm)
         return _running_statistics(module) or batch_statistics(x, output, module.eps)
+
+    def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """On a GPU, for images in channels_last and statistics of the batch."""
+        assert isinstance(module, _BatchNorm)
+        own = module.training or module.running_mean is None
+        return own and kernels_fit(output) and in_channels_last(x) and module.bias is not None
+
+    def operands(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+        """The input and its statistics."""
+        return x, *self.statistics(module, x, output)
+
+    def whole_backward(
+        self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
+    ) -> WholeBackward:
+        """See `LayerRule`."""
+        x, mean, rstd = saved
+        return batch_norm_backward(x, weight, mean, rstd, g)
 
 
 @register_rule(nn.SyncBatchNorm)
@@ -146,6 +170,25 @@ class LayerNormRule(LayerRule):
         if isinstance(module, nn.LayerNorm):
             return x, *layer_statistics(x, output, dims, module.eps)
         return x, _inverse_scale(module, x, dims)
+
+    def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """On a GPU, for a LayerNorm over the last axis."""
+        plain = type(self) is LayerNormRule and isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
+        same = x.dtype == output.dtype and x.is_contiguous()
+        return plain and same and x.dim() > 2 and module.bias is not None and kernels_fit(output)
+
+    def operands(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+        """The input and its statistics."""
+        return self.save(module, x, output, ("weight",))
+
+    def whole_backward(
+        self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
+    ) -> WholeBackward:
+        """See `LayerRule`."""
+        x = _positions(saved[0], 1)
+        mean, rstd = (t.reshape(x.shape[:2]) for t in saved[1:])
+        done = layer_norm_backward(x, weight, mean, rstd, _positions(g, 1), input_wanted=input_wanted)
+        return done if done.input_grad is None else replace(done, input_grad=done.input_grad.view(saved[0].shape))
 
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]

@@ -1,0 +1,84 @@
+"""Every kernel against its reference: `python -m tests.kernels.compare DEVICE [SEED]` prints one line a case.
+
+On the CPU it needs TRITON_INTERPRET=1, which must be set before Triton is imported: hence a process of its own.
+"""
+
+import itertools
+import random
+import sys
+
+import torch
+
+from hf_clars.grad_norms.kernels import reference
+
+
+def linear_cases(device, dtype, rng):
+    from hf_clars.grad_norms.kernels import linear
+
+    shapes = [(1, 1, 5, 3), (2, 49, 16, 24), (3, 50, 33, 17), (2, 197, 40, 8)]
+    shapes += [(rng.randint(1, 5), rng.randint(1, 70), rng.randint(1, 50), rng.randint(1, 50)) for _ in range(6)]
+    for b, t, d, p in shapes:
+        x, g = torch.randn(b, t, d, device=device).to(dtype), torch.randn(b, t, p, device=device).to(dtype)
+        for bias in (True, False):
+            yield (
+                f"product {b, t, d, p}",
+                linear.linear_product(x, g, bias=bias),
+                reference.linear_product(x, g, bias=bias),
+            )
+        yield f"gram {b, t, d, p}", linear.linear_gram(x, g), reference.linear_gram(x, g)
+
+
+def convolution_cases(device, dtype, rng):
+    from hf_clars.grad_norms.kernels import convolution
+
+    fixed = [((1, 1), (1, 1), (0, 0), (1, 1)), ((3, 3), (1, 1), (1, 1), (1, 1)), ((7, 7), (2, 2), (3, 3), (1, 1))]
+    other = [((3, 2), (2, 1), (1, 0), (2, 3)), ((1, 1), (2, 2), (0, 0), (1, 1)), ((3, 3), (2, 2), (1, 1), (1, 1))]
+    for (kernel, stride, padding, dilation), channels in itertools.product(fixed + other, (3, 18)):
+        b, p, h, w = rng.randint(1, 3), rng.randint(1, 20), rng.randint(9, 12), rng.randint(9, 12)
+        x = torch.randn(b, channels, h, w, device=device).to(dtype)
+        weight = torch.zeros(p, channels, *kernel, device=device, dtype=dtype)
+        y = torch.nn.functional.conv2d(x.float(), weight.float(), None, stride, padding, dilation)
+        g = torch.randn_like(y).to(dtype)
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+        settings = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+        for name in ("convolution_product", "convolution_gram"):
+            found = getattr(convolution, name)(x, g, **settings)
+            yield f"{name} {tuple(x.shape), p, settings}", found, getattr(reference, name)(x, g, **settings)
+
+
+def normalization_cases(device, dtype, rng):
+    from hf_clars.grad_norms.kernels import normalization
+
+    for b, c, h in [(1, 3, 1), (4, 20, 5), (2, 17, 30), (rng.randint(1, 4), rng.randint(1, 40), rng.randint(1, 9))]:
+        x, g = (torch.randn(b, c, h, h + 1, device=device).to(dtype) for _ in range(2))
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+        stats = torch.randn(c, device=device), torch.rand(c, device=device) + 0.5
+        args = x, g, torch.randn(c, device=device), *stats
+        yield f"batch_norm {b, c, h}", normalization.batch_norm_backward(*args), reference.batch_norm_backward(*args)
+    for b, t, c in [(1, 1, 3), (2, 50, 24), (3, rng.randint(1, 40), rng.randint(1, 60))]:
+        x, g = (torch.randn(b, t, c, device=device).to(dtype) for _ in range(2))
+        mean, rstd = torch.randn(b, t, device=device), torch.rand(b, t, device=device) + 0.5
+        for m in (mean, None):
+            yield f"rows {b, t, c}", normalization.row_sums(x, g, m, rstd), reference.row_sums(x, g, m, rstd)
+
+
+def main(device, seed):
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    # Triton's interpreter multiplies bit patterns of bfloat16: there only on a device.
+    dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if device == "cuda" else [])
+    for dtype, cases in itertools.product(dtypes, (linear_cases, convolution_cases, normalization_cases)):
+        for name, found, expected in cases(device, dtype, rng):
+            for f, e in zip(found, expected, strict=True):
+                if e is None or f is None:
+                    assert f is e, name
+                    continue
+                assert f.shape == e.shape, (name, f.shape, e.shape)
+                error = float((f.float() - e.float()).norm() / e.float().norm().clamp(min=1e-6))
+                stored_short = e.dtype in (torch.float16, torch.bfloat16)
+                limit = {torch.float16: 2e-3, torch.bfloat16: 1e-2}[e.dtype] if stored_short else 2e-5
+                print(f"{'ok' if error <= limit else 'WRONG'} {dtype} {name} {error:.1e}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0)
