@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
@@ -25,6 +26,8 @@ class ModuleCall:
         training: The mode it ran in.
         batch_size: Length of the batch axis. Inputs of another length are shared by all samples.
         count: How many of the first samples are wanted.
+        precision: The lowest that it computed in.
+        autocast: The type that autocast computed with, if it was on.
         replayable: False where an engine's hooks would gather and split weights again if the module were called.
     """
 
@@ -39,4 +42,6 @@ class ModuleCall:
     training: bool
     batch_size: int
     count: int
+    precision: torch.dtype
+    autocast: torch.dtype | None
     replayable: bool = True

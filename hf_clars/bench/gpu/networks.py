@@ -93,28 +93,29 @@ def _resnet8(tiny: bool) -> nn.Module:
 def _vit(tiny: bool) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    small = {
+    labels: dict[str, Any] = {"num_labels": 10}
+    small: dict[str, Any] = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
         "image_size": 32, "patch_size": 8,
     }  # fmt: skip
-    return ViTForImageClassification(ViTConfig(num_labels=10, **(small if tiny else {})))
+    return ViTForImageClassification(ViTConfig(**(small if tiny else {}), **labels))
 
 
 def _gpt2(tiny: bool) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    small = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100, "n_positions": 32}
+    small: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100, "n_positions": 32}
     return GPT2LMHeadModel(GPT2Config(use_cache=False, **(small if tiny else {})))
 
 
 def _llama(tiny: bool) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 16, "num_attention_heads": 16,
         "num_key_value_heads": 16, "vocab_size": 32000,
     }  # fmt: skip
-    small = {
+    small: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "vocab_size": 100,
     }  # fmt: skip

@@ -22,6 +22,7 @@ from hf_clars.grad_norms.own_place import own_place
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.torch_internals import saved_tensors_are_packed
 from hf_clars.grad_norms.trees import map_tensors, tensors_in
+from hf_clars.grad_norms.without_rule.agreement import precision_now
 from hf_clars.grad_norms.without_rule.direct_measures import DirectMeasures
 from hf_clars.grad_norms.without_rule.fallback import Fallback
 from hf_clars.grad_norms.without_rule.watched_call import Call, WatchedCall
@@ -162,6 +163,8 @@ class CallsWithoutRule:
             training=hooked.module.training,
             batch_size=current.batch_size,
             count=current.kept,
+            precision=precision_now([*outputs.values(), *(used for _, used in leaves.values())]),
+            autocast=_autocast_type(next(iter(outputs.values())).device.type),
             replayable=all(used is p and not hasattr(p, "ds_id") for p, used in leaves.values()),
         )
         current.fallback_calls.append(remembered)
@@ -198,6 +201,11 @@ class CallsWithoutRule:
             current.add_pending(param, grads)
         else:
             current.add_squares(self._layer_of[param], squared_sum(grads))
+
+
+def _autocast_type(device: str) -> torch.dtype | None:
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def _in_own_places(output: Any, outputs: dict[int, Tensor]) -> tuple[Any, dict[int, Tensor]]:

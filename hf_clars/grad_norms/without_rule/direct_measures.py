@@ -19,6 +19,7 @@ from hf_clars.grad_norms.graph_uses import GraphUse, Operand
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.passes import ForwardPass
 from hf_clars.grad_norms.rule_call import no_autocast
+from hf_clars.grad_norms.without_rule.agreement import agree, precision_now
 from hf_clars.grad_norms.without_rule.watched_call import Key, WatchedCall
 
 
@@ -93,7 +94,9 @@ class DirectMeasures:
         key = watched.key
         if key in self._right:
             uses = []
-        return Trial(len(uses), partial(self._right.setdefault, key), self._quiet), uses
+        used = [leaf for _, leaf in watched.hooked.leaves(watched.wanted).values()]
+        precision = precision_now([*watched.outputs.values(), *used])
+        return Trial(len(uses), partial(self._right.setdefault, key), self._quiet, precision), uses
 
     def follow(self, uses: Iterable[GraphUse], current: ForwardPass, trial: Trial) -> None:
         """Have uses compared; after the fallback's own hooks are in place, so that its gradients come first.
@@ -115,6 +118,7 @@ class Trial:
         waiting: Uses whose gradient has not come.
         conclude: Takes whether both agreed.
         quiet: Keeps hooks from taking what is differentiated inside for the pass itself.
+        precision: What the module computed in.
         expected: Per-sample gradients by the fallback.
         found: The same by the uses.
     """
@@ -122,6 +126,7 @@ class Trial:
     waiting: int
     conclude: Callable[[bool], bool]
     quiet: Callable[[], AbstractContextManager[None]]
+    precision: torch.dtype
     expected: dict[str, Tensor] = field(default_factory=dict)
     found: dict[str, Tensor] = field(default_factory=dict)
 
@@ -141,10 +146,17 @@ class Trial:
         self.found[operand.name] = self.found[operand.name] + grads if operand.name in self.found else grads
         self.waiting -= 1
         if self.waiting == 0:
-            same = (_close(self.found.get(n), want) for n, want in self.expected.items())
-            self.conclude(bool(self.expected) and all(same))
+            pairs = [(self.found.get(n), want) for n, want in self.expected.items()]
+            self._say(_together([False if f is None else agree(f, want, self.precision) for f, want in pairs]))
+
+    def _say(self, verdict: bool | None) -> None:
+        """What could not be told in this pass is asked again in the next."""
+        if verdict is not None:
+            self.conclude(verdict)
 
 
-def _close(found: Tensor | None, expected: Tensor) -> bool:
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    return found is not None and torch.allclose(found, expected.to(found.dtype), rtol=1e-3, atol=1e-5 * scale)
+def _together(verdicts: list[bool | None]) -> bool | None:
+    """All agree; None as soon as one cannot be told and none disagrees."""
+    if False in verdicts:
+        return False
+    return None if None in verdicts or not verdicts else True

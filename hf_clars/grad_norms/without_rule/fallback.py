@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.module_call import ModuleCall
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS
 from hf_clars.grad_norms.trees import map_tensors, tensors_in
+from hf_clars.grad_norms.without_rule.agreement import agree
 from hf_clars.grad_norms.without_rule.batched_grads import batched_grads
 from hf_clars.grad_norms.without_rule.recurrent import by_unrolling, can_unroll
 
@@ -69,13 +72,19 @@ class Fallback:
         if replay:
             self.replaying = True
             try:
-                result, outputs = (by_unrolling if can_unroll(call) else _by_replay)(call, grads)
+                with _same_autocast(call):
+                    result, outputs = (by_unrolling if can_unroll(call) else _by_replay)(call, grads)
+            except torch.OutOfMemoryError:
+                raise  # says nothing of the module
             except (RuntimeError, ValueError, TypeError, IndexError):
                 self._replays[key] = False  # not fit for vmap: coupled, random or data-dependent
             else:
-                if key not in self._replays:
-                    self._replays[key] = _same(outputs, _samples_first(call, call.outputs.values()))
-                if self._replays[key]:
+                right = self._replays.get(key)
+                if right is None:
+                    right = _same(outputs, _samples_first(call, call.outputs.values()), call.precision)
+                if right is not None:
+                    self._replays[key] = right
+                if right:
                     return result
             finally:
                 self.replaying = False
@@ -91,9 +100,16 @@ class Fallback:
             ) from error
 
 
-def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether a replay gave the real outputs; looked at once for each module and mode."""
-    return all(torch.allclose(a.to(b.dtype), b, rtol=1e-3, atol=1e-5) for a, b in zip(first, second, strict=True))
+def _same(first: Sequence[Tensor], second: Sequence[Tensor], precision: torch.dtype) -> bool | None:
+    """Whether a replay gave the real outputs; looked at once for each module and mode. None: not finite, ask again."""
+    verdicts = [agree(a, b, precision) for a, b in zip(first, second, strict=True)]
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def _same_autocast(call: ModuleCall) -> AbstractContextManager[Any]:
+    """The autocast region that the module ran in: a backward pass is outside of it."""
+    device = next(iter(call.outputs.values())).device.type
+    return nullcontext() if call.autocast is None else torch.autocast(device, call.autocast)
 
 
 def _samples_first(call: ModuleCall, outputs: Iterable[Tensor]) -> list[Tensor]:
