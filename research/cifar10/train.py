@@ -122,7 +122,7 @@ def train(s: Settings, images: Images) -> dict[str, Any]:
     generator = torch.Generator(device=device).manual_seed(1000 + s.seed)
     kwargs = {"width": s.width}
     model: nn.Module = build_model(s.network, num_labels=10, image_size=32, num_channels=3, model_kwargs=kwargs)
-    model = model.to(device, memory_format=torch.channels_last).train()
+    model = model.to(device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, s)
     updates = len(images.y) // s.batch
     total, warmup_steps = updates * s.epochs, int(s.warmup * updates)
