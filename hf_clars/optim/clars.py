@@ -112,13 +112,18 @@ class CLARS(LARS):
         )
         self.norm = norm
         self.decay_in_norm = decay_in_norm
-        local = None if samples is None else max(1, samples // world_size())
-        self.norms: PerSampleGradNorms | MicroBatchGradNorms
-        if estimator == "samples":
-            self.norms = PerSampleGradNorms(model, layers=self.partition, samples=local, keep_per_sample=False)
-        else:
-            decay = weight_decay if decay_in_norm else 0.0
-            self.norms = MicroBatchGradNorms(model, self.partition, samples=local, weight_decay=decay)
+        self.samples = samples
+        self.estimator = estimator
+        self.norms = self._new_norms()
+
+    def _new_norms(self) -> PerSampleGradNorms | MicroBatchGradNorms:
+        """Hooks for the layers that train now."""
+        assert self._model is not None
+        local = None if self.samples is None else max(1, self.samples // world_size())
+        if self.estimator == "samples":
+            return PerSampleGradNorms(self._model, layers=self.partition, samples=local, keep_per_sample=False)
+        decay = self.defaults["weight_decay"] if self.decay_in_norm else 0.0
+        return MicroBatchGradNorms(self._model, self.partition, samples=local, weight_decay=decay)
 
     @classmethod
     def reference_code(cls, model: nn.Module, lr: float, **overrides: Any) -> CLARS:
@@ -165,10 +170,11 @@ class CLARS(LARS):
 
     def _measured_norms(self, tensors: StepTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(||w_k||, ||g_k||, n_k), each [K], the latter two in the units of `p.grad`; and the batch size B, 0-dim."""
-        if isinstance(self.norms, PerSampleGradNorms):
+        asked = not self._makes_state
+        if asked and isinstance(self.norms, PerSampleGradNorms):
             self.norms.check_all_captured()
         totals = self.norms.totals()
-        if totals is None and world_size() == 1:
+        if asked and totals is None and world_size() == 1:
             raise NoNormsError(
                 "There are gradients to step with, but no backward pass through the model was seen since the last "
                 f"step. {type(self).__name__} measures norms while backward() runs through the module it was created "
@@ -176,17 +182,19 @@ class CLARS(LARS):
             )
         weight_norm, grad_norm, sums = self._layer_norms(tensors, self._sample_sums(totals))
         assert sums is not None
-        return weight_norm, grad_norm, self._mean_sample_norm(sums, grad_norm), sums[len(self.partition) + 1]
+        return weight_norm, grad_norm, self._mean_sample_norm(sums, grad_norm), sums[len(self._book.layers) + 1]
 
     def _sample_sums(self, totals: NormTotals | None) -> Tensor:
         """This rank's share of n_k, [K + 2 + m]: K sums, samples measured, samples in all, and the guard's sample."""
         assert self._guard is not None
-        sample = self._guard.local_sample()
+        sample = self._guard.scale.local_sample()
         if totals is None:  # a rank without samples
-            nothing = sample.new_zeros(len(self.partition))
+            nothing = sample.new_zeros(len(self._book.shown))
             totals = NormTotals(nothing, nothing, 0, 0)
         ranks = world_size()  # data parallelism averages gradients over them
         own = totals.norms / ranks if self.norm == "mean" else totals.squares / ranks**2
+        if self._book.sleeps:
+            own = own.new_zeros(len(self._book.layers)).index_copy(0, self._rows(own.device), own)
         counts = torch.stack([own.new_full((), float(count)) for count in (totals.captured, totals.total)])
         return torch.cat([own, counts, sample.to(own) / ranks])
 
@@ -198,18 +206,30 @@ class CLARS(LARS):
     def _mean_sample_norm(self, sums: Tensor, grad_norm: Tensor) -> Tensor:
         """n_k over all ranks, in the units of the final `p.grad`."""
         assert self._guard is not None
-        layers = len(self.partition)
+        layers = len(self._book.layers)
         own, captured, total, sample = sums[:layers], sums[layers], sums[layers + 1], sums[layers + 2 :]
-        scale = self._guard.scale_since(sample)
+        scale = self._guard.scale.scale_since(sample)
         if self._zero is not None:
             scale = scale * self._zero.gradient_scale
         own = own * (scale if self.norm == "mean" else scale.square())
         return mean_sample_norm(own, own, grad_norm, captured=captured.clamp(min=1), total=total, norm=self.norm)
 
-    def _follow(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
-        super()._follow(swapped)
+    def _on_swap(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
+        super()._on_swap(swapped)
         if isinstance(self.norms, PerSampleGradNorms):
             self.norms.follow(swapped)
+
+    def _new_partition(self) -> None:
+        super()._new_partition()
+        if self.norms.totals() is not None:
+            raise NoNormsError(
+                "Parameters were unfrozen, or added, between two backward passes of one batch, whose norms would then "
+                "be of different layers: do it after step() or zero_grad()."
+            )
+        dropped = self.norms.engine_dropped_a_batch
+        self.norms.remove()
+        self.norms = self._new_norms()
+        self.norms.engine_dropped_a_batch = dropped
 
     def attach_engine(self, engine: Any) -> None:
         """As `LayerwiseOptimizer.attach_engine`; the norms of a batch whose step the engine skips are dropped too.
