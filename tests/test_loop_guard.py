@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
+from hf_clars.grad_norms.torch_internals import version
 from hf_clars.optim import CLARS, NoNormsError, OptimizerNotSteppedError
-from hf_clars.optim.loop_guard import version
 from tests.twin import batch, loss_on, small_model
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NO_BACKWARD = -1
+
 _BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
 _LAYER_NORM_NODES = ("NativeLayerNormBackward",)
 _GROUP_NORM_NODES = ("NativeGroupNormBackward",)
@@ -22,7 +24,17 @@ _NODES_TO_SEARCH = 4
 
 def inside_backward() -> bool:
     """Whether a backward pass is running in this thread: a forward now is activation checkpointing's recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_number() != NO_BACKWARD
+
+
+def backward_number() -> int:
+    """Tells one backward pass in this thread from another; `NO_BACKWARD` outside of them."""
+    return torch._C._current_graph_task_id()
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place."""
+    return tensor._version
 
 
 def saved_tensors_are_packed() -> bool:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from hf_clars.grad_norms.accumulator import NormAccumulator
+from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
 from hf_clars.grad_norms.adoption import NO_INPUT
 from hf_clars.grad_norms.coverage import check_coverage
 from hf_clars.grad_norms.errors import MixedDevicesError, SecondBackwardError, UncoveredParameterError
@@ -17,7 +18,7 @@ from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.own_inputs import OwnInputs
 from hf_clars.grad_norms.passes import ForwardPass
-from hf_clars.grad_norms.torch_internals import inside_backward
+from hf_clars.grad_norms.torch_internals import inside_backward, version
 from hf_clars.grad_norms.trees import tensors_in
 from hf_clars.grad_norms.with_rule import CallsWithRule
 from hf_clars.grad_norms.without_rule.calls import CallsWithoutRule
@@ -80,7 +81,12 @@ class PerSampleGradNorms(NormAccumulator):
         self._with_rule = CallsWithRule(self._own_inputs, self._captured, self._arrived)
         self._ever_captured: set[nn.Parameter] = set()
         self._in_use: dict[nn.Parameter, nn.Parameter] = {}
-        self._hooked = find_hooked_modules(model, self._layer_of)
+        self._module_handles: list[RemovableHandle] = []
+        self._hook_modules()
+        self._watch_results()
+
+    def _hook_modules(self) -> None:
+        self._hooked = find_hooked_modules(self.model, self._layer_of)
         for hooked in self._hooked:
             # Before the user's own hooks: they shall see the output that goes on.
             handle = hooked.module.register_forward_hook(
@@ -88,8 +94,26 @@ class PerSampleGradNorms(NormAccumulator):
                 with_kwargs=True,
                 prepend=True,
             )
-            self._handles.append(handle)
-        self._watch_results()
+            self._module_handles.append(handle)
+
+    def cover(self, layers: Sequence[ParamLayer]) -> None:
+        """Measure other layers from now on; also as a pass begins.
+
+        Args:
+            layers: The partition; between two batches.
+        """
+        super().cover(layers)
+        remove_all(self._module_handles)
+        self._hook_modules()
+        self._unchecked = set(self._layer_of)
+        self._ever_captured.clear()
+        self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
+        self._in_use.clear()
+
+    def remove(self) -> None:
+        """Take every hook off the model. Values read so far stay readable."""
+        super().remove()
+        remove_all(self._module_handles)
 
     def follow(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Know parameters by those that an engine has put in their place, and let go of the old ones.
@@ -97,11 +121,7 @@ class PerSampleGradNorms(NormAccumulator):
         Args:
             swapped: {old: new}; between two batches.
         """
-        self.reset()
-        self._let_go_of_dropped()
-        self.layers = [layer.with_params(swapped) for layer in self.layers]
-        self._layer_of.clear()
-        self._layer_of.update((p, k) for k, layer in enumerate(self.layers) for p in layer.params)
+        super().cover([layer.with_params(swapped) for layer in self.layers])
         for hooked in self._hooked:
             hooked.follow(swapped)
         self._unchecked = {swapped.get(p, p) for p in self._unchecked}
@@ -291,4 +311,4 @@ class PerSampleGradNorms(NormAccumulator):
 
 def _state_of_grad(param: nn.Parameter) -> tuple[int, int] | None:
     """Changes whenever the gradient does: what was there before the hooks is none of their business."""
-    return None if param.grad is None else (id(param.grad), param.grad._version)
+    return None if param.grad is None else (id(param.grad), version(param.grad))

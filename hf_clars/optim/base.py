@@ -205,6 +205,8 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._zero is None and self._book.asleep and self._book.wake():
+            self._new_partition()
         untouched = self._is_untouched()
         tensors = self._gather()
         if untouched and _all_zero(tensors.grads):
@@ -249,7 +251,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _shown(self, measures: LayerMeasures) -> LayerMeasures:
         """The same of the layers that train."""
-        return measures.of(self._rows(measures.rate.device)) if self._book.sleeps else measures
+        return measures.of(self._rows(measures.rate.device)) if self._book.shows_other_rows else measures
 
     def _rows(self, device: torch.device) -> Tensor:
         return on_device(tuple(self._book.shown), device)
@@ -277,7 +279,10 @@ class LayerwiseOptimizer(Optimizer):
         """How often `step()` is called for the update that begins now."""
         if self._zero is not None:
             return self._zero.calls
-        if len(self.param_groups) < len(self._all_groups) or any(not group["params"] for group in self._all_groups):
+        emptied = any(
+            rows and not group["params"] for rows, group in zip(self._book.rows, self._all_groups, strict=True)
+        )
+        if emptied or len(self.param_groups) < len(self._all_groups):
             raise UnsupportedEngineError(
                 "step() was called with a part of the layers, as DeepSpeed's ZeRO does, but this optimizer does not "
                 "know its engine: call optimizer.attach_engine(engine) after deepspeed.initialize or "
@@ -330,6 +335,17 @@ class LayerwiseOptimizer(Optimizer):
         settings = zip(self._adaptive(), self._layer_settings(), strict=True)
         return any(not adaptive or group["weight_decay"] for adaptive, group in settings)
 
+    def arranged_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state in the order of this optimizer's groups, by the names that are stored in it.
+
+        Args:
+            state_dict: As for `load_state_dict`.
+
+        Raises:
+            ValueError: As there.
+        """
+        return arranged(state_dict, self.param_groups, self._book)
+
     def remove_hooks(self) -> None:
         """Take all hooks off the model."""
         if self._guard is not None:
@@ -345,7 +361,7 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             ValueError: If the state is of layers that this optimizer does not have, or lacks some that train.
         """
-        super().load_state_dict(arranged(state_dict, self.param_groups, self._book))
+        super().load_state_dict(self.arranged_state(state_dict))
         self._all_groups = self.param_groups
         if self._guard is not None:
             self._guard.groups = self.param_groups

@@ -112,18 +112,13 @@ class CLARS(LARS):
         )
         self.norm = norm
         self.decay_in_norm = decay_in_norm
-        self.samples = samples
-        self.estimator = estimator
-        self.norms = self._new_norms()
-
-    def _new_norms(self) -> PerSampleGradNorms | MicroBatchGradNorms:
-        """Hooks for the layers that train now."""
-        assert self._model is not None
-        local = None if self.samples is None else max(1, self.samples // world_size())
-        if self.estimator == "samples":
-            return PerSampleGradNorms(self._model, layers=self.partition, samples=local, keep_per_sample=False)
-        decay = self.defaults["weight_decay"] if self.decay_in_norm else 0.0
-        return MicroBatchGradNorms(self._model, self.partition, samples=local, weight_decay=decay)
+        local = None if samples is None else max(1, samples // world_size())
+        self.norms: PerSampleGradNorms | MicroBatchGradNorms
+        if estimator == "samples":
+            self.norms = PerSampleGradNorms(model, layers=self.partition, samples=local, keep_per_sample=False)
+        else:
+            decay = weight_decay if decay_in_norm else 0.0
+            self.norms = MicroBatchGradNorms(model, self.partition, samples=local, weight_decay=decay)
 
     @classmethod
     def reference_code(cls, model: nn.Module, lr: float, **overrides: Any) -> CLARS:
@@ -193,7 +188,7 @@ class CLARS(LARS):
             totals = NormTotals(nothing, nothing, 0, 0)
         ranks = world_size()  # data parallelism averages gradients over them
         own = totals.norms / ranks if self.norm == "mean" else totals.squares / ranks**2
-        if self._book.sleeps:
+        if self._book.shows_other_rows:
             own = own.new_zeros(len(self._book.layers)).index_copy(0, self._rows(own.device), own)
         counts = torch.stack([own.new_full((), float(count)) for count in (totals.captured, totals.total)])
         return torch.cat([own, counts, sample.to(own) / ranks])
@@ -221,15 +216,13 @@ class CLARS(LARS):
 
     def _new_partition(self) -> None:
         super()._new_partition()
-        if self.norms.totals() is not None:
+        late = self.norms.totals() is not None
+        self.norms.cover(self.partition)
+        if late:
             raise NoNormsError(
-                "Parameters were unfrozen, or added, between two backward passes of one batch, whose norms would then "
-                "be of different layers: do it after step() or zero_grad()."
+                "Parameters were unfrozen, or added, after a backward pass of the batch that is being measured, or in "
+                "a model that is not called as a whole: do it after step() or zero_grad(), and call the model itself."
             )
-        dropped = self.norms.engine_dropped_a_batch
-        self.norms.remove()
-        self.norms = self._new_norms()
-        self.norms.engine_dropped_a_batch = dropped
 
     def attach_engine(self, engine: Any) -> None:
         """As `LayerwiseOptimizer.attach_engine`; the norms of a batch whose step the engine skips are dropped too.

@@ -57,7 +57,7 @@ def model_groups(
         members = [[p for _, p in group["params"]] for group in groups]
         book = LayerBook.of(_split_by_groups(partition, members), members)
         book.adaptive = [scale_norm_and_bias or not layer.norm_or_bias for layer in book.layers]
-    if not book.shown:
+    if groups and not book.shown:
         raise ValueError("There is nothing to train: no parameter has requires_grad=True.")
     return book, groups
 
@@ -111,7 +111,7 @@ def _named_groups(model: nn.Module, params: Iterable[Any]) -> list[dict[str, Any
             if group_of.setdefault(p, i) != i:
                 raise ValueError(f"The parameter {name_of[p]} is in group {group_of[p]} and in group {i}.")
             members.append((name_of[p], p))
-        groups.append({**group, "params": members})
+        groups.append({**group, "params": members, "param_names": [name for name, _ in members]})
     return groups
 
 

@@ -83,9 +83,9 @@ class LayerBook:
         return [self.layers[row].without(asleep) for row in self.shown]
 
     @property
-    def sleeps(self) -> bool:
-        """Whether there are layers that are not shown."""
-        return len(self.shown) < len(self.layers)
+    def shows_other_rows(self) -> bool:
+        """Whether some layers are not shown, or come in another order."""
+        return self.shown != list(range(len(self.layers)))
 
     def rows_in(self, group: int) -> list[int]:
         """The layers of a group, each once, in the order of its tensors."""

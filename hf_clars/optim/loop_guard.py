@@ -2,8 +2,6 @@
 
 They compare version counters, which torch raises whenever a tensor is changed in place; the device is waited for only
 where those say that something is wrong.
-`Tensor._version` is not a documented name; this file alone uses it, and a test fails loudly should it change its
-meaning.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_clars.distributed.zero import trains_without
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.grad_norms.torch_internals import version
 from hf_clars.optim.gradient_scale import GradientScale, local
 
 
@@ -31,11 +30,6 @@ class OptimizerNotSteppedError(HfClarsError, RuntimeError):
 
 class AccumulationIgnoredError(HfClarsError, RuntimeError):
     """The model's loss ignores `num_items_in_batch`, so that accumulated gradients come out too large."""
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place."""
-    return tensor._version
 
 
 def _entry(output: Any, name: str) -> Tensor | None:
