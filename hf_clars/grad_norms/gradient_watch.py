@@ -22,7 +22,7 @@ class GradientWatch:
     """
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
-        self._noted: dict[nn.Parameter, tuple[Tensor, int]] = {}
+        self._noted: dict[nn.Parameter, tuple[Tensor, tuple[int, int]]] = {}
         self._handles: list[RemovableHandle] = []
         trained = [p for p in params if p.requires_grad]
         places = {0, len(trained) // 2, len(trained) - 1} if trained else set()
@@ -33,8 +33,7 @@ class GradientWatch:
     def _on_gradient(self, param: nn.Parameter) -> None:
         split_by_zero = keeps_gradients_elsewhere(param) and not hasattr(param, "device_mesh")
         if param.grad is not None and not split_by_zero:
-            grad = _local(param.grad)
-            self._noted[param] = (grad, version(grad))
+            self._noted[param] = (param.grad, _versions(param.grad))
 
     @torch.no_grad()
     def cleared(self) -> bool:
@@ -45,11 +44,10 @@ class GradientWatch:
         """
         if not self._noted:
             return False
-        now = {p: None if p.grad is None else _local(p.grad) for p in self._noted}
-        if all(grad is None for grad in now.values()):
-            return True
-        changed = [g for p, g in now.items() if g is not None and not _is_as_noted(g, self._noted[p])]
-        return bool(changed) and not any(bool(grad.any()) for grad in now.values() if grad is not None)
+        now = {p: p.grad for p in self._noted if p.grad is not None}
+        if all(self._noted[p][0] is grad and self._noted[p][1] == _versions(grad) for p, grad in now.items()):
+            return not now
+        return not any(bool(_local(grad).any()) for grad in now.values())
 
     def forget(self) -> None:
         """A new batch begins."""
@@ -62,9 +60,9 @@ class GradientWatch:
         self._handles.clear()
 
 
-def _is_as_noted(grad: Tensor, noted: tuple[Tensor, int]) -> bool:
-    held, count = noted
-    return grad is held and version(grad) == count
+def _versions(grad: Tensor) -> tuple[int, int]:
+    """How often a gradient has been changed; of one that FSDP2 has split, operations count at either end."""
+    return version(grad), version(_local(grad))
 
 
 def _local(grad: Any) -> Tensor:

@@ -21,6 +21,7 @@ from hf_clars.optim.layer_book import LayerBook
 from hf_clars.optim.loop_guard import LoopGuard
 from hf_clars.optim.measures import LayerMeasures, StepTensors
 from hf_clars.optim.nonfinite import hold_unless_finite
+from hf_clars.optim.process_checks import check_gradients_are_shared
 from hf_clars.optim.state_names import arranged
 from hf_clars.optim.update import MomentumForm, multi_tensor_update, single_tensor_update
 
@@ -215,6 +216,8 @@ class LayerwiseOptimizer(Optimizer):
         if self._calls_left == 0:
             self._calls_left = self._calls()
             if tensors.params or self._zero is not None:
+                if self.last_step is None:
+                    self._check_processes()
                 measures = self._measure(tensors)
                 self._step = hold_unless_finite(measures)
                 self._keep(self._step)
@@ -225,6 +228,11 @@ class LayerwiseOptimizer(Optimizer):
         if self._calls_left == 0:
             self._after_step()
         return loss
+
+    def _check_processes(self) -> None:
+        """At the first step, where nothing else has been asked: are the gradients shared?"""
+        if self._guard is not None and self._zero is None:
+            check_gradients_are_shared(self._guard.scale, None)
 
     def _is_untouched(self) -> bool:
         """Whether this may be the step by which `torch.distributed.checkpoint` makes an optimizer create its state.

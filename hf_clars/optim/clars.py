@@ -14,6 +14,7 @@ from hf_clars.grad_norms import MicroBatchGradNorms, NormTotals, PerSampleGradNo
 from hf_clars.layers import LayerMode
 from hf_clars.optim.lars import LARS, TRUST_CLIP
 from hf_clars.optim.measures import LayerMeasures, StepTensors
+from hf_clars.optim.process_checks import check_gradients_are_shared
 from hf_clars.optim.rates import mean_sample_norm, trust_ratio
 from hf_clars.optim.update import MomentumForm
 
@@ -179,6 +180,9 @@ class CLARS(LARS):
         assert sums is not None
         return weight_norm, grad_norm, self._mean_sample_norm(sums, grad_norm), sums[len(self._book.layers) + 1]
 
+    def _check_processes(self) -> None:
+        """Asked with the mean over processes, which a step has to take anyway."""
+
     def _sample_sums(self, totals: NormTotals | None) -> Tensor:
         """This rank's share of n_k, [K + 2 + m]: K sums, samples measured, samples in all, and the guard's sample."""
         assert self._guard is not None
@@ -203,6 +207,8 @@ class CLARS(LARS):
         assert self._guard is not None
         layers = len(self._book.layers)
         own, captured, total, sample = sums[:layers], sums[layers], sums[layers + 1], sums[layers + 2 :]
+        if self.last_step is None and not self._makes_state:
+            check_gradients_are_shared(self._guard.scale, sample)
         scale = self._guard.scale.scale_since(sample)
         if self._zero is not None:
             scale = scale * self._zero.gradient_scale

@@ -119,17 +119,20 @@ class GradientScale:
         return torch.where(before > 0, (after / before).sqrt(), 1.0)
 
     @torch.no_grad()
-    def is_own(self, sample: Tensor) -> Tensor:
-        """Whether `p.grad` points where this process's own samples did alone, and not where all processes' did.
+    def is_own(self, sample: Tensor | None, *, others: bool) -> Tensor:
+        """Whether `p.grad` points where this process's own samples did.
 
         Args:
-            sample: `local_sample()`, averaged over processes.
+            sample: `local_sample()`, averaged over processes; None where that is not known.
+            others: And not where all processes' samples did.
 
         Returns:
             Bool, 0-dim.
         """
-        own, mean, now = self.local_sample(), sample, self._now(sample)
-        return (_cosine(now, own) > 1 - 1e-5) & (_cosine(now, mean) < 1 - 1e-3)
+        own = self.local_sample()
+        now = self._now(own)
+        alone = _cosine(now, own) > 1 - 1e-5
+        return alone if sample is None or not others else alone & (_cosine(now, sample) < 1 - 1e-3)
 
     def _now(self, sample: Tensor) -> Tensor:
         """Like the sample, of the gradients as they are; zeros for what is split."""
@@ -166,7 +169,7 @@ class GradientScale:
 
 def local(grad: Any) -> Tensor:
     """This process's part of a gradient."""
-    return grad.tolocal() if _is_split(grad) else grad
+    return grad.to_local() if _is_split(grad) else grad
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
