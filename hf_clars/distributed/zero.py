@@ -110,8 +110,9 @@ class ZeroPieces:
             )
         if getattr(zero, "clip_grad", 0.0) > 0:
             raise UnsupportedEngineError(
-                f"DeepSpeed clips gradients at {zero.clip_grad} (1.0 where its configuration does not say), layer by "
-                'layer and after the norms that rates rest on were measured: set "gradient_clipping": 0 in the '
+                f"DeepSpeed clips gradients at {zero.clip_grad} (1.0 where its configuration does not say, or says "
+                '"auto" in an accelerate loop), layer by layer and after the norms that rates rest on were measured: '
+                'set "gradient_clipping": 0 in the '
                 "DeepSpeed configuration."
             )
 

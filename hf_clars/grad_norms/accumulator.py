@@ -13,7 +13,7 @@ from hf_clars.distributed import keeps_gradients_elsewhere
 from hf_clars.grad_norms.gradient_watch import GradientWatch
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.passes import ForwardPass, NormTotals
-from hf_clars.grad_norms.torch_internals import NO_BACKWARD, backward_number, inside_backward
+from hf_clars.grad_norms.torch_internals import NO_BACKWARD, backward_number, inside_backward, inside_function_transform
 from hf_clars.grad_norms.trees import tensors_in
 from hf_clars.layers import ParamLayer
 
@@ -69,8 +69,8 @@ class NormAccumulator:
 
     @property
     def active(self) -> bool:
-        """False where a call of the model begins no pass: without gradients, and when checkpointing repeats one."""
-        return torch.is_grad_enabled() and not inside_backward()
+        """False where a call of the model begins no pass: without gradients, under torch.func, in recomputation."""
+        return torch.is_grad_enabled() and not inside_backward() and not inside_function_transform()
 
     def _on_model_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active:

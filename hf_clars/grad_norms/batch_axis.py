@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from hf_clars.grad_norms.errors import BatchAxisError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.hooked_modules import HookedModule
 
 
@@ -70,7 +70,7 @@ def check_batch_axis(outputs: Sequence[Tensor], calls: Sequence[OpenCall], batch
                     f"{call.hooked} returns {call.shape}: its first axis is as long as the batch of {batch_size} "
                     f"samples, but the samples are along axis {axis}. Put the batch first there (batch_first=True in "
                     "torch's recurrent and attention modules), use a batch of another size than that axis, freeze its "
-                    "parameters, or use estimator='microbatch'."
+                    f"parameters, or {WITHOUT_SAMPLES}."
                 )
 
 

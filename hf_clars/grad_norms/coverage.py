@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from hf_clars.grad_norms.errors import UncoveredParameterError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, UncoveredParameterError
 
 
 def uses_in_graph(
@@ -72,5 +72,5 @@ def check_coverage(
         raise UncoveredParameterError(
             "These trainable parameters are used in the model by a way that no module hook sees, so their per-sample "
             f"gradient norms would be wrong: {'; '.join(sorted(missed))}. Call the module that owns the weight instead "
-            "of using its tensor, or set requires_grad=False on it, or use estimator='microbatch'."
+            f"of using its tensor, or set requires_grad=False on it, or {WITHOUT_SAMPLES}."
         )

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.errors import BatchAxisError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.registry import LayerRule, find_rule
 
-_WAY_OUT = "freeze its parameters, or use estimator='microbatch'."
+_WAY_OUT = f"freeze its parameters, or {WITHOUT_SAMPLES}."
 
 
 class HookedModule:

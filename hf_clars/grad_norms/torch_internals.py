@@ -32,6 +32,11 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
+def inside_function_transform() -> bool:
+    """Whether torch.func (`grad`, `vmap`, `jvp`) is at work, whose gradients never come to `p.grad`."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def version(tensor: Tensor) -> int:
     """How often a tensor has been changed in place."""
     return tensor._version

@@ -13,12 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
 from hf_clars.grad_norms.adoption import NO_INPUT
 from hf_clars.grad_norms.coverage import check_coverage
-from hf_clars.grad_norms.errors import MixedDevicesError, SecondBackwardError, UncoveredParameterError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, MixedDevicesError, SecondBackwardError, UncoveredParameterError
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.own_inputs import OwnInputs
 from hf_clars.grad_norms.passes import ForwardPass
-from hf_clars.grad_norms.torch_internals import inside_backward, version
+from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, version
 from hf_clars.grad_norms.trees import tensors_in
 from hf_clars.grad_norms.with_rule import CallsWithRule
 from hf_clars.grad_norms.without_rule.calls import CallsWithoutRule
@@ -140,6 +140,8 @@ class PerSampleGradNorms(NormAccumulator):
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """A module without parameters of its own matters only for what is used inside without the batch first."""
+        if inside_function_transform():
+            return None
         if self._unchecked:
             self._learn_what_is_in_use(hooked)
         if self._passes and (self._passes[-1].orphans or self._unchecked or hooked.strays):
@@ -150,6 +152,8 @@ class PerSampleGradNorms(NormAccumulator):
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """After a module's forward. What is returned takes the output's place."""
+        if inside_function_transform():
+            return None
         last = self._passes[-1] if self._passes else None
         if self._without_rule.replaying or (last is not None and not last.kept and not last.implicit):
             return None  # also the cheapest way out when enough samples are measured
@@ -234,8 +238,10 @@ class PerSampleGradNorms(NormAccumulator):
         self._mark(current)
         if call in current.fired:
             raise SecondBackwardError(
-                f"A second backward pass reached {hooked} through the same forward pass. A sample's gradient norm is "
-                "that of all its losses together: add the losses and call backward() once."
+                f"A second backward pass reached {hooked} through the same forward pass: a second backward(), or "
+                "torch.autograd.grad before it. A sample's gradient norm is that of all its losses together: add the "
+                f"losses and call backward() once. Where a loss needs a gradient of its own (a gradient penalty with "
+                f"create_graph=True), its norms cannot be told by sample: {WITHOUT_SAMPLES}, or LARS."
             )
         current.fired.add(call)
         return True

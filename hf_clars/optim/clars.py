@@ -35,7 +35,9 @@ class CLARS(LARS):
     step: no second pass, no wrapped model, `p.grad` untouched. Equal to LARS times R_k = ||g_k|| / n_k <= 1.
 
     The norms are in the units of `p.grad`, whatever scaled the loss (means, accumulation, a loss scale) or, afterwards,
-    the gradients (unscaling, clipping by the global norm): both cancel in the rate, so clipping has no effect.
+    the gradients (unscaling, clipping by the global norm): both cancel in the rate. So clipping has no effect without
+    weight decay. That is added to the gradient that the step finds, as everywhere in torch: beside a gradient that was
+    clipped it counts for more.
 
     Args:
         model: The module to train, as it will be called.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_clars.grad_norms.adoption import NO_INPUT, Orphan, orphan_of
 from hf_clars.grad_norms.batch_axis import check_batch_axis
-from hf_clars.grad_norms.errors import UncoveredParameterError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, UncoveredParameterError
 from hf_clars.grad_norms.graph_uses import GraphRegion
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.module_call import ModuleCall
@@ -248,7 +248,7 @@ def _measured_inside(hooked: HookedModule, current: ForwardPass, region: GraphRe
             raise UncoveredParameterError(
                 f"{hooked} uses {name} directly, and {inside[0]} uses the same parameter and has no layer rule: their "
                 "gradients cannot be told apart. Register a rule for either class, set requires_grad=False on the "
-                "parameter, or use estimator='microbatch'."
+                f"parameter, or {WITHOUT_SAMPLES}."
             )
     return measured
 

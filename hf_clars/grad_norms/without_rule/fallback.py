@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.errors import UncoveredParameterError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, UncoveredParameterError
 from hf_clars.grad_norms.module_call import ModuleCall
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS
 from hf_clars.grad_norms.trees import map_tensors, tensors_in
@@ -95,8 +95,8 @@ class Fallback:
             raise UncoveredParameterError(
                 f"{call.path} owns {', '.join(sorted(call.params))}, has no layer rule, and cannot be differentiated "
                 f"sample by sample: {str(error).splitlines()[0]} Register a rule with "
-                "hf_clars.grad_norms.register_rule for its class, set requires_grad=False on the parameters, or use "
-                "estimator='microbatch'."
+                "hf_clars.grad_norms.register_rule for its class, set requires_grad=False on the parameters, or "
+                f"{WITHOUT_SAMPLES}."
             ) from error
 
 
