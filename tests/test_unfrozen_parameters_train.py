@@ -163,3 +163,27 @@ def test_frozen_parameters_without_a_model_are_taken_as_torch_takes_them(cls):
     model(torch.ones(4, 6)).square().mean().backward()
     optimizer.step()
     assert not torch.equal(model[0].weight, before)
+
+
+def test_the_layer_rate_log_goes_on_with_the_layers_it_began_with(tmp_path, caplog):
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from hf_clars import LayerRateLog
+    from hf_clars.trainer.callbacks import LayerRateCallback
+
+    model = small_model()
+    model[0].requires_grad_(False)
+    optimizer = CLARS(model, 0.1)
+    callback = LayerRateCallback(optimizer=optimizer)
+    args, state, control = TrainingArguments(str(tmp_path)), TrainerState(is_world_process_zero=True), TrainerControl()
+    callback.on_train_begin(args, state, control)
+    for t in range(4):
+        model[0].requires_grad_(t >= 2)
+        step(model, optimizer, t)
+        state.global_step = t + 1
+        callback.on_step_end(args, state, control)
+    callback.flush()
+    log = LayerRateLog.load(tmp_path)
+    assert list(log.layers) == ["1", "4", "5", "6"]
+    assert len(log.steps) == 4
+    assert "frozen then: 0" in caplog.text

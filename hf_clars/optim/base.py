@@ -1,34 +1,29 @@
-"""What NAG, LARS and CLARS share: one parameter group a layer, layer norms, and the update."""
+"""What NAG, LARS and CLARS share: the step, the layers' norms in it, and the update."""
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from hf_clars.distributed import LocalNorms, ZeroPieces, local_norms, on_device, sum_over_ranks, zero_pieces
 from hf_clars.distributed.zero import UnsupportedEngineError, is_flat_piece, is_partitioned
-from hf_clars.layers import LayerMode, ParamLayer
+from hf_clars.layers import LayerMode
 from hf_clars.optim.gradient_scale import local
-from hf_clars.optim.groups import ADAPTIVE, FROZEN, HELD, model_groups, tensor_layers, validate_settings
-from hf_clars.optim.layer_book import LayerBook
+from hf_clars.optim.grouped import GroupedOptimizer
 from hf_clars.optim.loop_guard import LoopGuard
 from hf_clars.optim.measures import LayerMeasures, StepTensors
 from hf_clars.optim.nonfinite import hold_unless_finite
 from hf_clars.optim.process_checks import check_gradients_are_shared
-from hf_clars.optim.state_names import arranged
 from hf_clars.optim.update import MomentumForm, multi_tensor_update, single_tensor_update
 
 BUFFER = "momentum_buffer"
 
 
-class LayerwiseOptimizer(Optimizer):
+class LayerwiseOptimizer(GroupedOptimizer):
     """Base class; see `NAG`, `LARS` and `CLARS`.
 
     Works on whole tensors, on the DTensors of FSDP2 and on the flat pieces of DeepSpeed's ZeRO: the update is
@@ -46,140 +41,36 @@ class LayerwiseOptimizer(Optimizer):
         momentum_form: MomentumForm,
         foreach: bool | None,
     ) -> None:
-        validate_settings(defaults)
         self.momentum_form = momentum_form
         self.foreach = foreach
         self.last_step: LayerMeasures | None = None
-        self._zero: ZeroPieces | None = None
         self._step: LayerMeasures | None = None
+        self._zero: ZeroPieces | None = None
         self._calls_left = 0
         self._makes_state = False
-        self._scale_norm_and_bias = scale_norm_and_bias
         self._guard: LoopGuard | None = None
-        self._model = model if isinstance(model, nn.Module) else None
-        self._partitioned: LayerMode = layers
-        groups: Iterable[Any]
-        if isinstance(model, nn.Module):
-            self._book, groups = model_groups(
-                model, layers=layers, params=params, scale_norm_and_bias=scale_norm_and_bias
-            )
-        else:
-            self._book, groups = LayerBook(), model
-        super().__init__(groups, {ADAPTIVE: True, FROZEN: False, **defaults})
-        # ZeRO shows `step()` one group at a time; the rates need the settings of all.
-        self._all_groups = self.param_groups
-        if isinstance(model, nn.Module):
+        super().__init__(model, defaults, layers=layers, params=params, scale_norm_and_bias=scale_norm_and_bias)
+        if self._model is not None:
             self._guard = LoopGuard(
-                model,
+                self._model,
                 self._training(),
                 self.param_groups,
                 before_forward=self._before_forward,
                 minds_scale=self._minds_scale,
             )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch's optimizers do.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, see `GroupedOptimizer.load_state_dict`.
 
         Args:
-            param_group: `params`, and settings that differ from the defaults. With a model: parameters of it that are
-                in no group yet, after `params=` has named others.
+            state_dict: As there.
 
         Raises:
-            ValueError: For parameters that are not the model's, or in a group already, or settings out of range.
+            ValueError: As there.
         """
-        validate_settings(param_group)
-        if self._model is None:
-            super().add_param_group(param_group)
-            first = sum(map(len, self._book.rows))
-            layers, adaptive = tensor_layers(self.param_groups[-1], first, self._scale_norm_and_bias)
-            self._book.add(layers, adaptive, self.param_groups[-1]["params"])
-            return
-        if self._guard is None:  # while the optimizer is created: the layers are known
-            super().add_param_group(param_group)
-            return
-        group, layers = self._new_layers(param_group)
-        super().add_param_group(group)
-        adaptive = [self._scale_norm_and_bias or not layer.norm_or_bias for layer in layers]
-        self._book.add(layers, adaptive, self.param_groups[-1]["params"])
-        self._new_partition()
-
-    def _new_layers(self, param_group: dict[str, Any]) -> tuple[dict[str, Any], list[ParamLayer]]:
-        """A group of parameters of the model that were in none, by name, and its layers."""
-        assert self._model is not None
-        try:
-            book, (group,) = model_groups(
-                self._model,
-                layers=self._partitioned,
-                params=[param_group],
-                scale_norm_and_bias=self._scale_norm_and_bias,
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"{error} Only parameters of the model that a layer-wise optimizer was created with can be added to "
-                "it. Create a new one."
-            ) from error
-        taken, number = {layer.name for layer in self._book.layers}, len(self.param_groups)
-        layers = [
-            replace(layer, name=f"{layer.name} (group {number})") if layer.name in taken else layer
-            for layer in book.layers
-        ]
-        return group, layers
-
-    @property
-    def partition(self) -> list[ParamLayer]:
-        """The layers that train, in the order of every measured vector."""
-        return self._book.shown_layers
-
-    @property
-    def layer_names(self) -> list[str]:
-        """Name of each layer that trains, in the order of every measured vector.
-
-        Frozen layers are in `param_groups`, and not here. One that is unfrozen comes to the end, from the first step
-        on that it takes part in.
-        """
-        return [self._book.layers[row].name for row in self._book.shown]
-
-    def layer_group(self, name: str) -> dict[str, Any]:
-        """The parameter group of a layer.
-
-        Args:
-            name: Its name.
-
-        Raises:
-            KeyError: If there is no such layer.
-        """
-        for group, layer in zip(self._layer_settings(), self._book.layers, strict=True):
-            if layer.name == name:
-                return group
-        raise KeyError(name)
-
-    def layers_of(self, group: dict[str, Any]) -> list[str]:
-        """Names of the layers of one of the parameter groups, frozen ones too."""
-        number = next(g for g, known in enumerate(self._all_groups) if known is group)
-        return [self._book.layers[row].name for row in self._book.rows_in(number)]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerwiseOptimizer:
-        self._refuse_copies()
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._refuse_copies()
-        own = {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
-        return own  # but for the hooks that others have placed, as torch's optimizers do
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._all_groups = self.param_groups
-
-    def _refuse_copies(self) -> None:
-        if self._model is not None:
-            raise TypeError(
-                f"This {type(self).__name__} has hooks on its model, which cannot be copied or pickled with it. Copy "
-                f"or save optimizer.state_dict(), create a {type(self).__name__} for the other model and load it there."
-            )
+        super().load_state_dict(state_dict)
+        if self._guard is not None:
+            self._guard.groups = self.param_groups
 
     # ---- the step ------------------------------------------------------------------------------------------
 
@@ -343,36 +234,10 @@ class LayerwiseOptimizer(Optimizer):
         settings = zip(self._adaptive(), self._layer_settings(), strict=True)
         return any(not adaptive or group["weight_decay"] for adaptive, group in settings)
 
-    def arranged_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state in the order of this optimizer's groups, by the names that are stored in it.
-
-        Args:
-            state_dict: As for `load_state_dict`.
-
-        Raises:
-            ValueError: As there.
-        """
-        return arranged(state_dict, self.param_groups, self._book)
-
     def remove_hooks(self) -> None:
         """Take all hooks off the model."""
         if self._guard is not None:
             self._guard.remove()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state. Momentum goes to the parameter, or layer, of the name that is stored with it.
-
-        Args:
-            state_dict: From `state_dict()` of an optimizer for the same layers, whatever its groups. Without names
-                (parameters that were given without a model), the order tells, as in torch's optimizers.
-
-        Raises:
-            ValueError: If the state is of layers that this optimizer does not have, or lacks some that train.
-        """
-        super().load_state_dict(self.arranged_state(state_dict))
-        self._all_groups = self.param_groups
-        if self._guard is not None:
-            self._guard.groups = self.param_groups
 
     def _gather(self) -> StepTensors:
         tensors = StepTensors([], [], [], [])
@@ -404,10 +269,6 @@ class LayerwiseOptimizer(Optimizer):
             return enumerate(self.param_groups)
         shown = {id(group) for group in self.param_groups}
         return ((g, group) for g, group in enumerate(self._all_groups) if id(group) in shown)
-
-    def _layer_settings(self) -> list[dict[str, Any]]:
-        """The group of each layer."""
-        return [self._all_groups[g] for g in self._book.group_of]
 
     def _update(self, tensors: StepTensors, rates: Tensor, applied: Tensor | None) -> None:
         """Apply the update, once for each pair of (momentum, weight decay) among the groups."""
@@ -493,45 +354,6 @@ class LayerwiseOptimizer(Optimizer):
         for rows, group in zip(self._book.rows, self._all_groups, strict=True):
             found.update({p: row for p, row in zip(group["params"], rows, strict=False) if p.requires_grad})
         return list(found.items())
-
-    def _adaptive(self) -> list[bool]:
-        """Whether each layer is scaled by its norms."""
-        settings = self._layer_settings()
-        return [own and bool(group[ADAPTIVE]) for own, group in zip(self._book.adaptive, settings, strict=True)]
-
-    def _frozen(self) -> list[bool]:
-        """Whether each layer's rate is held at zero."""
-        names = [layer.name for layer in self._book.layers]
-        settings = self._layer_settings()
-        return [bool(g[FROZEN]) or name in g.get(HELD, ()) for name, g in zip(names, settings, strict=True)]
-
-    def _per_layer(self, values: Sequence[float], like: Tensor) -> Tensor | float:
-        """A K-vector of host numbers; one number when they are all equal, which costs no copy to the device."""
-        return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=like.dtype).to(like.device)
-
-    def _where_adaptive(self, factor: Tensor) -> Tensor:
-        """A factor [K] of the rates; 1 for layers that train at `lr` itself."""
-        adaptive = self._adaptive()
-        if all(adaptive):
-            return factor
-        wanted = self._per_layer([float(on) for on in adaptive], factor)
-        return torch.where(torch.as_tensor(wanted, device=factor.device) > 0, factor, 1.0)
-
-    def _rates(self, ratio: Tensor) -> Tensor:
-        """gamma_k = lr * eta * ratio_k; lr alone for layers that are not scaled, 0 for frozen ones."""
-        settings = zip(self._layer_settings(), self._adaptive(), self._frozen(), strict=True)
-        scales = [0.0 if held else float(g["lr"]) * (g.get("eta", 1.0) if on else 1.0) for g, on, held in settings]
-        return self._where_adaptive(ratio) * self._per_layer(scales, ratio)
-
-    def _clips(self, like: Tensor) -> Tensor | float | None:
-        """The layers' bounds on the trust ratio; None when none has one."""
-        clips = [group["trust_clip"] for group in self._layer_settings()]
-        if all(clip is None for clip in clips):
-            return None
-        return self._per_layer([float("inf") if clip is None else clip for clip in clips], like)
-
-    def _weight_decays(self, like: Tensor) -> Tensor | float:
-        return self._per_layer([group["weight_decay"] for group in self._layer_settings()], like)
 
 
 def _all_zero(grads: Sequence[Tensor]) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_clars.layers import ParamLayer
 
@@ -32,9 +32,9 @@ class LayerBook:
 
     layers: list[ParamLayer] = field(default_factory=list)
     rows: list[list[int]] = field(default_factory=list)
-    tensors: list[list[Tensor]] = field(default_factory=list)
+    tensors: list[list[nn.Parameter]] = field(default_factory=list)
     adaptive: list[bool] = field(default_factory=list)
-    asleep: list[Tensor] = field(default_factory=list)
+    asleep: list[nn.Parameter] = field(default_factory=list)
     group_of: list[int] = field(default_factory=list)
     shown: list[int] = field(default_factory=list)
 
@@ -53,7 +53,7 @@ class LayerBook:
         book.wake()
         return book
 
-    def add(self, layers: Sequence[ParamLayer], adaptive: Sequence[bool], members: Sequence[Tensor]) -> None:
+    def add(self, layers: Sequence[ParamLayer], adaptive: Sequence[bool], members: Sequence[nn.Parameter]) -> None:
         """Add a group.
 
         Args:
@@ -67,7 +67,7 @@ class LayerBook:
         self._add_members(row_of, members)
         self.wake()
 
-    def _add_members(self, row_of: Mapping[Tensor, int], members: Sequence[Tensor]) -> None:
+    def _add_members(self, row_of: Mapping[nn.Parameter, int], members: Sequence[nn.Parameter]) -> None:
         self.rows.append([row_of[p] for p in members])
         self.tensors.append(list(members))
         self.asleep += dict.fromkeys(members)
@@ -117,7 +117,7 @@ class LayerBook:
 
     def swapped(self, groups: Iterable[dict[str, Any]]) -> dict[nn.Parameter, nn.Parameter]:
         """The tensors that FSDP2 has put in the place of others since this was last asked: {old: new}."""
-        found = {
+        found: dict[nn.Parameter, nn.Parameter] = {
             old: new
             for known, group in zip(self.tensors, groups, strict=True)
             for old, new in zip(known, group["params"], strict=False)

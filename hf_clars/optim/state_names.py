@@ -125,7 +125,7 @@ def _rebuilt(
             held = None if source is None else tensors.get(saved[source[0]]["params"][source[1]])
             if held is not None:
                 values[key] = held
-        first = next((saved[source[0]] for source in sources if source is not None), {})
+        first: dict[str, Any] = next((saved[source[0]] for source in sources if source is not None), {})
         settings = {key: value for key, value in group.items() if key != MOMENTS}
         settings |= {key: value for key, value in first.items() if key not in (*OWN, MOMENTS)}
         moments = _moments(saved, sources, book.rows[g], row_at)

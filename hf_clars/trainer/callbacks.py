@@ -77,6 +77,15 @@ class LayerRateCallback(TrainerCallback):
                 self._not_written(error)
         self._flush_before_save(control)
 
+    def _of_logged_layers(self, values: Tensor) -> Tensor:
+        """[5, K] of the layers that trained when the log began; those that were unfrozen since come after them."""
+        assert self._optimizer is not None
+        later = self._optimizer.layer_names[self._layers :]
+        if later and not self._said:
+            self._said = True
+            logger.warning("The layer-rate log began without layers that were frozen then: %s.", ", ".join(later))
+        return values[:, : self._layers]
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
