@@ -47,6 +47,8 @@ class LayerRateCallback(TrainerCallback):
         self._optimizer = optimizer
         self._log: LayerRateLog | None = None
         self._last: LayerMeasures | None = None
+        self._layers = 0
+        self._said = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,6 +58,7 @@ class LayerRateCallback(TrainerCallback):
         if self._optimizer is None or not state.is_world_process_zero:
             return
         names, folder = self._optimizer.layer_names, Path(str(args.output_dir))
+        self._layers = len(names)
         goes_on = state.global_step > 0 or bool(args.resume_from_checkpoint)
         if goes_on and LayerRateLog.is_in(folder):
             self._log = LayerRateLog.resume(folder, state.global_step, layers=names, flush_every=self.flush_every)
@@ -69,10 +72,19 @@ class LayerRateCallback(TrainerCallback):
         self._last = self._optimizer.last_step
         if self._last is not None:
             try:
-                self._log.append(state.global_step, self._last.stacked())
+                self._log.append(state.global_step, self._of_logged_layers(self._last.stacked()))
             except RecordError as error:  # the step itself is in memory
                 self._not_written(error)
         self._flush_before_save(control)
+
+    def _of_logged_layers(self, values: Tensor) -> Tensor:
+        """[5, K] of the layers that trained when the log began; those that were unfrozen since come after them."""
+        assert self._optimizer is not None
+        later = self._optimizer.layer_names[self._layers :]
+        if later and not self._said:
+            self._said = True
+            logger.warning("The layer-rate log began without layers that were frozen then: %s.", ", ".join(later))
+        return values[:, : self._layers]
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from hf_clars.grad_norms.errors import BatchAxisError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass, quietly
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, prove
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
@@ -349,5 +349,5 @@ def no_proof(call: RuleCall, batch: int) -> BatchAxisError:
     return BatchAxisError(
         f"{call.hooked} is called on {call.rows} rows for each of the {batch} samples, and this model's graph does not "
         "tell whether they lie together: let the model return its outputs beside the loss, put the batch first, freeze "
-        "the parameters, or measure the norms of micro-batches instead (MicroBatchGradNorms)."
+        f"the parameters, or {WITHOUT_SAMPLES}."
     )
