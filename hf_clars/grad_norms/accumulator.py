@@ -69,9 +69,7 @@ class NormAccumulator:
 
     @property
     def active(self) -> bool:
-        """False where a call of the model begins no pass: without gradients, under a transform of `torch.func`, and
-        when checkpointing repeats one.
-        """
+        """False where a call of the model begins no pass: without gradients, under torch.func, in recomputation."""
         return torch.is_grad_enabled() and not inside_backward() and not inside_function_transform()
 
     def _on_model_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ class ForwardPass:
         check: Compares sums with the batch gradient, in passes that are checked.
         backward_seen: Whether a gradient has reached this pass.
         closed: Whether its norms have been taken.
-        given: What the model was called with: (memory, shape, strides) of tensors with the batch as one of several axes.
+        given: What the model was called with: (memory, shape, strides) of tensors with more axes than the batch.
     """
 
     batch_size: int
@@ -204,9 +204,9 @@ def second_backward(what: object) -> SecondBackwardError:
     """The error for a second backward pass through one forward pass."""
     return SecondBackwardError(
         f"A second backward pass reached {what} through the same forward pass: a second backward(), or "
-        "torch.autograd.grad before it. A sample's gradient norm is that of all its losses together: add the losses and "
-        "call backward() once. Where a loss needs a gradient of its own (a gradient penalty with create_graph=True), its "
-        f"norms cannot be told by sample: {WITHOUT_SAMPLES}, or LARS."
+        "torch.autograd.grad before it. A sample's gradient norm is that of all its losses together: add the losses "
+        "and call backward() once. Where a loss needs a gradient of its own (a gradient penalty with "
+        f"create_graph=True), its norms cannot be told by sample: {WITHOUT_SAMPLES}, or LARS."
     )
 
 

@@ -392,8 +392,8 @@ class PerSampleGradNorms(NormAccumulator):
         if missed:
             raise UncoveredParameterError(
                 f"{', '.join(missed)}: has a gradient, but no use of it was seen since the norm hooks were attached. "
-                "Attach them before the first (compiled) call of the model, call the model as a whole, and compute what "
-                "needs the parameter inside its forward."
+                "Attach them before the first (compiled) call of the model, call the model as a whole, and use the "
+                "parameter inside its forward, so that what the model returns depends on it."
             )
 
     # ---- results ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Measures the uses that a walk finds: what is known of them, how it is learned, and what happens in the backward pass."""
+"""Measures the uses that a walk finds, in the backward pass."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def batched_grads(
 
     def grads(outputs: list[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(
-            edges, inputs, grad_outputs=outputs, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            edges, list(inputs), grad_outputs=outputs, retain_graph=True, allow_unused=True, is_grads_batched=batched
         )
 
     try:
