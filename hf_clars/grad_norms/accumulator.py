@@ -30,6 +30,7 @@ class NormAccumulator:
         keep_per_sample: Keep every sample's norms, not only their sums.
 
     Attributes:
+        paused: While True, hooks do nothing: no pass begins, and nothing is kept.
         engine_dropped_a_batch: For engines that hold the gradients: whether one was dropped since this was last called.
     """
 
@@ -46,6 +47,7 @@ class NormAccumulator:
         self.model = model
         self.layers = list(layers)
         self.samples = samples
+        self.paused = False
         self._layer_of = {p: k for k, layer in enumerate(self.layers) for p in layer.params}
         self._keep = keep_per_sample
         self.engine_dropped_a_batch: Callable[[], bool] = lambda: False
@@ -179,6 +181,11 @@ class NormAccumulator:
         self._passes.clear()
         self._kept.clear()
         self._norms = self._squares = None
+
+    @property
+    def attached(self) -> bool:
+        """Whether hooks are on the model."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""

@@ -173,9 +173,29 @@ class LayerwiseOptimizer(Optimizer):
             self._guard.follow([p for layer in self.partition for p in layer.params])
 
     def remove_hooks(self) -> None:
-        """Take all hooks off the model."""
+        """Take all hooks off the model; `attach_hooks` places them again."""
         if self._guard is not None:
             self._guard.remove()
+
+    def attach_hooks(self, model: nn.Module) -> None:
+        """Place the hooks again, after `remove_hooks`; does nothing while they are in place.
+
+        Args:
+            model: The module that this optimizer was created with; wrapped or sharded in place since, if so.
+        """
+        if self._guard is not None and not self._guard.attached:
+            self._guard.attach(model)
+
+    def pause_hooks(self, paused: bool = True) -> None:
+        """Let the hooks do nothing, or work again, while they stay in place.
+
+        In between, the model can be evaluated and differentiated as if it had none.
+
+        Args:
+            paused: Default True.
+        """
+        if self._guard is not None:
+            self._guard.paused = paused
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as torch's optimizers do.

@@ -75,19 +75,29 @@ class LoopGuard:
     def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], groups: list[dict[str, Any]]) -> None:
         self._params = list(params)
         self.groups = groups
+        self.paused = False  # see BoundHook
         self._weights: list[int] | None = None
         self._sentinel = _sentinel(params)
         self._measured: Tensor | None = None
-        self._handles: list[RemovableHandle] = [
+        self._handles: list[RemovableHandle] = []
+        self._watch_weights = True
+        self._watch_loss = True
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Place the hooks; also again, after `remove`.
+
+        Args:
+            model: The module that is trained.
+        """
+        self._handles += [
             model.register_forward_pre_hook(BoundHook(self._on_forward, keep_owner=True)),
             model.register_forward_hook(BoundHook(self._on_result, keep_owner=True), with_kwargs=True),
             self._sentinel.register_post_accumulate_grad_hook(self._on_gradient),
         ]
-        self._watch_weights = True
-        self._watch_loss = True
         # The guard outlives an optimizer that a launcher drops; one that another of ours follows has nothing to say.
         previous = _GUARDS.get(model)
-        if previous is not None:
+        if previous is not None and previous is not self:
             previous._watch_weights = False
         _GUARDS[model] = self
 
@@ -174,6 +184,11 @@ class LoopGuard:
         """The optimizer has stepped: it is the one that trains."""
         self._watch_weights = False
         self._measured = None
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are in place."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Take the hooks off."""

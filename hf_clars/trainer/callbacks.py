@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_clars.optim import LayerMeasures, LayerwiseOptimizer
@@ -139,6 +140,49 @@ class LogAtCheckpointCallback(TrainerCallback):
     ) -> None:
         """Before the checkpoint of an epoch."""
         control.should_log = control.should_log or control.should_save
+
+
+class HooksCallback(TrainerCallback):
+    """Let the optimizer's hooks work from the begin of a step to its last backward pass, and at no other time.
+
+    So evaluation, prediction and other callbacks meet a model without hooks, and nothing of theirs is measured.
+
+    Args:
+        attach: Place hooks again that the end of the training before has taken off. Default True; False for an
+            optimizer that the user made, whose hooks are the user's.
+    """
+
+    def __init__(self, attach: bool = True) -> None:
+        self.attach = attach
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Place the hooks, if they are not in place; the first step is still to come."""
+        optimizer = layerwise(kwargs.get("optimizer"))
+        if optimizer is not None:
+            if self.attach and model is not None:
+                optimizer.attach_hooks(model)
+            optimizer.pause_hooks()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forward and backward passes follow."""
+        if (optimizer := layerwise(kwargs.get("optimizer"))) is not None:
+            optimizer.pause_hooks(False)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """All backward passes of the step are done."""
+        if (optimizer := layerwise(kwargs.get("optimizer"))) is not None:
+            optimizer.pause_hooks()
 
 
 class FreezeHeadCallback(TrainerCallback):

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from hf_clars.errors import ConfigError
 from hf_clars.optim import METHODS, LayerwiseOptimizer, method_of
 from hf_clars.optim.freeze import head_layer_names
 from hf_clars.trainer.arguments import ClarsTrainingArguments
-from hf_clars.trainer.callbacks import FreezeHeadCallback, LayerRateCallback, LogAtCheckpointCallback
+from hf_clars.trainer.callbacks import (
+    FreezeHeadCallback,
+    HooksCallback,
+    LayerRateCallback,
+    LogAtCheckpointCallback,
+)
 from hf_clars.trainer.console import print_lines
 from hf_clars.trainer.epochs import EpochCallback
 from hf_clars.trainer.launch_checks import allow_missing_embeddings, check_launch, check_prepared
@@ -33,10 +40,21 @@ class ClarsTrainer(SharingTrainer):
     uploads the finished run's files and nothing else.
 
     Args:
-        model: The model, not wrapped.
-        args: The arguments.
-        kwargs: Everything else that `Trainer` takes. `optimizers=(optimizer, scheduler)` wins over `method`, except
-            under DeepSpeed, which drops it without a word and is refused here.
+        model: The model, not wrapped. Default None: `model_init` makes it.
+        args: The arguments. Default None: `ClarsTrainingArguments("tmp_trainer")`, as `Trainer` has it.
+        data_collator: As in `Trainer`, like all that follow.
+        train_dataset: As there.
+        eval_dataset: As there.
+        processing_class: As there.
+        model_init: As there.
+        compute_loss_func: As there.
+        compute_metrics: As there.
+        callbacks: As there.
+        optimizers: As there; `(optimizer, scheduler)` wins over `method`, except under DeepSpeed, which drops it
+            without a word and is refused here.
+        optimizer_cls_and_kwargs: As there.
+        preprocess_logits_for_metrics: As there.
+        kwargs: For a trainer class that is mixed in.
 
     Raises:
         ConfigError: For arguments of another type, or an optimizer that the launcher would replace.
@@ -44,16 +62,48 @@ class ClarsTrainer(SharingTrainer):
 
     args: ClarsTrainingArguments
 
-    def __init__(self, model: nn.Module, args: ClarsTrainingArguments, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: ClarsTrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., Any] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = ClarsTrainingArguments("tmp_trainer") if args is None else args
         if not isinstance(args, ClarsTrainingArguments):
             raise ConfigError(
                 f"ClarsTrainer needs ClarsTrainingArguments, not {type(args).__name__}: they take every argument of "
                 "TrainingArguments and resolve batch size, rate and schedule."
             )
-        super().__init__(model, args, **kwargs)
+        given = {
+            "data_collator": data_collator,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+            "model_init": model_init,
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
+        # A class that is mixed in may know fewer words than Trainer: it gets those that were given.
+        super().__init__(model, args, **{name: value for name, value in given.items() if value is not None}, **kwargs)
         check_launch(self)
         if self.is_fsdp_enabled:
-            allow_missing_embeddings(model)
+            assert isinstance(self.model, nn.Module)
+            allow_missing_embeddings(self.model)
         # The loss is a mean over the accumulated batch by compute_loss below: nothing is left to divide.
         self.loss_is_scaled_for_ga = True
         self._batch_items: Tensor | None = None
@@ -61,6 +111,8 @@ class ClarsTrainer(SharingTrainer):
         self._speed = (time.perf_counter(), 0)
         self._step_scheduler: Any = None
         self.on_save_error = args.on_save_error
+        self._optimizer_is_the_users = self.optimizer is not None
+        self.add_callback(HooksCallback(attach=not self._optimizer_is_the_users))
         self.add_callback(EpochCallback())
         self.add_callback(LogAtCheckpointCallback())
         self.add_callback(NonFiniteCallback(args.nonfinite))
@@ -69,6 +121,34 @@ class ClarsTrainer(SharingTrainer):
         print_lines(self)
         if args.layer_report_steps != 0 and (reporters := reporters_of(self)):
             self.add_callback(LayerReportCallback(reporters, args.layer_report_steps))
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As `SafeCheckpoints.train`. The model has no hooks of ours afterwards, however training ended.
+
+        Args:
+            resume_from_checkpoint: As there.
+            trial: As there.
+            ignore_keys_for_eval: As there.
+
+        Returns:
+            As there.
+
+        Raises:
+            CheckpointMisfitError: As there.
+            RecordError: As there.
+        """
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            if (optimizer := layerwise(self.optimizer)) is not None:
+                optimizer.pause_hooks(False)
+                if not self._optimizer_is_the_users:
+                    optimizer.remove_hooks()
 
     # ---- optimizer and schedule ----------------------------------------------------------------------------------
 
@@ -87,7 +167,11 @@ class ClarsTrainer(SharingTrainer):
         assert trained is not None
         optimizer = build_optimizer(trained, self.args)
         if self.args.freeze_head_epochs:
-            self._freeze_head(trained, optimizer)
+            try:
+                self._freeze_head(trained, optimizer)
+            except ConfigError:
+                optimizer.remove_hooks()
+                raise
         self.optimizer = optimizer
         return optimizer
 
@@ -99,6 +183,7 @@ class ClarsTrainer(SharingTrainer):
                 f"head_layers names {', '.join(sorted(unknown))}, which are no layers of this model. Its last layers "
                 f"are {', '.join(optimizer.layer_names[-4:])}."
             )
+        self.pop_callback(FreezeHeadCallback)  # of a training before
         self.add_callback(FreezeHeadCallback(self.args.freeze_head_epochs, names))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
