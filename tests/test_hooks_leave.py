@@ -158,23 +158,25 @@ def test_evaluation_prediction_and_callbacks_between_steps_measure_and_keep_noth
         assert torch.equal(p, q)
 
 
-def test_a_hyperparameter_search_leaves_no_hook_on_any_of_its_models(tmp_path):
+def test_a_hyperparameter_search_leaves_no_hook_on_any_of_its_models(tmp_path, monkeypatch):
     models = []
 
     def make():
         models.append(Plain())
         return models[-1]
 
-    class Trial(dict):  # what Trainer asks of optuna's
-        params: dict = {}
+    class Trial:
+        """What Trainer asks of optuna's, which is not installed here."""
 
+        def __init__(self, number):
+            self.number, self.params = number, {}
+
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
     args = clars_args(tmp_path, max_steps=2)
     trainer = ClarsTrainer(args=args, model_init=make, train_dataset=Images(), eval_dataset=Images(8))
     trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: {"eta": 0.01 * trial.number}
     for number in (1, 2):
-        trial = Trial()
-        trial.number = number
-        trainer.train(trial=trial)
+        trainer.train(trial=Trial(number))
         trainer.evaluate()
     assert len(models) == 3
     assert [left_on(model) for model in models] == [{}, {}, {}]

@@ -25,7 +25,14 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_clars.records import RecordError, checkpoints, load_optimizer_state, save_optimizer_state
 from hf_clars.records.differences import optimizer_differences, sentence
-from hf_clars.trainer.resuming import CheckpointMisfitError, check_checkpoint, check_engine, newest_to_resume
+from hf_clars.trainer import stored_weights
+from hf_clars.trainer.resuming import (
+    CheckpointMisfitError,
+    check_checkpoint,
+    check_engine,
+    check_weights,
+    newest_to_resume,
+)
 
 OPTIMIZER = "optimizer.safetensors"
 SCHEDULER = "scheduler.safetensors"
@@ -176,6 +183,31 @@ class SafeCheckpoints(Trainer):
         logger.warning(
             "%s; training goes on (on_save_error=continue) and the next checkpoint is tried in its turn.", message
         )
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_weights(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_weights(Path(str(self.state.best_model_checkpoint))):
+            super()._load_best_model()
+
+    def _load_weights(self, folder: Path) -> bool:
+        """Fill the model from a checkpoint; False where that is Trainer's: sharded engines, other kinds of files."""
+        if self._keeps_own_format() or not folder.is_dir():
+            return False
+        assert isinstance(self.model, nn.Module)
+        if stored_weights.holds_adapter_for(folder, self.model):
+            load = stored_weights.load_adapter
+        elif stored_weights.holds_whole_model(folder):
+            load = stored_weights.load
+        else:
+            return False
+        check_weights(folder, self.model)
+        load(folder, self.model)
+        return True
 
     # ---- without pickle ------------------------------------------------------------------------------------------
 
