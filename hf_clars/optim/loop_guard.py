@@ -118,7 +118,9 @@ class LoopGuard:
     def _on_result(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Once, when Trainer first passes `num_items_in_batch`: is the loss a share of the batch's, or a mean?"""
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-        if not self._watch_loss or items is None or not torch.is_grad_enabled() or not isinstance(labels, Tensor):
+        if type(items) not in (Tensor, int, float):
+            return  # none, or one that ClarsTrainer counts, which itself sees what becomes of it
+        if not self._watch_loss or not torch.is_grad_enabled() or not isinstance(labels, Tensor):
             return
         loss, logits = _entry(output, "loss"), _entry(output, "logits")
         if loss is None or logits is None or logits.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sized
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from hf_clars.errors import ConfigError
-from hf_clars.optim import METHODS, LayerwiseOptimizer, method_of
+from hf_clars.optim import LayerwiseOptimizer
 from hf_clars.optim.freeze import head_layer_names
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.callbacks import (
@@ -25,9 +26,10 @@ from hf_clars.trainer.console import print_lines
 from hf_clars.trainer.epochs import EpochCallback
 from hf_clars.trainer.launch_checks import allow_missing_embeddings, check_launch, check_prepared
 from hf_clars.trainer.live_view import LayerReportCallback, rate_summary, reporters_of
-from hf_clars.trainer.loss_scale import count_all_items, count_items
+from hf_clars.trainer.loss_scale import ItemCount, LossScale, count_items, predicts_next, with_number
 from hf_clars.trainer.nonfinite import NonFiniteCallback
 from hf_clars.trainer.optimizers import build_optimizer, layerwise, step_schedule
+from hf_clars.trainer.run_settings import run_settings
 from hf_clars.trainer.sharing import SharingTrainer
 
 
@@ -79,6 +81,8 @@ class ClarsTrainer(SharingTrainer):
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._scale = LossScale()
+        self._users_scale: bool | None = None
         args = ClarsTrainingArguments("tmp_trainer") if args is None else args
         if not isinstance(args, ClarsTrainingArguments):
             raise ConfigError(
@@ -104,9 +108,6 @@ class ClarsTrainer(SharingTrainer):
         if self.is_fsdp_enabled:
             assert isinstance(self.model, nn.Module)
             allow_missing_embeddings(self.model)
-        # The loss is a mean over the accumulated batch by compute_loss below: nothing is left to divide.
-        self.loss_is_scaled_for_ga = True
-        self._batch_items: Tensor | None = None
         self._finite_loss: Tensor | None = None
         self._speed = (time.perf_counter(), 0)
         self._step_scheduler: Any = None
@@ -233,14 +234,28 @@ class ClarsTrainer(SharingTrainer):
             device: Where to count.
 
         Returns:
-            (inputs of each pass, None): no model is asked to divide by the number of items.
+            (inputs of each pass, the number of items as `Trainer` counts them).
         """
         if self.state.global_step >= self.state.max_steps:
             return [], None  # resumed after its last step: Trainer would take one more
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        items = count_all_items(batches, device)
-        self._batch_items = self.accelerator.reduce(items, reduction="sum")
-        return batches, None
+        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+        items = sum((self._count(batch) for batch in batches), torch.zeros((), device=device))
+        self._scale.begin_batch(self.accelerator.reduce(items, reduction="sum"), number)
+        return batches, self._scale.number
+
+    def _count(self, inputs: Any) -> Tensor:
+        # Beside the names, Trainer's own word, which is not documented: it also knows of models of pictures and text.
+        shifted = predicts_next(self.model) or getattr(self, "_loss_shifts_labels", False)
+        return count_items(inputs, shifted).to(self.args.device)
+
+    @property
+    def loss_is_scaled_for_ga(self) -> bool:  # type: ignore[override]  # a plain attribute in Trainer
+        """As in `Trainer`, where it can be set; if it is not, what the loss was made of tells."""
+        return self._scale.scaled if self._users_scale is None else self._users_scale
+
+    @loss_is_scaled_for_ga.setter
+    def loss_is_scaled_for_ga(self, value: bool | None) -> None:
+        self._users_scale = value
 
     def compute_loss(
         self,
@@ -249,24 +264,30 @@ class ClarsTrainer(SharingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The pass's share of the mean loss over the accumulated batch; in evaluation, the pass's own mean.
+        """The mean loss of a pass. `training_step` weights it by the pass's share of the batch, whoever computed it.
+
+        A method that overrides this may return a mean too, or something that it has divided by `num_items_in_batch`.
 
         Args:
             model: The model, wrapped or not.
             inputs: Its inputs.
             return_outputs: Return (loss, outputs).
-            num_items_in_batch: Not used: the model's own mean is weighted instead.
+            num_items_in_batch: For `compute_loss_func`; no model is asked to divide by it.
 
         Returns:
-            The loss, a scalar, or (loss, outputs).
+            The loss, a scalar, or (loss, outputs). A share of the batch's loss where `loss_is_scaled_for_ga` is set.
         """
-        training = model.training and torch.is_grad_enabled() and self._batch_items is not None
-        items = count_items(inputs) if training else None
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if items is not None:
-            # Data parallelism averages gradients over processes, so each gives its share times their number.
-            share = items.to(loss.device) * self.accelerator.num_processes / self._batch_items
-            loss = loss * share.to(loss.dtype)
+        function, number = self.compute_loss_func, ItemCount.of(num_items_in_batch)
+        if function is not None:
+            self.compute_loss_func = partial(with_number, function, number)
+        try:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        finally:
+            self.compute_loss_func = function
+        if function is None or number is None or not number.use:
+            loss = self._scale.of_model(loss, self.loss_is_scaled_for_ga)
+        elif self.args.average_tokens_across_devices:  # the number is that of all processes
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
@@ -274,7 +295,8 @@ class ClarsTrainer(SharingTrainer):
     ) -> Tensor:
         """One pass. Where its loss is not finite, and so the step will not be taken, the last finite one is logged.
 
-        Trainer's running sum would be NaN from there on; the step itself is reported by `NonFiniteCallback`.
+        Trainer's running sum would be NaN from there on; the step itself is reported by `NonFiniteCallback`. A pass
+        without a single label adds nothing to what is logged.
 
         Args:
             model: As `Trainer` passes it.
@@ -284,7 +306,11 @@ class ClarsTrainer(SharingTrainer):
         Returns:
             The loss to log, 0-dim; found without waiting for the device.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        items = self._count(inputs)
+        with self._scale.one_pass(items, self.accelerator.num_processes) as divisor:
+            self.current_gradient_accumulation_steps = divisor  # by which Trainer divides a loss that is not scaled
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = torch.where(items.to(loss.device) > 0, loss, 0.0)
         optimizer = layerwise(self.optimizer)
         if optimizer is None or not optimizer.measures_norms:
             return loss
@@ -325,37 +351,4 @@ class ClarsTrainer(SharingTrainer):
 
     def run_settings(self) -> dict[str, Any]:
         """What defines this run's rates, as plain values: for the layer-rate log, the summary and the card."""
-        args = self.args
-        given = layerwise(self.optimizer)
-        settings: dict[str, Any] = {
-            "method": args.method if given is None else method_of(given),
-            "global_batch": args.total_batch_size,
-            "micro_batch": args.train_batch_size,
-            "accumulation": args.gradient_accumulation_steps,
-            "processes": args.world_size,
-            "gamma_scale": args.learning_rate,
-            "eta": args.eta,
-            "momentum": args.momentum,
-            "weight_decay": args.weight_decay,
-            "schedule": self._schedule_in_words(),
-            "warmup_epochs": args.warmup_epochs,
-            "epochs": args.num_train_epochs,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-            "seed": args.seed,
-        }
-        if METHODS[args.method].measures_samples:
-            all_samples = args.norm_samples == 0 or args.norm_samples >= args.total_batch_size
-            settings["norm_samples"] = "every sample" if all_samples else args.norm_samples
-            settings["norm"] = "rms" if args.method == "signal_lars" else args.norm
-        if args.freeze_head_epochs:
-            settings["freeze_head_epochs"] = args.freeze_head_epochs
-        return settings
-
-    def _schedule_in_words(self) -> str:
-        args = self.args
-        if args.lr_step_epochs:
-            return f"times {args.lr_step_factor} at epochs {', '.join(f'{e:g}' for e in args.lr_step_epochs)}"
-        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        given = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
-        details = ", ".join(f"{key} {value}" for key, value in given.items())
-        return f"{name} ({details})" if details else str(name)
+        return run_settings(self.args, layerwise(self.optimizer))
