@@ -81,15 +81,23 @@ def check_weights(folder: Path, model: nn.Module) -> None:
 
 
 def check_engine(folder: Path, engine: str | None) -> None:
-    """Raise if another kind of launcher wrote the checkpoint: optimizer states of split weights fit their engine only.
+    """Raise if another kind of launcher wrote the optimizer state, as states of split weights fit their engine only.
+
+    So it does where there is none.
 
     Args:
         folder: The checkpoint.
         engine: "DeepSpeed" or "FSDP"; None for one process and plain data parallelism, which read each other's.
 
     Raises:
-        CheckpointMisfitError: With both, and what to do.
+        CheckpointMisfitError: With both, and what to do; or no launcher's state is there at all.
     """
+    if folder.is_dir() and not _holds_optimizer(folder):
+        raise CheckpointMisfitError(
+            f"The checkpoint {folder} holds no optimizer state, as save_only_model leaves them: momentum, schedule and "
+            "random numbers would begin anew. A run that shall resume saves without save_only_model; to begin a new "
+            "run from these weights, give the folder as the model."
+        )
     wrote = _engine_of(folder)
     if folder.is_dir() and wrote != engine:
         names = {None: "one process or plain data parallelism", "DeepSpeed": "DeepSpeed", "FSDP": "FSDP"}
@@ -99,6 +107,11 @@ def check_engine(folder: Path, engine: str | None) -> None:
             "weights, give the folder as the model (DeepSpeed: after its zero_to_fp32.py, if it holds no "
             "model.safetensors)."
         )
+
+
+def _holds_optimizer(folder: Path) -> bool:
+    """Whether there is a state of an optimizer, in any format: this project's, Trainer's, DeepSpeed's, FSDP's."""
+    return any(folder.glob("optimizer*")) or any(folder.glob("global_step*"))
 
 
 def _engine_of(folder: Path) -> str | None:

@@ -91,7 +91,7 @@ class SafeCheckpoints(Trainer):
             check_checkpoint(Path(str(resume_from_checkpoint)), self.model, self.checkpoint_settings())
         output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         if resume_from_checkpoint:  # the run before may have been killed before it had cleaned up
-            self._delete_old_checkpoints(Path(super()._get_output_dir(trial)), set())
+            self._delete_old_checkpoints(self.run_folder(trial), set())
         return output
 
     def _keeps_own_format(self) -> bool:
@@ -103,12 +103,20 @@ class SafeCheckpoints(Trainer):
 
     # ---- complete or absent --------------------------------------------------------------------------------------
 
+    def run_folder(self, trial: Any = None) -> Path:
+        """The folder of a run: the output folder, or in it that of a trial of a hyperparameter search.
+
+        Args:
+            trial: As `train` gets it. Default None.
+        """
+        return Path(super()._get_output_dir(trial))
+
     def _get_output_dir(self, trial: Any) -> str:
         """The run's folder; while a checkpoint is written, the one that it is written in."""
         return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = Path(super()._get_output_dir(trial))
+        run = self.run_folder(trial)
         name = f"checkpoint-{self.state.global_step}"
         if self.args.local_process_index == 0:
             checkpoints.clear_partial(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Sized
 from functools import partial
@@ -29,6 +30,7 @@ from hf_clars.trainer.live_view import LayerReportCallback, rate_summary, report
 from hf_clars.trainer.loss_scale import ItemCount, LossScale, count_items, predicts_next, with_number
 from hf_clars.trainer.nonfinite import NonFiniteCallback
 from hf_clars.trainer.optimizers import build_optimizer, layerwise, step_schedule
+from hf_clars.trainer.run_clock import RunClockCallback
 from hf_clars.trainer.run_settings import run_settings
 from hf_clars.trainer.sharing import SharingTrainer
 
@@ -115,10 +117,14 @@ class ClarsTrainer(SharingTrainer):
         self._optimizer_is_the_users = self.optimizer is not None
         self.add_callback(HooksCallback(attach=not self._optimizer_is_the_users))
         self.add_callback(EpochCallback())
+        self._clock = RunClockCallback()
+        self.add_callback(self._clock)
         self.add_callback(LogAtCheckpointCallback())
         self.add_callback(NonFiniteCallback(args.nonfinite))
         if args.log_layer_rates:
-            self.add_callback(LayerRateCallback(self.run_settings(), on_save_error=args.on_save_error))
+            self.add_callback(LayerRateCallback(self.run_settings, on_save_error=args.on_save_error))
+        if len(inspect.signature(self.log).parameters) == 1:  # overridden as before transformers 4.47
+            setattr(self, "log", partial(_without_start_time, self.log))  # noqa: B010 - mypy knows a method here
         print_lines(self)
         if args.layer_report_steps != 0 and (reporters := reporters_of(self)):
             self.add_callback(LayerReportCallback(reporters, args.layer_report_steps))
@@ -143,8 +149,13 @@ class ClarsTrainer(SharingTrainer):
             CheckpointMisfitError: As there.
             RecordError: As there.
         """
+        self._finite_loss = None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LayerRateCallback):
+                callback.folder = self.run_folder(trial)
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
         finally:
             if (optimizer := layerwise(self.optimizer)) is not None:
                 optimizer.pause_hooks(False)
@@ -164,6 +175,7 @@ class ClarsTrainer(SharingTrainer):
         """
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer() if model is None else super().create_optimizer(model)
+        self.args.follow_trial()
         trained = self.model if model is None else model
         assert trained is not None
         optimizer = build_optimizer(trained, self.args)
@@ -347,8 +359,16 @@ class ClarsTrainer(SharingTrainer):
                 logs["images_per_second"] = round((step - last) * self.args.total_batch_size / (now - before), 1)
             self._speed = (now, step)
             logs |= rate_summary(self.optimizer)
+        if "train_loss" in logs:
+            self._clock.complete(logs, self.state, self.args.total_batch_size)
         super().log(logs, start_time)
 
     def run_settings(self) -> dict[str, Any]:
         """What defines this run's rates, as plain values: for the layer-rate log, the summary and the card."""
         return run_settings(self.args, layerwise(self.optimizer))
+
+
+def _without_start_time(
+    log: Callable[[dict[str, float]], None], logs: dict[str, float], _: float | None = None
+) -> None:
+    log(logs)
