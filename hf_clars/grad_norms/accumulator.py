@@ -31,6 +31,7 @@ class NormAccumulator:
         keep_per_sample: Keep every sample's norms, not only their sums.
 
     Attributes:
+        paused: While True, hooks do nothing: no pass begins, and nothing is kept.
         engine_dropped_a_batch: For engines that hold the gradients: whether one was dropped since this was last called.
     """
 
@@ -47,6 +48,7 @@ class NormAccumulator:
         self.model = model
         self.layers = list(layers)
         self.samples = samples
+        self.paused = False
         self._layer_of = {p: k for k, layer in enumerate(self.layers) for p in layer.params}
         self._keep = keep_per_sample
         self.engine_dropped_a_batch: Callable[[], bool] = lambda: False
@@ -207,6 +209,11 @@ class NormAccumulator:
         self._layer_of.update((p, k) for k, layer in enumerate(self.layers) for p in layer.params)
         self._watch.remove()
         self._watch = GradientWatch(list(self._layer_of))
+
+    @property
+    def attached(self) -> bool:
+        """Whether hooks are on the model."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""
