@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,23 @@ class DataArguments:
         default_factory=list, metadata={"help": "Deviation per channel; empty: ImageNet's, or 0.5."}
     )
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that no data can work with."""
+        for name in ("image_size", "shuffle_buffer", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1; leave it out for the default.")
+        if self.num_channels not in (1, 3):
+            raise ConfigError(f"num_channels={self.num_channels}: images have 1 (grey) or 3 (RGB) channels.")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if values and len(values) != self.num_channels:
+                raise ConfigError(f"{name} has {len(values)} numbers, but num_channels is {self.num_channels}.")
+            if any(not math.isfinite(value) for value in values):
+                raise ConfigError(f"{name}={values} must be finite numbers, of values in [0, 1].")
+        if any(value <= 0 for value in self.image_std):
+            raise ConfigError(f"image_std={self.image_std} must be above 0: pixels are divided by it.")
+
     def pixel_settings(self) -> PixelSettings:
         """The settings of the pixel transforms."""
         return PixelSettings(
@@ -80,6 +98,8 @@ class ModelArguments:
                 self.model_kwargs = json.loads(self.model_kwargs)
             except json.JSONDecodeError as error:
                 raise ConfigError(f"model_kwargs is not valid JSON ({error}): {self.model_kwargs}") from error
+        if self.model_kwargs is not None and not isinstance(self.model_kwargs, dict):
+            raise ConfigError(f"model_kwargs={self.model_kwargs!r} must be names and values: {{name: value, ...}}.")
 
 
 @dataclass
@@ -99,3 +119,8 @@ class OutputArguments:
     eval_task: str | None = _option(
         None, "Task in the eval.yaml of a Hub benchmark that the results are of; empty: the configuration, or default."
     )
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that is none."""
+        if not 0 <= self.max_hours < math.inf:
+            raise ConfigError(f"max_hours={self.max_hours} must be 0 (no limit) or above.")

@@ -24,13 +24,14 @@ from hf_clars.data import (
 from hf_clars.errors import ConfigError
 from hf_clars.image_classification.arguments import DataArguments, ModelArguments, OutputArguments
 from hf_clars.image_classification.card import write_model_card
+from hf_clars.image_classification.checks import check_for_images, check_takes_images
 from hf_clars.image_classification.summary import after_training, before_training
 from hf_clars.metrics import AccuracyOfRanked, ranked_classes
 from hf_clars.models import build_model
 from hf_clars.records.checkpoints import newest_checkpoint
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.card import final_results
-from hf_clars.trainer.config import parse_config
+from hf_clars.trainer.config import parse_config, settings_explained
 from hf_clars.trainer.outside_failures import outside_failures_explained
 from hf_clars.trainer.preflight import check_free_space, checkpoint_bytes, claim_output_dir
 from hf_clars.trainer.resuming import newest_to_resume
@@ -92,9 +93,11 @@ def train_image_classifier(settings: RunSettings) -> dict[str, float]:
     checkpoint = _checkpoint(folder, str(args.resume_from_checkpoint)) if resume else None
     set_seed(args.seed)
     data = _load(settings)
+    check_for_images(args, len(data.label_names))
     model = _build(settings, data)
     check_free_space(folder, checkpoint_bytes(_elements(model), args.save_total_limit))
-    trainer = _trainer(settings, data, model, stop)
+    with settings_explained():
+        trainer = _trainer(settings, data, model, stop)
     before_training(trainer, data)
     with outside_failures_explained(args.ddp_timeout):
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -141,6 +144,7 @@ def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
         replace_head=args.replace_head,
         model_kwargs=args.model_kwargs if isinstance(args.model_kwargs, dict) else None,
     )
+    check_takes_images(model, settings.data, name=args.model)
     if args.channels_last:
         nn.Module.to(model, memory_format=torch.channels_last)
     return model
