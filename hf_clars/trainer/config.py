@@ -145,7 +145,9 @@ def _help_line(field: dataclasses.Field[Any]) -> str:
     if field.name in COMMON:
         text = text.split(". ")[0]  # transformers explains at length
     name = f"  --{field.name:<28} "
-    return textwrap.fill(f"{name}{text.rstrip('.')}{shown}", 118, subsequent_indent=" " * len(name))
+    return textwrap.fill(
+        f"{name}{text.rstrip('.')}{shown}", 118, subsequent_indent=" " * len(name), break_on_hyphens=False
+    )
 
 
 def parse_config(
