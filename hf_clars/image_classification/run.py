@@ -32,6 +32,7 @@ from hf_clars.records.checkpoints import newest_checkpoint
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.card import final_results
 from hf_clars.trainer.config import parse_config, settings_explained
+from hf_clars.trainer.disk import disk_failures_explained
 from hf_clars.trainer.outside_failures import outside_failures_explained
 from hf_clars.trainer.preflight import check_free_space, checkpoint_bytes, claim_output_dir
 from hf_clars.trainer.resuming import newest_to_resume
@@ -99,7 +100,7 @@ def train_image_classifier(settings: RunSettings) -> dict[str, float]:
     with settings_explained():
         trainer = _trainer(settings, data, model, stop)
     before_training(trainer, data)
-    with outside_failures_explained(args.ddp_timeout):
+    with outside_failures_explained(args.ddp_timeout), disk_failures_explained(folder):
         trainer.train(resume_from_checkpoint=checkpoint)
         return _finish(trainer, settings, data)
 
