@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_clars.data import PixelSettings
+from hf_clars.data.strong_augment import StrongAugment
 from hf_clars.errors import ConfigError
+from hf_clars.image_classification.held_out import check_share
 
 
 def _option(default: Any, help_text: str, **more: Any) -> Any:
@@ -44,6 +46,13 @@ class DataArguments:
         "imagenet (random resized crop, flip), cifar (padded crop, flip) or none.",
         choices=["imagenet", "cifar", "none"],
     )
+    randaugment: int = _option(0, "RandAugment of this strength in training, 1 to 30 (9 is common); 0: off.")
+    random_erasing: float = _option(0.0, "Probability of erasing a rectangle of a training image; 0: off.")
+    mixup: float = _option(0.0, "alpha of mixup: a sample is then two images of a pass, blended; 0: off.")
+    cutmix: float = _option(0.0, "alpha of cutmix: a sample is then an image with a part of another; 0: off.")
+    eval_share: float = _option(
+        0.0, "Hold out this share of the training split to evaluate on, the same images for every seed; 0: none."
+    )
     image_mean: list[float] = field(
         default_factory=list, metadata={"help": "Mean per channel; empty: ImageNet's, or 0.5."}
     )
@@ -68,6 +77,15 @@ class DataArguments:
         if any(value <= 0 for value in self.image_std):
             raise ConfigError(f"image_std={self.image_std} must be above 0: pixels are divided by it.")
 
+        self.strong_augment()
+        check_share(self.eval_share, streaming=self.streaming, eval_split=self.eval_split)
+        if self.streaming and (self.mixup or self.cutmix):
+            raise ConfigError("mixup and cutmix need data that are no stream: leave out streaming, or the mixing.")
+
+    def strong_augment(self) -> StrongAugment:
+        """What happens to training images beside crops and flips."""
+        return StrongAugment(self.randaugment, self.random_erasing, self.mixup, self.cutmix)
+
     def pixel_settings(self) -> PixelSettings:
         """The settings of the pixel transforms."""
         return PixelSettings(
@@ -89,10 +107,15 @@ class ModelArguments:
     from_scratch: bool = _option(False, "Take only the architecture of a Hub name or folder, not its weights.")
     replace_head: bool = _option(False, "Give a pretrained model a new classifier for this data's classes.")
     channels_last: bool = _option(False, "Interleave channels in memory, which GPUs with tensor cores are faster with.")
+    ema_decay: float = _option(
+        0.0, "Evaluate and keep the moving average of the weights, with this decay (0.9999 is common); 0: off."
+    )
     model_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the model's config, as JSON."})
 
     def __post_init__(self) -> None:
         """Read JSON given on the command line."""
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay} must be at least 0 and below 1.")
         if isinstance(self.model_kwargs, str):
             try:
                 self.model_kwargs = json.loads(self.model_kwargs)

@@ -134,6 +134,8 @@ class ClarsTrainingArguments(TrainingArguments):
         },
     )
 
+    evaluate_only: bool = field(default=False, init=False)  # do_eval was given, and do_train was not
+
     def __post_init__(self) -> None:
         """Resolve and check the settings."""
         check_ranges(self)
@@ -164,6 +166,8 @@ class ClarsTrainingArguments(TrainingArguments):
         Raises:
             ConfigError: Naming the setting and what to do.
         """
+        given = in_file | as_flags
+        self.evaluate_only = "do_eval" in given and self.do_eval and not self.do_train
         check_given(self, in_file, as_flags)
 
     def _join_processes_on_cpu(self) -> None:

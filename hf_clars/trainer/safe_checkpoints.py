@@ -53,6 +53,13 @@ class SafeCheckpoints(Trainer):
     def before_checkpoint(self) -> None:
         """Called on all processes before a checkpoint is written."""
 
+    def write_beside_weights(self, folder: Path) -> None:
+        """Called on the process that writes, before a checkpoint is complete: a subclass stores what else it needs.
+
+        Args:
+            folder: The checkpoint.
+        """
+
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -124,6 +131,7 @@ class SafeCheckpoints(Trainer):
             with self._disk_errors_noted():
                 if self.args.should_save:
                     self._correct_best(run, partial)
+                    self.write_beside_weights(partial)
                     checkpoints.write_manifest(partial, self.checkpoint_settings())
                     checkpoints.commit(partial, run / name)
             self._agree_on_problem()

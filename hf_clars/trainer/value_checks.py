@@ -250,7 +250,7 @@ def check_given(args: ClarsTrainingArguments, in_file: set[str], as_flags: set[s
         if name in given:
             value = getattr(args, name)
             raise _without_effect(name, getattr(value, "value", value))
-    if "do_train" in given and not args.do_train and not args.do_eval:
+    if "do_train" in given and not args.do_train and not args.evaluate_only:
         raise ConfigError(
             "do_train=False leaves nothing to do: add do_eval to measure a finished run, or leave do_train out."
         )
