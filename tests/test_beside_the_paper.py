@@ -173,6 +173,33 @@ def test_the_loss_is_cross_entropy_smoothed_in_training_only():
         assert torch.allclose(loss({"logits": logits}, labels), plain)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_accumulated_passes_of_such_a_loss_are_one_batch(tmp_path, soft):
+    """The same weights from 2 passes of 8 as from one of 16."""
+
+    class Soft(Images):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            label = torch.nn.functional.one_hot(row["labels"], 3).float()
+            return {**row, "labels": 0.7 * label + 0.3 * label.roll(1)} if soft else row
+
+    models = []
+    for size, passes in ((16, 1), (8, 2)):
+        args = clars_args(
+            tmp_path / str(size),
+            max_steps=3,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=passes,
+        )
+        trainer = ClarsTrainer(
+            Plain(), args, train_dataset=Soft(), data_collator=collate_mixed, compute_loss_func=SoftTargetLoss(0.1)
+        )
+        trainer.train()
+        models.append(trainer.model)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 # ---- the average of the weights -----------------------------------------------------------------------------------
 
 

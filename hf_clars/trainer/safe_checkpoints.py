@@ -9,14 +9,11 @@ own weights-only loading.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -26,6 +23,7 @@ from transformers.utils import is_peft_available
 from hf_clars.records import RecordError, checkpoints, load_optimizer_state, save_optimizer_state
 from hf_clars.records.differences import optimizer_differences, sentence
 from hf_clars.trainer.disk import DISK_ERRORS, disk_problem, stored_once
+from hf_clars.trainer.random_states import random_states, set_random_states
 from hf_clars.trainer.resuming import CheckpointMisfitError, check_checkpoint, check_engine, newest_to_resume
 
 OPTIMIZER = "optimizer.safetensors"
@@ -294,39 +292,3 @@ def _saves_itself() -> tuple[type, ...]:
     from peft import PeftModel
 
     return (PreTrainedModel, PeftModel)
-
-
-def random_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators as plain values and tensors."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` returned.
-
-    Args:
-        states: By generator.
-
-    Raises:
-        RecordError: They are not such states.
-    """
-    try:
-        random.setstate(states["python"])
-        kind, keys, position, has_gauss, cached = states["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-        torch.set_rng_state(states["torch"])
-        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if devices and len(states.get("cuda", [])) == devices:
-            torch.cuda.set_rng_state_all(states["cuda"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RecordError(
-            f"The states of the random generators do not fit ({error}): the checkpoint is damaged."
-        ) from error

@@ -102,8 +102,9 @@ def _text(node: yaml.Node) -> str | None:
 
 
 def _shown(text: str | None, value: Any) -> str:
-    kinds = {list: "a list", dict: "a mapping"}
-    return repr(text) if text is not None and value is not None else kinds.get(type(value), "empty")
+    if text is not None and value is not None:
+        return repr(text)
+    return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, dict) else "empty"
 
 
 def _fitted(hint: Any, field: Field[Any], text: str | None, value: Any) -> Any:
