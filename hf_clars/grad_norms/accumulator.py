@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_clars.distributed import keeps_gradients_elsewhere
+from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals, differentiating
 from hf_clars.grad_norms.hooks import BoundHook
-from hf_clars.grad_norms.passes import ForwardPass, NormTotals
-from hf_clars.grad_norms.torch_internals import inside_backward
+from hf_clars.grad_norms.torch_internals import inside_backward, inside_transform
 from hf_clars.grad_norms.trees import tensors_in
 from hf_clars.layers import ParamLayer
 
@@ -66,15 +66,22 @@ class NormAccumulator:
 
     @property
     def active(self) -> bool:
-        """False where a call of the model begins no pass: without gradients, and when checkpointing repeats one."""
-        return torch.is_grad_enabled() and not inside_backward()
+        """False where a call of the model begins no pass: without gradients, under a transform of `torch.func`, and
+        when checkpointing repeats one.
+        """
+        return torch.is_grad_enabled() and not inside_backward() and not inside_transform()
 
     def _on_model_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active:
             return
         batched = next((t for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
         if batched is not None:
-            self._open(batched.shape[0]).note_given(tensors_in((args, kwargs)))
+            current = self._open(batched.shape[0])
+            current.note_given(tensors_in((args, kwargs)))
+            self._begin(current, args, kwargs)
+
+    def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Subclasses may prepare a pass here."""
 
     def _on_model_result(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.active or not self._passes:
@@ -83,7 +90,7 @@ class NormAccumulator:
         outputs = [t for t in tensors_in(output) if t.requires_grad]
         self._check_result(current, outputs)
         for tensor in outputs:
-            tensor.register_hook(lambda _, p=current: self._mark(p))
+            tensor.register_hook(lambda _, p=current: None if differentiating() else self._mark(p))
 
     def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
         """Subclasses may verify a pass here."""
@@ -96,20 +103,20 @@ class NormAccumulator:
                 self._passes.append(current)
 
     def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
-        self._let_go_of_dropped()
+        self._free_dropped()
         self._close()
         self._drop_if_cleared()
         kept = batch_size
         if self.samples is not None:
             held = sum(p.kept for p in self._passes)
             kept = max(0, min(batch_size, self.samples - held))
-        opened = ForwardPass(batch_size, kept, implicit)
+        opened = ForwardPass(batch_size, kept, implicit, mark=self._mark)
         self._passes.append(opened)
         return opened
 
-    def _let_go_of_dropped(self) -> None:
+    def _free_dropped(self) -> None:
         for current in self._dropped:
-            current.let_go()
+            current.free_graph()
         self._dropped.clear()
 
     def _current(self, batch_size: int | None) -> ForwardPass | None:

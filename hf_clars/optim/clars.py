@@ -209,7 +209,7 @@ class CLARS(LARS):
     def _follow(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
         super()._follow(swapped)
         if isinstance(self.norms, PerSampleGradNorms):
-            self.norms.follow(swapped)
+            self.norms.rebind(swapped)
 
     def attach_engine(self, engine: Any) -> None:
         """As `LayerwiseOptimizer.attach_engine`; the norms of a batch whose step the engine skips are dropped too.
