@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.distributed import LocalNorms, ZeroPieces, local_norms, sum_over_ranks
-from hf_clars.distributed.zero import is_flat_piece
+from hf_clars.distributed import LocalNorms, ZeroPieces, local_norms, on_device, sum_over_ranks, zero_pieces
+from hf_clars.distributed.zero import UnsupportedEngineError, is_flat_piece, is_partitioned
 from hf_clars.layers import LayerMode
-from hf_clars.optim.gradient_scale import local
+from hf_clars.optim.gradient_scale import all_zero
 from hf_clars.optim.grouped import GroupedOptimizer
 from hf_clars.optim.loop_guard import LoopGuard
 from hf_clars.optim.measures import LayerMeasures, StepTensors
+from hf_clars.optim.nonfinite import hold_unless_finite
+from hf_clars.optim.process_checks import check_gradients_are_shared
 from hf_clars.optim.update import MomentumForm, multi_tensor_update, single_tensor_update
 
 BUFFER = "momentum_buffer"
@@ -56,6 +58,205 @@ class LayerwiseOptimizer(GroupedOptimizer):
                 before_forward=self._before_forward,
                 minds_scale=self._minds_scale,
             )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, see `GroupedOptimizer.load_state_dict`.
+
+        Args:
+            state_dict: As there.
+
+        Raises:
+            ValueError: As there.
+        """
+        super().load_state_dict(state_dict)
+        if self._guard is not None:
+            self._guard.groups = self.param_groups
+
+    # ---- the step ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step. Parameters without a gradient are left alone, as in torch's optimizers.
+
+        A step with a NaN or an infinity in the measured norms is not taken, see `last_step.applied`.
+
+        Under DeepSpeed's ZeRO this is called several times for one update, with a part of the weights each time: all
+        norms are taken, and all rates computed, at the first of these calls.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss. Optional.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: For sparse gradients.
+            UnsupportedEngineError: Under engine settings that would make layer norms wrong.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._zero is None and self._book.asleep and self._book.wake():
+            self._new_partition()
+        untouched = self._is_untouched()
+        tensors = self._gather()
+        if untouched and all_zero(tensors.grads):
+            self._make_state(tensors)
+            return loss
+        if self._calls_left == 0:
+            self._calls_left = self._calls()
+            if tensors.params or self._zero is not None:
+                if self.last_step is None:
+                    self._check_processes()
+                measures = self._measure(tensors)
+                self._step = hold_unless_finite(measures)
+                self._keep(self._step)
+                self.last_step = self._shown(self._step)
+        if tensors.params and self._step is not None:
+            self._update(tensors, self._step.rate, self._step.applied)
+        self._calls_left = max(0, self._calls_left - 1)
+        if self._calls_left == 0:
+            self._after_step()
+        return loss
+
+    def _check_processes(self) -> None:
+        """At the first step, where nothing else has been asked: are the gradients shared?"""
+        if self._guard is not None and self._zero is None:
+            check_gradients_are_shared(self._guard.scale, None)
+
+    def _is_untouched(self) -> bool:
+        """Whether this may be the step by which `torch.distributed.checkpoint` makes an optimizer create its state.
+
+        It is taken with gradients of zero at a rate of zero, before any other. So may be the first of a warmup, but
+        not with such gradients.
+        """
+        return not self.state and self._zero is None and all(float(g["lr"]) == 0.0 for g in self.param_groups)
+
+    def _make_state(self, tensors: StepTensors) -> None:
+        """The state is there; nothing moves. Processes with parts of the weights must reduce together all the same."""
+        self._makes_state = True
+        try:
+            if any(hasattr(p, "device_mesh") for p in tensors.params):
+                self._measure(tensors)
+        finally:
+            self._makes_state = False
+
+    @torch.no_grad()
+    def layer_measures(self) -> LayerMeasures:
+        """What a step would measure now, without taking it: the layers' norms and rates."""
+        self._before_forward()
+        return self._shown(self._measure(self._gather()))
+
+    def _shown(self, measures: LayerMeasures) -> LayerMeasures:
+        """The same of the layers that train."""
+        return measures.of(self._rows(measures.rate.device)) if self._book.shows_other_rows else measures
+
+    def _rows(self, device: torch.device) -> Tensor:
+        return on_device(tuple(self._book.shown), device)
+
+    def attach_engine(self, engine: Any) -> None:
+        """Tell the optimizer which DeepSpeed engine it is inside; `ClarsTrainer` does this by itself.
+
+        ZeRO hands an optimizer one flat piece after the other, and a layer's norm needs them all.
+
+        Args:
+            engine: The first of what `deepspeed.initialize` returned, or the model that `accelerator.prepare` returned.
+
+        Raises:
+            UnsupportedEngineError: If it is no engine or this optimizer is not inside it, or under optimizer offload.
+        """
+        several = [g for g in range(len(self._book.rows)) if len({*self._book.rows_in(g)} & {*self._book.shown}) > 1]
+        if several and self._model is not None and is_partitioned(engine):
+            raise UnsupportedEngineError(
+                f"Group {several[0]} holds more than one layer, and DeepSpeed makes one flat piece of it, of which "
+                "layers cannot be told apart: leave params= out, or give a group for each layer."
+            )
+        self._zero = zero_pieces(engine, self, self._book.leading_rows())
+
+    def _calls(self) -> int:
+        """How often `step()` is called for the update that begins now."""
+        if self._zero is not None:
+            return self._zero.calls
+        emptied = any(
+            rows and not group["params"] for rows, group in zip(self._book.rows, self._all_groups, strict=True)
+        )
+        if emptied or len(self.param_groups) < len(self._all_groups):
+            raise UnsupportedEngineError(
+                "step() was called with a part of the layers, as DeepSpeed's ZeRO does, but this optimizer does not "
+                "know its engine: call optimizer.attach_engine(engine) after deepspeed.initialize or "
+                "accelerator.prepare, or use ClarsTrainer."
+            )
+        return 1
+
+    def _keep(self, measures: LayerMeasures) -> None:
+        """Subclasses with a memory of their own keep what a step measured."""
+
+    def _after_step(self) -> None:
+        """Subclasses also clear what they accumulated for this step."""
+        if self._guard is not None:
+            self._guard.stepped()
+        self._follow()
+
+    def _before_forward(self) -> None:
+        """A pass begins: know the parameters that take part in it."""
+        if self._zero is None and self.last_step is None:
+            self._follow()
+        if self._book.asleep and self._book.wake():
+            self._new_partition()
+        elif self._guard is not None and self._guard.scale.stale:
+            self._watch_again()
+
+    def _follow(self) -> None:
+        """FSDP2 may have put its own parameters in the place of those that were recorded.
+
+        The recorded ones are let go: they would keep a whole copy of the weights alive.
+        """
+        swapped = self._book.swapped(self._all_groups)
+        if swapped:
+            self._on_swap(swapped)
+
+    def _on_swap(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
+        """Parameters were swapped: {old: new}."""
+        self._watch_again()
+
+    def _new_partition(self) -> None:
+        """Other parameters train than did before."""
+        self._watch_again()
+
+    def _watch_again(self) -> None:
+        if self._guard is not None:
+            self._guard.follow(self._training())
+
+    def _minds_scale(self) -> bool:
+        """Whether gradients that are all too large by one factor make another step."""
+        settings = zip(self._adaptive(), self._layer_settings(), strict=True)
+        return any(not adaptive or group["weight_decay"] for adaptive, group in settings)
+
+    def remove_hooks(self) -> None:
+        """Take all hooks off the model; `attach_hooks` places them again."""
+        if self._guard is not None:
+            self._guard.remove()
+
+    def attach_hooks(self, model: nn.Module) -> None:
+        """Place the hooks again, after `remove_hooks`; does nothing while they are in place.
+
+        Args:
+            model: The module that this optimizer was created with; wrapped or sharded in place since, if so.
+        """
+        if self._guard is not None and not self._guard.attached:
+            self._guard.attach(model)
+
+    def pause_hooks(self, paused: bool = True) -> None:
+        """Let the hooks do nothing, or work again, while they stay in place.
+
+        In between, the model can be evaluated and differentiated as if it had none.
+
+        Args:
+            paused: Default True.
+        """
+        if self._guard is not None:
+            self._guard.paused = paused
 
     def _gather(self) -> StepTensors:
         tensors = StepTensors([], [], [], [])
@@ -172,8 +373,3 @@ class LayerwiseOptimizer(GroupedOptimizer):
         for rows, group in zip(self._book.rows, self._all_groups, strict=True):
             found.update({p: row for p, row in zip(group["params"], rows, strict=False) if p.requires_grad})
         return list(found.items())
-
-
-def _all_zero(grads: Sequence[Tensor]) -> bool:
-    """Whether gradients are zero in this process; waits for the device."""
-    return bool(grads) and not any(bool(local(grad).any()) for grad in grads)
