@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_clars.distributed import LocalNorms, ZeroPieces, local_norms, on_device, sum_over_ranks, zero_pieces
 from hf_clars.distributed.zero import UnsupportedEngineError, is_flat_piece, is_partitioned
 from hf_clars.layers import LayerMode
-from hf_clars.optim.gradient_scale import local
+from hf_clars.optim.gradient_scale import all_zero
 from hf_clars.optim.grouped import GroupedOptimizer
 from hf_clars.optim.loop_guard import LoopGuard
 from hf_clars.optim.measures import LayerMeasures, StepTensors
@@ -101,7 +101,7 @@ class LayerwiseOptimizer(GroupedOptimizer):
             self._new_partition()
         untouched = self._is_untouched()
         tensors = self._gather()
-        if untouched and _all_zero(tensors.grads):
+        if untouched and all_zero(tensors.grads):
             self._make_state(tensors)
             return loss
         if self._calls_left == 0:
@@ -205,7 +205,7 @@ class LayerwiseOptimizer(GroupedOptimizer):
         if self._book.asleep and self._book.wake():
             self._new_partition()
         elif self._guard is not None and self._guard.scale.stale:
-            self._guard.follow(self._training())
+            self._watch_again()
 
     def _follow(self) -> None:
         """FSDP2 may have put its own parameters in the place of those that were recorded.
@@ -218,16 +218,15 @@ class LayerwiseOptimizer(GroupedOptimizer):
 
     def _on_swap(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
         """Parameters were swapped: {old: new}."""
-        if self._guard is not None:
-            self._guard.follow(self._training())
+        self._watch_again()
 
     def _new_partition(self) -> None:
         """Other parameters train than did before."""
+        self._watch_again()
+
+    def _watch_again(self) -> None:
         if self._guard is not None:
             self._guard.follow(self._training())
-
-    def _training(self) -> list[nn.Parameter]:
-        return [p for layer in self._book.shown_layers for p in layer.params if p.requires_grad]
 
     def _minds_scale(self) -> bool:
         """Whether gradients that are all too large by one factor make another step."""
@@ -354,8 +353,3 @@ class LayerwiseOptimizer(GroupedOptimizer):
         for rows, group in zip(self._book.rows, self._all_groups, strict=True):
             found.update({p: row for p, row in zip(group["params"], rows, strict=False) if p.requires_grad})
         return list(found.items())
-
-
-def _all_zero(grads: Sequence[Tensor]) -> bool:
-    """Whether gradients are zero in this process; waits for the device."""
-    return bool(grads) and not any(bool(local(grad).any()) for grad in grads)
