@@ -172,6 +172,11 @@ def local(grad: Any) -> Tensor:
     return grad.to_local() if _is_split(grad) else grad
 
 
+def all_zero(grads: Sequence[Tensor]) -> bool:
+    """Whether there are gradients, and all are zero in this process; waits for the device."""
+    return bool(grads) and not any(bool(local(grad).any()) for grad in grads)
+
+
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     product = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
     return torch.where(product > 0, (a @ b) / product, 0.0)

@@ -110,6 +110,10 @@ class GroupedOptimizer(Optimizer):
     def _new_partition(self) -> None:
         """Subclasses that watch what trains are told that it is more than before."""
 
+    def _training(self) -> list[nn.Parameter]:
+        """The parameters that train now."""
+        return [p for layer in self._book.shown_layers for p in layer.params if p.requires_grad]
+
     @property
     def partition(self) -> list[ParamLayer]:
         """The layers that train, in the order of every measured vector."""
