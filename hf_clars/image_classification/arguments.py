@@ -70,6 +70,9 @@ class ModelArguments:
     )
     from_scratch: bool = _option(False, "Take only the architecture of a Hub name or folder, not its weights.")
     replace_head: bool = _option(False, "Give a pretrained model a new classifier for this data's classes.")
+    keep_numbers: bool = _option(
+        False, "Keep a pretrained classifier whose class names differ from the data's: their numbers mean the same."
+    )
     channels_last: bool = _option(False, "Interleave channels in memory, which GPUs with tensor cores are faster with.")
     model_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the model's config, as JSON."})
 

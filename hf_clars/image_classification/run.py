@@ -21,12 +21,12 @@ from hf_clars.data import (
     load_image_data,
     trainable,
 )
-from hf_clars.errors import ConfigError
+from hf_clars.errors import ConfigError, name_list
 from hf_clars.image_classification.arguments import DataArguments, ModelArguments, OutputArguments
 from hf_clars.image_classification.card import write_model_card
 from hf_clars.image_classification.summary import after_training, before_training
 from hf_clars.metrics import AccuracyOfRanked, ranked_classes
-from hf_clars.models import build_model
+from hf_clars.models import build_model, pretrained_classes
 from hf_clars.records.checkpoints import newest_checkpoint
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.card import final_results
@@ -91,7 +91,7 @@ def train_image_classifier(settings: RunSettings) -> dict[str, float]:
     args.output_dir = str(folder)
     checkpoint = _checkpoint(folder, str(args.resume_from_checkpoint)) if resume else None
     set_seed(args.seed)
-    data = _load(settings)
+    data = _in_order_of_the_model(_load(settings), settings.model)
     model = _build(settings, data)
     check_free_space(folder, checkpoint_bytes(_elements(model), args.save_total_limit))
     trainer = _trainer(settings, data, model, stop)
@@ -129,6 +129,16 @@ def _load(settings: RunSettings) -> ImageData:
     return data
 
 
+def _in_order_of_the_model(data: ImageData, args: ModelArguments) -> ImageData:
+    """The data with its classes in the order of a pretrained classifier's outputs, where both name the same classes."""
+    kwargs = args.model_kwargs if isinstance(args.model_kwargs, dict) else None
+    known = pretrained_classes(args.model, from_scratch=args.from_scratch, model_kwargs=kwargs)
+    if known is None or args.keep_numbers or known == data.label_names or set(known) != set(data.label_names):
+        return data
+    logger.warning("The classes are numbered as in %s: %s.", args.model, name_list(known))
+    return data.with_classes(known)
+
+
 def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
     args = settings.model
     model = build_model(
@@ -139,6 +149,7 @@ def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
         num_channels=settings.data.num_channels,
         label_names=data.label_names,
         replace_head=args.replace_head,
+        keep_numbers=args.keep_numbers,
         model_kwargs=args.model_kwargs if isinstance(args.model_kwargs, dict) else None,
     )
     if args.channels_last:

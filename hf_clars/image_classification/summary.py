@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_clars.data import ImageData
+from hf_clars.errors import name_list
 
 if TYPE_CHECKING:
     from hf_clars.trainer.trainer import ClarsTrainer
@@ -28,9 +29,9 @@ def before_training(trainer: ClarsTrainer, data: ImageData) -> None:
         ("model", f"{type(model).__name__}, {trained:,} trained parameters"),
         (
             "data",
-            f"{_count(data.train_size)} to train, {_count(data.eval_size)} to evaluate, {len(data.label_names)} "
-            f"classes",
+            f"{_count(data.train_size)} to train, {_count(data.eval_size)} to evaluate",
         ),
+        ("classes", _classes(data)),
         (
             "batch",
             f"{args.total_batch_size:,} = {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
@@ -45,7 +46,7 @@ def before_training(trainer: ClarsTrainer, data: ImageData) -> None:
         ("output", str(args.output_dir)),
     ]
     if "norm_samples" in settings:
-        rows.insert(4, ("norms of", f"{settings['norm_samples']} ({settings['norm']})"))
+        rows.insert(5, ("norms of", f"{settings['norm_samples']} ({settings['norm']})"))
     _print(rows)
 
 
@@ -67,6 +68,14 @@ def after_training(trainer: ClarsTrainer, results: dict[str, float]) -> None:
     files = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
     rows.append(("left in", f"{folder}: {', '.join(files)}"))
     _print(rows)
+
+
+def _classes(data: ImageData) -> str:
+    """How many there are, the first few by name, with their training images where they are counted."""
+    if data.class_counts is None:
+        return f"{len(data.label_names):,}: {name_list(data.label_names)}"
+    named = [f"{name} ({count:,})" for name, count in zip(data.label_names, data.class_counts, strict=True)]
+    return f"{len(named):,}, with training images: {name_list(named)}"
 
 
 def _count(size: int | None) -> str:
