@@ -36,7 +36,9 @@ class DataArguments:
         "Images that cannot be decoded: raise, or skip (the next one takes the place; each is reported).",
         choices=["raise", "skip"],
     )
-    image_size: int = _option(224, "Height and width that the model sees.")
+    image_size: int | None = _option(
+        None, "Height and width that the model sees; empty: those of a pretrained model's image processor, or 224."
+    )
     num_channels: int = _option(3, "3 for RGB, 1 for grey.")
     augment: str = _option(
         "imagenet",
@@ -44,16 +46,14 @@ class DataArguments:
         choices=["imagenet", "cifar", "none"],
     )
     image_mean: list[float] = field(
-        default_factory=list, metadata={"help": "Mean per channel; empty: ImageNet's, or 0.5."}
+        default_factory=list, metadata={"help": "Mean per channel; empty: the pretrained model's, ImageNet's, or 0.5."}
     )
-    image_std: list[float] = field(
-        default_factory=list, metadata={"help": "Deviation per channel; empty: ImageNet's, or 0.5."}
-    )
+    image_std: list[float] = field(default_factory=list, metadata={"help": "Deviation per channel; empty: likewise."})
 
     def pixel_settings(self) -> PixelSettings:
         """The settings of the pixel transforms."""
         return PixelSettings(
-            image_size=self.image_size,
+            image_size=self.image_size or 224,
             num_channels=self.num_channels,
             augment=self.augment,
             mean=tuple(self.image_mean) or None,
@@ -98,6 +98,7 @@ class OutputArguments:
         0.0, "Stop after so many hours with a checkpoint and exit code 75, to be resumed; 0: no limit."
     )
     license: str | None = _option(None, "Licence of the weights for the model card, e.g. apache-2.0.")
+    batch_advice: bool = _option(False, "Say in the model card what batch size the run could have used.")
     model_name: str | None = _option(None, "Title of the model card; empty: made from model and data.")
     eval_task: str | None = _option(
         None, "Task in the eval.yaml of a Hub benchmark that the results are of; empty: the configuration, or default."

@@ -22,8 +22,10 @@ from hf_clars.data import (
     trainable,
 )
 from hf_clars.errors import ConfigError, name_list
+from hf_clars.hub.licences import licence_identifier
 from hf_clars.image_classification.arguments import DataArguments, ModelArguments, OutputArguments
 from hf_clars.image_classification.card import write_model_card
+from hf_clars.image_classification.pixels import choose_pixels
 from hf_clars.image_classification.summary import after_training, before_training
 from hf_clars.metrics import AccuracyOfRanked, ranked_classes
 from hf_clars.models import build_model, pretrained_classes
@@ -85,17 +87,20 @@ def train_image_classifier(settings: RunSettings) -> dict[str, float]:
         HfClarsError: Before any work is done, if the run cannot succeed.
     """
     args, stop = settings.training, StopCallback(settings.output.max_hours)
+    if settings.output.license is not None:
+        settings.output.license = licence_identifier(settings.output.license)
     resume = bool(args.resume_from_checkpoint) and str(args.resume_from_checkpoint).lower() != "false"
     args.resume_from_checkpoint = str(args.resume_from_checkpoint) if resume else None
     folder = claim_output_dir(str(args.output_dir), existing=settings.output.existing_output, resume=resume)
     args.output_dir = str(folder)
     checkpoint = _checkpoint(folder, str(args.resume_from_checkpoint)) if resume else None
     set_seed(args.seed)
+    pixels = choose_pixels(settings.model, settings.data)
     data = _in_order_of_the_model(_load(settings), settings.model)
     model = _build(settings, data)
     check_free_space(folder, checkpoint_bytes(_elements(model), args.save_total_limit))
     trainer = _trainer(settings, data, model, stop)
-    before_training(trainer, data)
+    before_training(trainer, data, pixels)
     with outside_failures_explained(args.ddp_timeout):
         trainer.train(resume_from_checkpoint=checkpoint)
         return _finish(trainer, settings, data)
@@ -145,7 +150,7 @@ def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
         args.model,
         from_scratch=args.from_scratch,
         num_labels=len(data.label_names),
-        image_size=settings.data.image_size,
+        image_size=settings.data.pixel_settings().image_size,
         num_channels=settings.data.num_channels,
         label_names=data.label_names,
         replace_head=args.replace_head,

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from hf_clars.trainer.trainer import ClarsTrainer
 
 
-def before_training(trainer: ClarsTrainer, data: ImageData) -> None:
+def before_training(trainer: ClarsTrainer, data: ImageData, pixels: str) -> None:
     """Print what is about to be trained, on the main process.
 
     Args:
         trainer: Ready to train.
         data: Its data.
+        pixels: What becomes of an image, in words.
     """
     if not trainer.is_world_process_zero():
         return
@@ -32,6 +33,7 @@ def before_training(trainer: ClarsTrainer, data: ImageData) -> None:
             f"{_count(data.train_size)} to train, {_count(data.eval_size)} to evaluate",
         ),
         ("classes", _classes(data)),
+        ("pixels", pixels),
         (
             "batch",
             f"{args.total_batch_size:,} = {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
@@ -46,7 +48,7 @@ def before_training(trainer: ClarsTrainer, data: ImageData) -> None:
         ("output", str(args.output_dir)),
     ]
     if "norm_samples" in settings:
-        rows.insert(5, ("norms of", f"{settings['norm_samples']} ({settings['norm']})"))
+        rows.insert(6, ("norms of", f"{settings['norm_samples']} ({settings['norm']})"))
     _print(rows)
 
 
