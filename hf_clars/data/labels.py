@@ -29,7 +29,7 @@ def split_features(split: Dataset | IterableDataset, dataset: str) -> dict[str, 
     Raises:
         DataError: A stream does not tell.
     """
-    features = split.features if split.features is not None else split.resolve_features().features  # type: ignore[union-attr]
+    features = split.features if split.features is not None else split.resolve_features().features
     if features is None:
         raise DataError(f"The columns of {dataset} cannot be told from the stream: use it without --streaming.")
     return dict(features)

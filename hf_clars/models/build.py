@@ -250,7 +250,7 @@ def _check_fit(name: str, config: PreTrainedConfig, num_labels: int, num_channel
 def _class_names(config: PreTrainedConfig) -> list[str] | None:
     """One name an output; None where they are numbers only."""
     named = {int(number): str(name) for number, name in (config.id2label or {}).items()}
-    names = [named.get(number, "") for number in range(config.num_labels)]
+    names = [named.get(number, "") for number in range(config.num_labels or 0)]
     return None if all(name in (f"LABEL_{i}", str(i), "") for i, name in enumerate(names)) else names
 
 
@@ -268,7 +268,7 @@ def _renew_classifier(model: PreTrainedModel) -> None:
     """Give the classifier new weights. It is whatever has another shape in a network with one class more."""
     config = copy.deepcopy(model.config)
     fresh = AutoModelForImageClassification.from_config(config, trust_remote_code=False).state_dict()
-    config.num_labels += 1
+    config.num_labels = (config.num_labels or 0) + 1
     wider = AutoModelForImageClassification.from_config(config, trust_remote_code=False).state_dict()
     with torch.no_grad():
         for key, value in model.state_dict().items():
