@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from research.cifar10.train import Settings
 
 Row = dict[str, Any]
@@ -141,6 +143,28 @@ def stages(*, tiny: bool = False) -> list[Callable[[Done], list[Settings]]]:
         return runs
 
     return [new(stage) for stage in (plan[:2] + plan[5:7] if tiny else plan)]
+
+
+def stages_of(path: Path) -> list[Callable[[Done], list[Settings]]]:
+    """The stages of a file: under `stages`, each a list of settings with several `rates`, over what is `common`.
+
+    Args:
+        path: YAML.
+    """
+    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+
+    def stage(entries: list[dict[str, Any]]) -> Callable[[Done], list[Settings]]:
+        def runs(done: Done) -> list[Settings]:
+            made = [s for e in entries for s in _grid(e["rates"], **plan["common"], **_without(e, "rates"))]
+            return [s for s in made if not done.has(s)]
+
+        return runs
+
+    return [stage(entries) for entries in plan["stages"]]
+
+
+def _without(entry: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in entry.items() if k != key}
 
 
 def _shrunk(s: Settings) -> Settings:

@@ -115,7 +115,7 @@ def train(s: Settings, images: Images) -> dict[str, Any]:
 
     Returns:
         The settings; held-out "accuracy" in percent; "diverged"; "curve": [step, loss, median s_k, median R_k] at some
-        steps, NaN where a method measures none; "seconds".
+        steps, NaN where a method measures none; "signal": s_k of each of "layers" at those steps; "device"; "seconds".
     """
     device, start = images.x.device, time.time()
     torch.manual_seed(s.seed)
@@ -127,6 +127,7 @@ def train(s: Settings, images: Images) -> dict[str, Any]:
     updates = len(images.y) // s.batch
     total, warmup_steps = updates * s.epochs, int(s.warmup * updates)
     curve: list[list[float]] = []
+    signal: list[list[float]] = []
     chunk = min(s.chunk, s.batch)
     low = device.type == "cuda"
     for step in range(total):
@@ -148,12 +149,20 @@ def train(s: Settings, images: Images) -> dict[str, Any]:
         optimizer.step()
         if step % max(1, total // CURVE_POINTS) == 0:
             curve.append([step, float(loss_sum), *_measured(optimizer)])
+            signal.append(_signal(optimizer))
             if not math.isfinite(curve[-1][1]) or curve[-1][1] > 20:
                 break
     diverged = not math.isfinite(curve[-1][1]) or curve[-1][1] > 20
     optimizer.remove_hooks()
     result = {"accuracy": _accuracy(model, images, low), "diverged": diverged, "curve": curve}
+    result |= {"layers": optimizer.layer_names, "signal": signal, "device": device.type}
     return {**asdict(s), **result, "seconds": round(time.time() - start, 2)}
+
+
+def _signal(optimizer: LayerwiseOptimizer) -> list[float]:
+    """s_k of each layer; empty for a method that measures none."""
+    last = optimizer.last_step
+    return [] if last is None or last.signal is None else [round(v, 5) for v in last.signal.tolist()]
 
 
 def _measured(optimizer: LayerwiseOptimizer) -> list[float]:
