@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 
-from research.cifar10.plan import Done, stages, stages_of
-from research.cifar10.train import Images, Settings, train
+from research.cifar10.plan import PARTS, Done, stages, stages_of
+from research.cifar10.settings import Settings
+from research.cifar10.train import Images, train
 
 SPLIT_SEED, TRAINED, HELD_OUT = 0, 45_000, 5_000
 
@@ -123,10 +124,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300.0, help="when to stop (default: 300)")
     parser.add_argument("--workers", type=int, default=12, help="processes (default: 12)")
     parser.add_argument("--tiny", action="store_true", help="256 images and one epoch: only shows that it runs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of the study (default: all)")
     parser.add_argument("--plan", type=Path, help="a YAML of runs in their order, in place of the whole study")
     args = parser.parse_args()
     begun = time.monotonic()
-    todo = stages_of(args.plan) if args.plan else stages(tiny=args.tiny)
+    todo = stages_of(args.plan) if args.plan else stages(args.parts, tiny=args.tiny)
     work = args.out.parent / "decoded"
     work.mkdir(parents=True, exist_ok=True)
     sizes = {"trained": 256, "held_out": 64} if args.tiny else {"trained": TRAINED, "held_out": HELD_OUT}
