@@ -1,6 +1,5 @@
 """Promise: a checkpoint made under one launcher resumes under another where the engine allows it, or is refused.
 
-
 One process and plain data parallelism read each other's; ZeRO and FSDP2 their own.
 """
 
@@ -49,6 +48,17 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(under_ddp, uninterrupted
     trainer = run(CASE, tmp_path, 1, resume=under_ddp / "own" / f"checkpoint-{MIDDLE}")
     save_weights(trainer.model.state_dict(), tmp_path)
     assert_second_half(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("method", ["clars", "signal_lars"])
+def test_two_processes_go_on_from_their_own_checkpoint_bit_for_bit(method, tmp_path):
+    """The running moments of SignalLARS among the rest."""
+    launch("ddp", "tests.launchers.resume", tmp_path, "ddp", "own", method)
+    (resumed, _), (whole, _) = outcome(tmp_path / "resumed"), outcome(tmp_path / "own")
+    for name, value in whole.items():
+        np.testing.assert_array_equal(resumed[name], value[MIDDLE:] if name.startswith("log ") else value, name)
+    if method == "signal_lars":
+        assert 0 < np.nanmedian(whole["log signal"]) < 1
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp2"])

@@ -244,6 +244,11 @@ class LayerwiseOptimizer(Optimizer):
     # ---- norms and rates -----------------------------------------------------------------------------------
 
     @property
+    def measures_signal(self) -> bool:
+        """Whether steps measure the share of signal, and so log it."""
+        return False
+
+    @property
     def measures_norms(self) -> bool:
         """Whether steps measure the layers' norms, and so are held when one is not finite."""
         return True

@@ -30,7 +30,7 @@ class LayerRateCallback(TrainerCallback):
         flush_every: Steps between two pieces of the log. Default 50.
         optimizer: The layer-wise optimizer; None: found in what Trainer passes to callbacks.
         on_save_error: When the log cannot be written, `"stop"` (default), or `"continue"`: steps stay in memory, 20
-            bytes a layer each, until it can.
+            or 28 bytes a layer each, until it can.
     """
 
     def __init__(
@@ -60,7 +60,10 @@ class LayerRateCallback(TrainerCallback):
         if goes_on and LayerRateLog.is_in(folder):
             self._log = LayerRateLog.resume(folder, state.global_step, layers=names, flush_every=self.flush_every)
         else:
-            self._log = LayerRateLog.create(folder, layers=names, settings=self.settings, flush_every=self.flush_every)
+            signal = self._optimizer.measures_signal
+            self._log = LayerRateLog.create(
+                folder, layers=names, settings=self.settings, signal=signal, flush_every=self.flush_every
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the step that was just taken; a skipped step has none."""

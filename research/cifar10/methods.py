@@ -71,9 +71,12 @@ class AdaScale(SignalLARS):
         squares = torch.stack([grad_norm, sample_norm]).square()
         moments = self._averaged(squares.sum(1, keepdim=True).expand_as(squares))
         share = signal_share(moments, batch_size)
-        rate = self._rates(torch.ones_like(share)) * signal_damping(share, self.n)
+        damping = signal_damping(share, self.n)
+        rate = self._rates(torch.ones_like(share)) * damping
         ratio = torch.where(sample_norm > 0, grad_norm / sample_norm, 1.0)
-        return LayerMeasures(rate, weight_norm, grad_norm, sample_norm, ratio, signal=share, moments=moments)
+        return LayerMeasures(
+            rate, weight_norm, grad_norm, sample_norm, ratio, signal=share, damping=damping, moments=moments
+        )
 
 
 class VRLARS(LARS):

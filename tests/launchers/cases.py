@@ -82,6 +82,7 @@ MODELS = {"frozen batch norm": frozen_batch_norm, "group norm": group_norm, "vit
 METHODS = {
     "clars": {"method": "clars", "norm_samples": 0},
     "clars subset": {"method": "clars", "norm_samples": SUBSET},
+    "signal_lars": {"method": "signal_lars", "norm_samples": 0},
     "lars": {"method": "lars", "eta": 0.003},
     "nag": {"method": "nag", "learning_rate": 0.02},
 }
@@ -163,6 +164,6 @@ def save_weights(state, folder):
 def outcome(folder):
     """{name: array} of everything that must agree: the log's quantities and the final weights."""
     log = LayerRateLog.open(folder)
-    found = {f"log {q}": log[q] for q in ("rate", "weight_norm", "grad_norm", "mean_sample_norm", "ratio")}
+    found = {f"log {q}": log[q] for q in log.quantities}
     found["log steps"] = np.asarray(log.steps)
     return found | {f"weight {n}": t.float().numpy() for n, t in load_file(weights_file(folder)).items()}, log.layers
