@@ -60,7 +60,7 @@ def plot_layer_rates(
     below = ratio
     if "signal" in log.quantities:
         ratio = Quantity(log["signal"], rf"Share of signal  {SIGNAL}", r"$s_k$", "cividis", share=True)
-        below = Quantity(log["damping"], r"Factor $f_k$ of the step, over all layers", r"$f_k$", "cividis", share=True)
+        below = Quantity(log["damping"], r"Factor $f_k$", r"$f_k$", "cividis", share=True)
     heat_height = heat_map_height(len(log.layers), max_labels)
     with themed(theme) as look:
         figure, panels = _make_panels(heat_height, ratio.usable)
@@ -96,8 +96,9 @@ def heat_map_height(layers: int, max_labels: int) -> float:
 
 def title_of(subject: str, log: LayerRateLog) -> str:
     """The subject of a picture, with method and batch size of the run."""
-    method, batch = log.settings.get("method"), log.settings.get("global_batch")
-    parts = [str(method).upper() if method else "", f"batch of {batch}" if batch else ""]
+    method, batch = str(log.settings.get("method") or ""), log.settings.get("global_batch")
+    known = METHODS.get(method.lower())
+    parts = [method.upper() if known is None else known.title, f"batch of {batch}" if batch else ""]
     return " · ".join([subject, *filter(None, parts)])
 
 
