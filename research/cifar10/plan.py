@@ -178,7 +178,7 @@ def batch_stages() -> list[Stage]:
         return at + [s for s in steps if 1 <= s.epochs <= MOST_EPOCHS]
 
     def envelope(done: Done) -> list[Settings]:
-        return [s for b in BATCHES for s in _at(FROM_THE_MIDDLE, [replace(m, batch=b) for m in methods])]
+        return [s for b in BATCHES for s in _at(FROM_THE_MIDDLE, [_moved(m, b) for m in methods])]
 
     return [_fixed(tuned), everywhere, envelope]
 

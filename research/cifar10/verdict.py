@@ -199,8 +199,10 @@ def _one_setting(runs: Runs) -> Clause:
             found.append(f"{name}: no setting was run at all three")
             continue
         at = [(envelope.get(b), _deciding(runs, replace(chosen, batch=b), missing)) for b in BATCHES]
-        gaps.append(max((e.mean - s.mean for e, s in at if e and s), default=float("inf")))
-        found.append(f"{name} at {chosen.rate:g}: {gaps[-1]:.2f} points below the envelope at most")
+        both = [(e, s) for e, s in at if e and s and len(e.values) == len(s.values) == len(SEEDS)]
+        gaps.append(max((e.mean - s.mean for e, s in both), default=0.0))
+        where = f"{gaps[-1]:.2f} points below the envelope at most" if len(both) == len(BATCHES) else "seeds lack"
+        found.append(f"{name} at {chosen.rate:g}: {where}")
     state = OPEN if missing else (MET if gaps[0] <= MARGIN < gaps[1] else NOT_MET)
     sizes = ", ".join(f"{b:,}" for b in BATCHES)
     name = (
