@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hf_clars.trainer.resuming import CheckpointMisfitError, check_engine
-from tests.launchers.cases import MIDDLE, Case, outcome, run, save_weights
+from tests.launchers.cases import MIDDLE, Case, floor_of, outcome, run, save_weights
 from tests.test_launchers_agree import launch
 
 CASE = Case("group norm", "clars", 1)
@@ -36,8 +36,7 @@ def assert_second_half(found, uninterrupted):
     assert arrays["log steps"].tolist() == list(range(MIDDLE + 1, wanted["log steps"][-1] + 1))
     for name, value in wanted.items():
         value = value[MIDDLE:] if name.startswith("log ") else value
-        floor = 1e-6 if name.startswith("weight ") else 0
-        np.testing.assert_allclose(arrays[name], value, rtol=1e-5, atol=floor, err_msg=name)
+        np.testing.assert_allclose(arrays[name], value, rtol=1e-5, atol=floor_of(name), err_msg=name)
 
 
 def test_two_processes_go_on_from_the_checkpoint_of_one(under_ddp, uninterrupted):

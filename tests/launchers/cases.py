@@ -161,6 +161,15 @@ def save_weights(state, folder):
     save_file({n: t.detach().cpu().contiguous().clone() for n, t in state.items()}, weights_file(folder))
 
 
+def floor_of(name):
+    """How far two outcomes may lie apart on an absolute scale.
+
+    A key's bias in attention has no gradient but rounding noise, so that weights need a floor. A share of signal is a
+    difference of two numbers near 1, exact on that scale.
+    """
+    return 1e-5 if name == "log signal" else 1e-6 if name.startswith("weight ") else 0
+
+
 def outcome(folder):
     """{name: array} of everything that must agree: the log's quantities and the final weights."""
     log = LayerRateLog.open(folder)
