@@ -12,6 +12,7 @@ from hf_clars.plots import plot_layer_rates
 from hf_clars.plots.page_data import page_data
 from hf_clars.records import QUANTITIES, SIGNAL_QUANTITIES, LayerRateLog, RecordError
 from hf_clars.trainer.card import gather_facts
+from hf_clars.trainer.console import LogLine
 from tests.picture_kit import texts
 from tests.trainer_kit import Images, Plain, clars_args
 
@@ -131,6 +132,9 @@ def test_the_console_has_the_median_share(trained):
     trainer, folder = trained
     last = [entry for entry in trainer.state.log_history if "signal_median" in entry][-1]
     assert last["signal_median"] == pytest.approx(float(np.median(LayerRateLog.open(folder)["signal"][-1])), abs=1e-6)
+    line = LogLine().line(last, trainer.state)
+    assert f"s {last['signal_median']:.2g}" in line
+    assert "signal_median" not in line
 
 
 def test_the_card_names_method_and_n(trained):
