@@ -102,16 +102,16 @@ def plot_layers(path: Path, row: Row, title: str) -> None:
         finish(figure, look, title, path, DPI)
 
 
-def plot_batches(path: Path, lines: Mapping[str, Mapping[int, float]], title: str) -> None:
+def plot_batches(path: Path, lines: Mapping[str, Mapping[int, float]], best: Mapping[int, float], title: str) -> None:
     """Draw accuracy over the batch size, as points below the best of all at each.
 
     Args:
         path: The png to write.
         lines: {name: {B: accuracy}}.
+        best: {B: the highest accuracy of all methods and rates there}.
         title: Of the picture.
     """
     sizes = sorted({b for line in lines.values() for b in line})
-    best = {b: max(line[b] for line in lines.values() if b in line) for b in sizes}
     with themed("light") as look:
         figure = new_figure(6.4, 4.2)
         axes = figure.subplots()
@@ -121,6 +121,7 @@ def plot_batches(path: Path, lines: Mapping[str, Mapping[int, float]], title: st
             colour, dashes = look.series[i % len(look.series)], DASHES[i % len(DASHES)]
             axes.plot([b for b, _ in found], gaps, dashes, color=colour, marker="o", markersize=4, label=name)
         _rate_axis(axes, sizes)
+        axes.axhline(0, color=look.grid, linewidth=1)
         axes.set_ylim(max(-10.5, axes.get_ylim()[0]), 0.5)
         _label(axes, look, "batch size B (equal samples)", "points below the best of all")
         axes.legend(frameon=False, fontsize=8)

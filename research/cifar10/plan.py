@@ -173,17 +173,18 @@ def batch_stages() -> list[Stage]:
 
     def everywhere(done: Done) -> list[Settings]:
         best = [s for s in (done.runs.best([m]) for m in [*methods, nesterov]) if s is not None]
-        at = [_moved(s, batch) for batch in BATCHES for s in best]
+        at = [moved(s, batch) for batch in BATCHES for s in best]
         steps = [replace(s, epochs=s.epochs * s.batch // TUNED_AT) for s in at]
         return at + [s for s in steps if 1 <= s.epochs <= MOST_EPOCHS]
 
     def envelope(done: Done) -> list[Settings]:
-        return [s for b in BATCHES for s in _at(FROM_THE_MIDDLE, [_moved(m, b) for m in methods])]
+        return [s for b in BATCHES for s in _at(FROM_THE_MIDDLE, [moved(m, b) for m in methods])]
 
     return [_fixed(tuned), everywhere, envelope]
 
 
-def _moved(s: Settings, batch: int) -> Settings:
+def moved(s: Settings, batch: int) -> Settings:
+    """A setting at another batch size, untuned: only Nesterov's rate is scaled with B."""
     rate = s.rate * batch / s.batch if s.method == "nag" else s.rate
     return replace(s, batch=batch, rate=rate, chunk=min(s.chunk, batch))
 

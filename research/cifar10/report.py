@@ -16,6 +16,7 @@ from typing import Any
 from hf_clars.hub.markdown import table
 from research.cifar10 import figures
 from research.cifar10.choosing import Row, Runs, Seeds
+from research.cifar10.plan import TUNED_AT, moved
 from research.cifar10.rows import MADE_BY, read_runs
 from research.cifar10.settings import Settings, kind
 from research.cifar10.verdict import HEADLINES, decide, in_setting, words
@@ -23,6 +24,7 @@ from research.cifar10.verdict import HEADLINES, decide, in_setting, words
 RULE = Path(__file__).with_name("verdict.yaml")
 MAKERS = {"prototype": "a prototype on an H100", "product": "the product's classes"}
 DEVICES = {"cuda": "a GPU", "cpu": "a CPU"}
+EPOCHS = 12
 Key = tuple[Any, ...]
 
 
@@ -119,12 +121,19 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
     names = ["rates.png", "shares.png"]
     measured = [r for r in gpu or cpu if r["signal"] and r["batch"] == 2048 and r["seed"] == 0]
     if measured:
-        best = max(measured, key=lambda r: r["accuracy"])
-        title = f"Share of signal in each layer: {heading(place(best)).split(':')[0]}"
-        figures.plot_layers(folder / "layers.png", best, title)
+        shown = max(measured, key=lambda r: r["accuracy"])
+        title = f"Share of signal in each layer: {heading(place(shown)).split(':')[0]}"
+        figures.plot_layers(folder / "layers.png", shown, title)
         names.append("layers.png")
-    figures.plot_batches(folder / "batches.png", _by_batch(given), "Each method tuned at each batch size, one seed")
-    return [*names, "batches.png"]
+    if lines := by_batch(gpu) or by_batch(given):
+        best = envelope(gpu if by_batch(gpu) else given)
+        figures.plot_batches(folder / "batches.png", lines, best, "Each method tuned at each batch size, one seed")
+        names.append("batches.png")
+    if lines := one_setting(gpu):
+        title = "Tuned at B = 512, run as it is at the others"
+        figures.plot_batches(folder / "one_setting.png", lines, envelope(gpu), title)
+        names.append("one_setting.png")
+    return names
 
 
 def _rate_panels(*groups: Sequence[Row]) -> Iterable[tuple[str, tuple[Runs, Sequence[tuple[str, Settings]]]]]:
@@ -163,15 +172,64 @@ def _best_by_batch(rows: Sequence[Row], fixed: dict[str, Any]) -> dict[str, Row]
     return found
 
 
-def _by_batch(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
-    """{method: {B: accuracy at its best rate there, seed 0}} of those that ran at two batch sizes or more."""
-    runs = Runs(r for r in rows if r["network"] == "resnet8")
+def envelope(rows: Sequence[Row]) -> dict[int, float]:
+    """{B: the best accuracy of all methods and rates on seed 0}, of ResNet-8."""
+    found: dict[int, float] = {}
+    for s, accuracy in Runs(_of_batches(rows)).accuracy.items():
+        if s.seed == 0:
+            found[s.batch] = max(accuracy, found.get(s.batch, 0.0))
+    return found
+
+
+def by_batch(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """{method: {B: accuracy at its best rate there}} on seed 0, of what ran at two batch sizes or more."""
     found: dict[str, dict[int, float]] = {}
-    for s, accuracy in runs.accuracy.items():
+    for s, accuracy in Runs(_of_batches(rows)).accuracy.items():
         if s.seed == 0:
             line = found.setdefault(named(s), {})
             line[s.batch] = max(accuracy, line.get(s.batch, 0.0))
     return {name: line for name, line in sorted(found.items()) if len(line) > 1}
+
+
+def one_setting(rows: Sequence[Row], *, equal_steps: bool = False) -> dict[str, dict[int, float]]:
+    """{method: {B: accuracy at the rate that was best at B = 512}} on seed 0, of what ran at two batch sizes or more.
+
+    Args:
+        rows: Of one maker.
+        equal_steps: As many updates at every B, in place of as many samples.
+    """
+    runs = Runs(r for r in rows if (r["network"], r["width"]) == ("resnet8", 16))
+    sizes = sorted({s.batch for s in runs.accuracy})
+    found: dict[str, dict[int, float]] = {}
+    for s in {kind(s): s for s in runs.accuracy if (s.batch, s.epochs) == (TUNED_AT, EPOCHS)}.values():
+        best = runs.best([replace(s, seed=0)])
+        if best is not None:
+            at = {b: moved(best, b) for b in sizes}
+            if equal_steps:
+                at = {b: replace(m, epochs=m.epochs * b // TUNED_AT) for b, m in at.items()}
+            found[f"{named(best)} at {best.rate:g}"] = {b: runs.accuracy[m] for b, m in at.items() if m in runs}
+    return {name: line for name, line in sorted(found.items()) if len(line) > 1}
+
+
+def _of_batches(rows: Sequence[Row]) -> list[Row]:
+    return [r for r in rows if (r["network"], r["width"], r["epochs"]) == ("resnet8", 16, EPOCHS)]
+
+
+def batch_table(rows: Sequence[Row], *, equal_steps: bool = False) -> str:
+    """One setting for many batch sizes: each method at the rate that was best at B = 512, and the best of all.
+
+    Args:
+        rows: Of one maker.
+        equal_steps: See `one_setting`; the best of all is of equal samples, and left out.
+    """
+    lines, best = one_setting(rows, equal_steps=equal_steps), envelope(rows)
+    sizes = sorted({b for line in lines.values() for b in line})
+    if not lines:
+        return "Not run yet."
+    cells = [[name, *(_number(line.get(b)) for b in sizes)] for name, line in lines.items()]
+    header = ["tuned at B = 512, %", *(f"B = {b:,}" for b in sizes)]
+    whole = [] if equal_steps else [["the best of all, tuned there", *(_number(best.get(b)) for b in sizes)]]
+    return table(header, cells + whole)
 
 
 def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
@@ -182,6 +240,7 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
         pictures: Names of those that are beside it.
     """
     by_maker = {maker: [r for r in rows if r["made_by"] == maker] for maker in MADE_BY}
+    on_gpu = [r for r in by_maker["product"] if r["device"] == "cuda"]
     cpu = sum(r["device"] == "cpu" for r in by_maker["product"])
     counts = f"{len(by_maker['prototype'])} runs of a prototype on an H100, {len(by_maker['product'])} of the "
     counts += f"product's classes ({cpu} of them on a CPU)"
@@ -190,6 +249,7 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
         "shares.png": "The share of signal s_k of the median layer: it answers how long a warmup a batch size needs.",
         "layers.png": "The same for every layer of one run.",
         "batches.png": "Each method at its own best rate at each batch size, below the best of all.",
+        "one_setting.png": "Each method at the rate that was best at B = 512, below the best of all.",
     }
     parts = [
         "# Does LARS need a warmup, if it measures how much of its gradient is signal?",
@@ -208,6 +268,14 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
         *(f"![{captions[name]}]({name})\n\n{captions[name]}" for name in pictures),
         "## Do the product's classes repeat the prototype's runs?",
         agreement(rows),
+        "## One setting for many batch sizes",
+        "The rate that was best at B = 512, used as it is at the others, 12 epochs each, one seed; below it the best "
+        "of all methods, tuned there. By the product's classes (`--parts batches` of the runs' command):",
+        batch_table(on_gpu),
+        "The same with as many updates as at B = 512, as far as 48 epochs go:",
+        batch_table(on_gpu, equal_steps=True),
+        "By the prototype, as far as its grids met:",
+        batch_table(by_maker["prototype"]),
         "## All methods",
         "The best rate is that of seed 0; mean and range are over all seeds at it, seed 0 among them; the columns "
         "beside are of seed 0.",
