@@ -82,7 +82,7 @@ MODELS = {"frozen batch norm": frozen_batch_norm, "group norm": group_norm, "vit
 METHODS = {
     "clars": {"method": "clars", "norm_samples": 0},
     "clars subset": {"method": "clars", "norm_samples": SUBSET},
-    "signal_lars": {"method": "signal_lars", "norm_samples": 0},
+    "signal_lars": {"method": "signal_lars", "norm_samples": 0, "eta": 0.003},
     "lars": {"method": "lars", "eta": 0.003},
     "nag": {"method": "nag", "learning_rate": 0.02},
 }
