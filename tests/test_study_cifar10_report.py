@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from research.cifar10.plan import Done
 from research.cifar10.report import agreement, batch_table, draw, envelope, method_table, one_setting, page
 from research.cifar10.rows import product_row, prototype_row, read_runs, write_runs
 from research.cifar10.run import decode, run_all
@@ -151,9 +152,9 @@ def test_a_session_that_was_cut_off_is_gone_on_with(tmp_path):
     decode(tmp_path / "train.parquet", trained=128, held_out=32, folder=tmp_path)
     assert np.load(tmp_path / "x.npy").shape == (128, 40, 40, 3)
     wanted = [replace(TINY, rate=rate) for rate in (0.01, 0.02)]
-    out.write_text(json.dumps({**vars(wanted[0]), "accuracy": 11.0}) + "\n", encoding="utf-8")
+    line = json.dumps({**vars(wanted[0]), "accuracy": 11.0})
+    out.write_text(line + "\n" + line[:30], encoding="utf-8")
     done = run_all([lambda d: [s for s in wanted if s not in d.runs]], tmp_path, out, seconds=200, workers=1)
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert done == 1
-    assert [Settings.of(row) for row in rows] == wanted
-    assert rows[0]["accuracy"] == 11.0
+    assert set(Done.read([out]).runs.accuracy) == set(wanted)
+    assert Done.read([out]).runs.accuracy[wanted[0]] == 11.0

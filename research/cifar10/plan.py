@@ -36,14 +36,15 @@ class Done:
     @classmethod
     def read(cls, files: Iterable[Path]) -> Done:
         """Those of some files of one JSON a line; a last line that a killed run has cut off is passed over."""
-        return cls(row for path in files for row in _rows(path))
+        return cls(row for path in files for row in json_lines(path))
 
     def add(self, row: Row) -> None:
         """One more."""
         self.runs.accuracy |= Runs([row]).accuracy
 
 
-def _rows(path: Path) -> Iterable[Row]:
+def json_lines(path: Path) -> Iterable[Row]:
+    """The rows of a file of one JSON a line, without a line that was cut off."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             yield json.loads(line)
@@ -203,13 +204,13 @@ def stages(parts: Iterable[str] = tuple(PARTS), *, tiny: bool = False) -> list[S
 
     Args:
         parts: Names in `PARTS`.
-        tiny: Runs of a few steps, and no stage that rests on others.
+        tiny: Two runs of a few steps from each stage; stages that rest on others find nothing.
     """
     plan = [stage for part in parts for stage in PARTS[part]()]
 
     def new(stage: Stage) -> Stage:
         def runs(done: Done) -> list[Settings]:
-            made = [_shrunk(s) for s in stage(done)] if tiny else stage(done)
+            made = [_shrunk(s) for s in stage(done)[:2]] if tiny else stage(done)
             return [s for s in dict.fromkeys(made) if s not in done.runs]
 
         return runs

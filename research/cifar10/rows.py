@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,6 +11,7 @@ from typing import Any
 
 import datasets
 
+from research.cifar10.plan import json_lines
 from research.cifar10.settings import KIND, Settings
 from research.study.parquet import read_parquet, write_parquet
 
@@ -81,8 +81,7 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [row for row in rows if row.get("accuracy") is not None]
+    return [dict(row) for row in json_lines(path) if row.get("accuracy") is not None]
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +82,9 @@ def run_all(
         How many runs were done.
     """
     begun, done = time.monotonic(), Done.read([out] if out.exists() else [])
+    if out.exists() and not out.read_bytes().endswith(b"\n"):
+        with out.open("a", encoding="utf-8") as file:  # a line that was cut off
+            file.write("\n")
     context = mp.get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
     processes = [context.Process(target=_worker, args=(work, tasks, results), daemon=True) for _ in range(workers)]
@@ -129,12 +133,12 @@ def main() -> int:
     args = parser.parse_args()
     begun = time.monotonic()
     todo = stages_of(args.plan) if args.plan else stages(args.parts, tiny=args.tiny)
-    work = args.out.parent / "decoded"
-    work.mkdir(parents=True, exist_ok=True)
     sizes = {"trained": 256, "held_out": 64} if args.tiny else {"trained": TRAINED, "held_out": HELD_OUT}
-    decode(args.data, **sizes, folder=work)
-    left = args.seconds - (time.monotonic() - begun)
-    count = run_all(todo, work, args.out, seconds=left, workers=args.workers)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        decode(args.data, **sizes, folder=Path(folder))
+        left = args.seconds - (time.monotonic() - begun)
+        count = run_all(todo, Path(folder), args.out, seconds=left, workers=args.workers)
     print(f"{count} runs in {time.monotonic() - begun:.0f} s")
     return 0
 
