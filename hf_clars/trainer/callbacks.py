@@ -33,7 +33,7 @@ class LayerRateCallback(TrainerCallback):
         flush_every: Steps between two pieces of the log. Default 50.
         optimizer: The layer-wise optimizer; None: found in what Trainer passes to callbacks.
         on_save_error: When the log cannot be written, `"stop"` (default), or `"continue"`: steps stay in memory, 20
-            bytes a layer each, until it can.
+            or 28 bytes a layer each, until it can.
     """
 
     def __init__(
@@ -70,7 +70,10 @@ class LayerRateCallback(TrainerCallback):
             return
         self._make_room(folder)
         settings = self.settings if isinstance(self.settings, dict) else self.settings()
-        self._log = LayerRateLog.create(folder, layers=names, settings=settings, flush_every=self.flush_every)
+        signal = self._optimizer.measures_signal
+        self._log = LayerRateLog.create(
+            folder, layers=names, settings=settings, signal=signal, flush_every=self.flush_every
+        )
 
     def _make_room(self, folder: Path) -> None:
         """A run that begins anew where another was: what cannot be resumed is of no use, the rest is kept aside."""
