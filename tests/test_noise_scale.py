@@ -149,7 +149,9 @@ def test_the_monitor_agrees_with_brute_force_for_any_accumulation(passes, reduct
         read = monitor.noise.read()
         torch.testing.assert_close(read.noise[-1], noise * scale**2, rtol=1e-9, atol=0)
         torch.testing.assert_close(read.signal[-1], signal * scale**2, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(read.value[-1], torch.where(signal > 0, noise / signal, torch.inf), rtol=1e-8, atol=0)
+        torch.testing.assert_close(
+            read.value[-1], torch.where(signal > 0, noise / signal, torch.inf), rtol=1e-8, atol=0
+        )
         top = monitor.last.top_norm[: len(x)]
         torch.testing.assert_close(top, norms.sort(descending=True).values * scale, rtol=1e-9, atol=0)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from hf_clars.grad_norms import PerSampleGradNorms
@@ -165,9 +166,9 @@ def _as_they_are() -> Iterator[None]:
 def _hooks_that_report(model: nn.Module, on_error: Callable[[Exception], None]) -> Iterator[None]:
     """Hooks placed on the model inside the block report their first error, and do nothing after it.
 
-    An error in a forward hook would end the user's training. torch has no public way to replace a hook in its place,
-    so this function, and no other, reads `Module._forward_hooks`; an argument of `PerSampleGradNorms` that takes
-    errors would end that.
+    An error in a forward hook, or in a hook on a tensor that it has placed, would end the user's training. torch has no
+    public way to replace a module's hook in its place, so this function, and no other, reads `Module._forward_hooks`;
+    an argument of `PerSampleGradNorms` that takes errors would end that.
     """
     known = {module: (set(module._forward_hooks), set(module._forward_pre_hooks)) for module in model.modules()}
     yield
@@ -196,7 +197,8 @@ class _Reporting:
         if self.broken:
             return None
         try:
-            return self.hook(*args, **kwargs)
+            with _ReportingTensorHooks(self.broken, self.on_error):
+                return self.hook(*args, **kwargs)
         except Exception as error:
             self.broken.append(error)
             self.on_error(error)
@@ -204,3 +206,17 @@ class _Reporting:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.hook, memo)  # the engine's hooks are inert in a copy of the model
+
+
+class _ReportingTensorHooks(TorchFunctionMode):
+    """Inside it, hooks that are placed on tensors report as those on modules do."""
+
+    def __init__(self, broken: list[Exception], on_error: Callable[[Exception], None]) -> None:
+        super().__init__()
+        self.broken, self.on_error = broken, on_error
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As torch calls it for every function of its own."""
+        if func is Tensor.register_hook:
+            args = (args[0], _Reporting(args[1], self.broken, self.on_error))
+        return func(*args, **(kwargs or {}))
