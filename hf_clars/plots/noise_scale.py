@@ -88,7 +88,7 @@ def _draw_map(figure: Figure, look: Look, axes: Axes, columns: Columns, quantity
 
 def _draw_scale(axes: Axes, look: Look, columns: Columns, read: NoiseScale, batch: Floats) -> None:
     """The model's noise scale, its band, and the batch size."""
-    axes.set_title("Whole model, ± 1 standard error", loc="left", fontsize=11)
+    axes.set_title("Whole model", loc="left", fontsize=11)
     value, low, high = (x[:, -1].numpy() for x in (read.value, read.low, read.high))
     if not on_log_scale(value).any():
         say(axes, look, NOT_YET)
@@ -101,7 +101,7 @@ def _draw_scale(axes: Axes, look: Look, columns: Columns, read: NoiseScale, batc
     band = np.isfinite(lower) & (lower < top)
     colour = look.series[0]
     axes.fill_between(columns.centres, lower, upper, where=band, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(columns.centres, middle, "-", color=colour, linewidth=1.5, label="noise scale")
+    axes.plot(columns.centres, middle, "-", color=colour, linewidth=1.5, label="noise scale ± 1 standard error")
     axes.plot(columns.centres, size, "--", color=look.series[-1], linewidth=1.2, label="batch size used")
     axes.set_yscale("log")
     axes.set_ylim(bottom, top)
