@@ -167,3 +167,38 @@ def test_all_passes_of_one_size_give_the_same_to_the_last_digits():
             found.append(monitor.last)
     for name in ("batch_square", "sample_square", "sample_norm", "quantiles", "top_norm", "top_share"):
         torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), rtol=1e-10, atol=0, equal_nan=True)
+
+
+def test_batchnorm_in_training_mode_couples_samples_so_the_scale_is_left_out_with_a_word(caplog):
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)).double()
+    x, y = data()
+    with NormMonitor(model, every=1, strict=True) as monitor:
+        for _ in range(2):
+            with monitor.batch():
+                nn.functional.cross_entropy(model(x), y).backward()
+            model.zero_grad()
+        assert monitor.noise.steps == 0
+        assert (monitor.last.ratio <= 1).all()
+        assert sum("BatchNorm in training mode" in r.getMessage() for r in caplog.records) == 1
+        model.eval()
+        with monitor.batch():
+            nn.functional.cross_entropy(model(x), y).backward()
+        assert monitor.noise.steps == 1
+
+
+def test_within_a_batch_as_between_batches():
+    """The noise told from one batch's samples is the scatter of gradients over many batches, which needs no samples."""
+    model, (x, y) = network(), data(400)
+    generator = torch.Generator().manual_seed(5)
+    between = []
+    with NormMonitor(model, every=1, strict=True, decay=1.0) as monitor:
+        for _ in range(60):
+            chosen = torch.randint(0, 400, (8,), generator=generator)
+            with monitor.batch():
+                nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+            between.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            model.zero_grad()
+        read = monitor.noise.read()
+    g = torch.stack(between)
+    noise = 8 * (g - g.mean(0)).square().sum() / (len(g) - 1)
+    torch.testing.assert_close(read.noise[-1], noise, rtol=0.2, atol=0)

@@ -21,7 +21,7 @@ def step(number, samples=16, layers=3, noisy=True):
     batch = g.mean(1).square().sum(1)
     nothing = torch.tensor(float("nan"))
     return StepMeasures(
-        number, samples, batch, norms.mean(1), norms.sqrt().mean(1), torch.ones(5), nothing, top, top, *places
+        number, samples, 1, batch, norms.mean(1), norms.sqrt().mean(1), torch.ones(5), nothing, top, top, *places
     )
 
 

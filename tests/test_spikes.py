@@ -18,7 +18,7 @@ def step(number, norm, loss=1.0, layers=(0.5, 0.5)):
     top = torch.tensor([3.0, 1.0], dtype=torch.float64)
     places = [torch.tensor(p) for p in ([17, 4], [1, 0], [0, 2], [5, 6])]
     mean = torch.ones(2, dtype=torch.float64)
-    return StepMeasures(number, 8, squares, squares, mean, torch.ones(5), torch.tensor(loss), top, top / 10, *places)
+    return StepMeasures(number, 8, 1, squares, squares, mean, torch.ones(5), torch.tensor(loss), top, top / 10, *places)
 
 
 def rule_after(norms, losses=None):

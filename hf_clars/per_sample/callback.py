@@ -14,8 +14,9 @@ from hf_clars.errors import HfClarsError
 from hf_clars.layers import LayerMode, ParamLayer
 from hf_clars.per_sample.gradient import GradientProbe
 from hf_clars.per_sample.indexing import INDEX_COLUMN
-from hf_clars.per_sample.monitor import NormMonitor, any_process, check_settings
+from hf_clars.per_sample.monitor import NormMonitor
 from hf_clars.per_sample.reporting import Reporter, layer_values, model_values
+from hf_clars.per_sample.setup import any_process, check_settings
 from hf_clars.per_sample.spikes import Spike
 
 logger = logging.getLogger(__name__)

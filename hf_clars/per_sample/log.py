@@ -2,8 +2,8 @@
 
 A folder `per_sample_norms/` holds `part-00001.safetensors` and so on, each complete in itself, of at most `ROWS` steps;
 only the last is written again while the run goes on. Metadata: `format`, `version`, `layers` (JSON list of K names) and
-`settings` (JSON object). Arrays, T steps: `steps`, `samples` (int64, [T]); `batch_square`, `sample_square`,
-`sample_norm` (float64, [T, K]); `quantiles` (float64, [T, 5]); `loss` (float64, [T]); `top_norm`, `top_share` (float64,
+`settings` (JSON object). Arrays, T steps: `steps`, `samples`, `independent` (int64, [T]); `batch_square`,
+`sample_square`, `sample_norm` (float64, [T, K]); `quantiles` (float64, [T, 5]); `loss` (float64, [T]); `top_norm`, `top_share` (float64,
 [T, k]); `top_index`, `top_rank`, `top_micro_batch`, `top_row` (int64, [T, k]). `StepMeasures` says what each is.
 """
 
@@ -28,7 +28,7 @@ FOLDER, FORMAT, VERSION, ROWS = "per_sample_norms", "hf_clars.per_sample_norms",
 ARRAYS = {"steps": "step"} | {f.name: f.name for f in fields(StepMeasures) if f.name != "step"}
 """Arrays of the file, and the attribute that each row comes from."""
 
-_WHOLE = {"steps", "samples", "top_index", "top_rank", "top_micro_batch", "top_row"}
+_WHOLE = {"steps", "samples", "independent", "top_index", "top_rank", "top_micro_batch", "top_row"}
 
 
 class PerSampleLog:
@@ -168,7 +168,8 @@ class PerSampleLog:
         arrays = self.read()
         for row in range(len(arrays["steps"])):
             values: dict[str, Any] = {name: arrays[array][row] for array, name in ARRAYS.items()}
-            yield StepMeasures(**values | {"step": int(values["step"]), "samples": int(values["samples"])})
+            numbers = {name: int(values[name]) for name in ("step", "samples", "independent")}
+            yield StepMeasures(**values | numbers)
 
     def layer(self, name: str) -> int:
         """The column of a layer.
@@ -193,7 +194,8 @@ class PerSampleLog:
         average = NoiseScaleAverage(len(self.layers), decay=known)
         steps, rows = [], []
         for row in self.rows():
-            average.update(row.batch_square, row.sample_square, row.samples)
+            if row.independent:
+                average.update(row.batch_square, row.sample_square, row.samples)
             steps.append(row.step)
             rows.append(average.read())
         return torch.tensor(steps), NoiseScale(

@@ -75,7 +75,8 @@ def _cross_entropies(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[
 
 def _is_causal(model: nn.Module, logits: Tensor, labels: Tensor) -> bool:
     """Whether position t predicts token t + 1."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT model's
+    wrapped: Any = model
+    inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT model's
     name = type(inner).__name__
     return labels.dim() == 2 and logits.dim() == 3 and ("CausalLM" in name or "LMHead" in name)
 

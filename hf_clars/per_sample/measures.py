@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ class StepMeasures:
     Attributes:
         step: Number of the step, from 1.
         samples: B, over all passes and processes.
+        independent: 1; 0 where BatchNorm in training mode coupled the samples, so that noise and signal cannot be told.
         batch_square: ||g_k||^2, [K]; NaN where the batch gradient was not read.
         sample_square: Mean of ||g_ik||^2 over samples, [K].
         sample_norm: Mean of ||g_ik||, [K].
@@ -37,6 +39,7 @@ class StepMeasures:
 
     step: int
     samples: int
+    independent: int
     batch_square: Tensor
     sample_square: Tensor
     sample_norm: Tensor
@@ -51,8 +54,9 @@ class StepMeasures:
 
     def on_host(self) -> StepMeasures:
         """The same on the CPU: the one copy off the device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return StepMeasures(**{k: v.cpu() if isinstance(v, Tensor) else v for k, v in moved.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
+        return StepMeasures(**moved)
 
     @property
     def finite(self) -> bool:
@@ -67,7 +71,13 @@ class StepMeasures:
 
 @torch.no_grad()
 def step_measures(
-    step: int, local: LocalSamples, batch_square: Tensor | None, *, top_k: int, loss_scale: float = 1.0
+    step: int,
+    local: LocalSamples,
+    batch_square: Tensor | None,
+    *,
+    top_k: int,
+    independent: bool = True,
+    loss_scale: float = 1.0,
 ) -> StepMeasures:
     """Add up what the processes measured. Every process must call it.
 
@@ -76,6 +86,7 @@ def step_measures(
         local: This process's samples.
         batch_square: ||g_k||^2 of the batch gradient in the units that `backward()` left it in, [K]; None: not read.
         top_k: How many of the samples with the largest norms to name.
+        independent: Whether no layer coupled the samples.
         loss_scale: What the loss was multiplied with (fp16).
 
     Returns:
@@ -105,6 +116,7 @@ def step_measures(
     return StepMeasures(
         step=step,
         samples=samples,
+        independent=int(independent),
         batch_square=unread if batch_square is None else batch_square.to(means) / loss_scale**2,
         sample_square=squares,
         sample_norm=means,

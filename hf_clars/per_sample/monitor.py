@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.distributed import sum_over_ranks, world_size
 from hf_clars.errors import ConfigError, HfClarsError
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 from hf_clars.per_sample.attached import AttachedNorms, LocalSamples
@@ -21,7 +20,8 @@ from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexTaker
 from hf_clars.per_sample.log import PerSampleLog
 from hf_clars.per_sample.measures import StepMeasures, step_measures
 from hf_clars.per_sample.noise_scale import NoiseScaleAverage
-from hf_clars.per_sample.norm_layers import norm_layers
+from hf_clars.per_sample.norm_layers import coupling_module, norm_layers
+from hf_clars.per_sample.setup import any_process, check_settings, log_in
 from hf_clars.per_sample.spikes import Spike, SpikeRule
 from hf_clars.per_sample.window import Hard, Window
 
@@ -99,6 +99,7 @@ class NormMonitor:
         first_step: int = 0,
     ) -> None:
         check_settings(every=every, top_k=top_k, decay=decay, flush_every=flush_every)
+        self.every: int = every
         other = _watcher(model)
         if other is not None:
             raise ConfigError(
@@ -106,14 +107,14 @@ class NormMonitor:
                 "one, with the smaller `every` of the two."
             )
         self.model = model
-        self.every, self.top_k, self.strict, self.with_gradient = every, top_k, strict, noise_scale
+        self.strict, self.with_gradient, self.top_k = strict, noise_scale, top_k
         partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
         self.layers = norm_layers(model, partition) if norm_layers_only else partition
         if not self.layers:
             raise ConfigError(f"{type(model).__name__} has no trainable parameter whose gradients could be measured.")
         names = [layer.name for layer in self.layers]
         settings = {"every": every, "decay": decay, "norm_layers_only": norm_layers_only}
-        self._log = _log_in(folder, names, settings, first_step)
+        self._log = log_in(folder, names, settings, first_step)
         self.noise = NoiseScaleAverage(len(self.layers), decay=decay)
         self._flush_every = flush_every
         self._on_spike = on_spike
@@ -123,13 +124,15 @@ class NormMonitor:
         self._measuring = False  # this step is one of the measured ones, on all processes alike
         self._stopped = False  # measuring has ended, on all processes alike
         self.knows_indices = False
+        self._told_of_coupling = False
         self.step = first_step
         self.last: StepMeasures | None = None
         self.ended: str | None = None
         self._taker: IndexTaker | None = IndexTaker(model, index_column, self._receive_index)
         if self._log is not None and first_step and PerSampleLog.is_in(self._log.folder.parent):
             for row in self._log.rows():  # the averages of a run that is resumed are those that it had
-                self.noise.update(row.batch_square, row.sample_square, row.samples)
+                if row.independent:
+                    self.noise.update(row.batch_square, row.sample_square, row.samples)
                 self._rule.look(row)
         _WATCHED[model] = weakref.ref(self)
 
@@ -229,7 +232,9 @@ class NormMonitor:
         times = factor() if factor is not None and squares is not None else None
         if squares is not None and times is not None:
             squares = squares / times.to(squares).square()
-        found = step_measures(self.step + 1, local, squares, top_k=self.top_k, loss_scale=loss_scale).on_host()
+        found = step_measures(
+            self.step + 1, local, squares, top_k=self.top_k, independent=self._independent(), loss_scale=loss_scale
+        ).on_host()
         if not found.samples:
             raise NothingMeasuredError(
                 f"Step {found.step} gave no samples: no gradient came back through a call of "
@@ -242,7 +247,8 @@ class NormMonitor:
                 "(clipping by value, noise), so they are not the batch's: set noise_scale=False."
             )
         self.last = found
-        self.noise.update(found.batch_square, found.sample_square, found.samples)
+        if found.independent:
+            self.noise.update(found.batch_square, found.sample_square, found.samples)
         self._window.add(found)
         for spike in self._rule.look(found):
             logger.warning("%s", spike.sentence())
@@ -252,6 +258,19 @@ class NormMonitor:
             self._log.append(found)
             if found.step == 1 or (found.step // self.every) % self._flush_every == 0:
                 self._log.flush()
+
+    def _independent(self) -> bool:
+        """Whether no BatchNorm couples the samples; says once what that means for the noise scale."""
+        coupled = coupling_module(self.model)
+        if coupled is not None and self.with_gradient and not self._told_of_coupling:
+            self._told_of_coupling = True
+            logger.warning(
+                "%s is a BatchNorm in training mode, which makes each sample's gradient depend on the others: norms "
+                "and R_k are measured, but noise scale and share of signal would be wrong, and are left out. They need "
+                "GroupNorm or LayerNorm, or BatchNorm in evaluation mode.",
+                coupled,
+            )
+        return coupled is None
 
     def end_step(self) -> None:
         """After the optimizer's step, measured or not."""
@@ -315,32 +334,3 @@ class NormMonitor:
 def _watcher(model: nn.Module) -> NormMonitor | None:
     found = _WATCHED.get(model)
     return None if found is None else found()
-
-
-def any_process(here: bool, device: torch.device) -> bool:
-    """Whether something is so in any process; all must ask."""
-    if world_size() == 1:
-        return here
-    return bool(sum_over_ranks(torch.tensor([float(here)], device=device)) > 0)
-
-
-def check_settings(*, every: int, top_k: int, decay: float, flush_every: int) -> None:
-    """Raise `ConfigError` for settings that cannot work."""
-    if every < 1:
-        raise ConfigError(f"every={every} measures no step: give 1 for each step, 50 for each fiftieth.")
-    if top_k < 0:
-        raise ConfigError(f"top_k={top_k}: give how many samples to name, or 0 for none.")
-    if not 0 <= decay <= 1:
-        raise ConfigError(f"decay={decay} cannot work: it must be in [0, 1].")
-    if flush_every < 1:
-        raise ConfigError(f"flush_every={flush_every}: give a positive number of measured steps.")
-
-
-def _log_in(
-    folder: str | Path | None, names: list[str], settings: dict[str, Any], first_step: int
-) -> PerSampleLog | None:
-    if folder is None or (world_size() > 1 and torch.distributed.get_rank() > 0):
-        return None
-    if first_step:
-        return PerSampleLog.resume(folder, first_step, layers=names, settings=settings)
-    return PerSampleLog.create(folder, layers=names, settings=settings)

@@ -1,4 +1,6 @@
-"""The cheap mode: normalisation layers only, whose noise scale follows the whole model's.
+"""Normalisations: the cheap mode measures them alone, and BatchNorm couples samples.
+
+The noise scale of the normalisation layers follows the whole model's.
 
 Source: Gray, Samsi et al., "Normalization Layer Per-Example Gradients are Sufficient to Predict Gradient Noise Scale
 in Transformers" (2024). How well it holds is a matter of the model: `docs/useful-batch-size.md` has what we found.
@@ -44,3 +46,10 @@ def _owner(modules: dict[str, nn.Module], layer: ParamLayer) -> nn.Module | None
 def _is_norm(module: nn.Module | None) -> bool:
     named = module is not None and any("Norm" in kind.__name__ for kind in type(module).__mro__)
     return isinstance(module, NORM_MODULES) or named
+
+
+def coupling_module(model: nn.Module) -> str | None:
+    """The name of a BatchNorm in training mode, which makes each sample's gradient depend on the others; or None."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    names = (name or type(model).__name__ for name, m in model.named_modules() if isinstance(m, kinds) and m.training)
+    return next(names, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,8 @@ def draw(images: Images, scores: dict[str, np.ndarray], planted: set[int], path:
     """Precision over k, and the images with the largest norms."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2)
+    halves: Any = figure.subfigures(1, 2)
+    left, right = halves
     axes = left.add_subplot()
     sizes = np.unique(np.linspace(1, 3 * len(planted), 60).astype(int))
     for (name, values), dashes in zip(scores.items(), ("-", "--", ":"), strict=True):
