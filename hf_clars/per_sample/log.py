@@ -3,8 +3,9 @@
 A folder `per_sample_norms/` holds `part-00001.safetensors` and so on, each complete in itself, of at most `ROWS` steps;
 only the last is written again while the run goes on. Metadata: `format`, `version`, `layers` (JSON list of K names) and
 `settings` (JSON object). Arrays, T steps: `steps`, `samples`, `independent` (int64, [T]); `batch_square`,
-`sample_square`, `sample_norm` (float64, [T, K]); `quantiles` (float64, [T, 5]); `loss` (float64, [T]); `top_norm`, `top_share` (float64,
-[T, k]); `top_index`, `top_rank`, `top_micro_batch`, `top_row` (int64, [T, k]). `StepMeasures` says what each is.
+`sample_square`, `sample_norm` (float64, [T, K]); `quantiles` (float64, [T, 5]); `loss` (float64, [T]); `top_norm`,
+`top_share` (float64, [T, k]); `top_index`, `top_rank`, `top_micro_batch`, `top_row` (int64, [T, k]). `StepMeasures`
+says what each is.
 """
 
 from __future__ import annotations

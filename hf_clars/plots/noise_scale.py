@@ -100,14 +100,16 @@ def _draw_scale(axes: Axes, look: Look, columns: Columns, read: NoiseScale, batc
     upper = np.where(np.isposinf(upper), top, upper)  # the band has no upper end there
     band = np.isfinite(lower) & (lower < top)
     colour = look.series[0]
-    axes.fill_between(columns.centres, lower, upper, where=band, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(columns.centres, middle, "-", color=colour, linewidth=1.5, label="noise scale ± 1 standard error")
-    axes.plot(columns.centres, size, "--", color=look.series[-1], linewidth=1.2, label="batch size used")
+    axes.fill_between(
+        columns.centres, lower, upper, where=band, color=colour, alpha=0.2, linewidth=0, label="± 1 standard error"
+    )
+    axes.plot(columns.centres, middle, "-", color=colour, linewidth=1.5, label="noise scale")
+    axes.plot(columns.centres, size, "--", color=look.series[-1], linewidth=1.2, label="batch size")
     axes.set_yscale("log")
     axes.set_ylim(bottom, top)
     number_log_axis(axes.yaxis, bottom, top)
     _finish_lines(axes, look, columns, "samples")
-    legend_above(axes, 2)
+    legend_above(axes, 3)
 
 
 def _draw_share(axes: Axes, look: Look, columns: Columns, share: Floats) -> None:
