@@ -87,8 +87,7 @@ def _draw_map(figure: Figure, look: Look, axes: Axes, columns: Columns, quantity
 
 
 def _draw_scale(axes: Axes, look: Look, columns: Columns, read: NoiseScale, batch: Floats) -> None:
-    """The model's noise scale, its band, and the batch size."""
-    axes.set_title("Whole model", loc="left", fontsize=11)
+    """The model's noise scale, its band, and the batch size; the legend takes the title's place."""
     value, low, high = (x[:, -1].numpy() for x in (read.value, read.low, read.high))
     if not on_log_scale(value).any():
         say(axes, look, NOT_YET)
@@ -108,7 +107,7 @@ def _draw_scale(axes: Axes, look: Look, columns: Columns, read: NoiseScale, batc
     axes.set_yscale("log")
     axes.set_ylim(bottom, top)
     number_log_axis(axes.yaxis, bottom, top)
-    _finish_lines(axes, look, columns, "samples")
+    _finish_lines(axes, look, columns, "whole model, samples")
     legend_above(axes, 3)
 
 
