@@ -50,7 +50,7 @@ def sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         total = (found.detach() * weights).sum() / weights.sum().clamp(min=1)
         if not torch.isclose(total.float(), own.detach().float(), rtol=2e-2, atol=1e-5):
             raise UnknownLossError(
-                f"{type(model).__name__} has the loss {float(own):.5g} on a batch whose mean cross-entropy is "
+                f"{type(model).__name__} has the loss {own.item():.5g} on a batch whose mean cross-entropy is "
                 f"{float(total):.5g}: it smooths labels, weighs classes or computes something else. Give losses=, a "
                 "function of model and batch that returns each sample's own loss, [B]."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from small_data import load_images
@@ -51,18 +52,17 @@ def main() -> None:
 
 def small_vit(classes: int, *, side: int, channels: int) -> ViTForImageClassification:
     """Two layers of 64; LayerNorm, as BatchNorm would couple the samples."""
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
-            image_size=side,
-            patch_size=side // 4,
-            num_channels=channels,
-            num_labels=classes,
-        )
-    )
+    settings: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "image_size": side,
+        "patch_size": side // 4,
+        "num_channels": channels,
+        "num_labels": classes,
+    }
+    return ViTForImageClassification(ViTConfig(**settings))
 
 
 def print_table(log: PerSampleLog, norms: list[str]) -> None:
