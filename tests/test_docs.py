@@ -73,6 +73,7 @@ def check_script(words, capsys, monkeypatch):
     if script.name == "train_imagenet.py":
         return check_training(words[1:], monkeypatch)
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(script.parent)  # as python does
     return check_flags(words[1:], capsys, lambda: runpy.run_path(str(script), run_name="__main__"))
 
 
