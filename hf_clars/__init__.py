@@ -50,5 +50,6 @@ def __getattr__(name: str) -> Any:
     if name == "theory":
         return import_module("hf_clars.theory")
     if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+        globals()[name] = getattr(import_module(_LATER[name]), name)  # found without this function from now on
+        return globals()[name]
     raise AttributeError(f"module 'hf_clars' has no attribute {name!r}")
