@@ -1,6 +1,7 @@
 # make quickstart   set up, then train a digit classifier with CLARS (about 2 minutes after installation)
 # make test         set up, then run the tests
 # make check        lint, format and types
+# make docs         the API reference, from the docstrings, into build/api
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
           --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart test check setup setup-test clean
+.PHONY: quickstart test check docs setup setup-test clean
 .DELETE_ON_ERROR:
 
 quickstart: setup
@@ -23,6 +24,9 @@ check: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup-test
+	$(BIN)/python scripts/build_api_reference.py build/api
 
 setup: $(VENV)/.quickstart
 setup-test: $(VENV)/.test
