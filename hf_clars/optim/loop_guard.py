@@ -2,8 +2,9 @@
 
 None of them touches the device: they compare version counters, which torch raises whenever a tensor is changed in
 place.
-`Tensor._version` is not a documented name; this file alone uses it, and a test fails loudly should it change its
-meaning.
+Private name: `Tensor._version`. torch has no public way to ask whether a tensor was changed in place, and a copy of
+each weight would cost the memory of the model. A test fails loudly should the name change its meaning. It ends when
+torch documents the counter.
 """
 
 from __future__ import annotations

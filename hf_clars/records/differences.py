@@ -38,6 +38,8 @@ def weight_differences(paths: Iterable[Path], model: nn.Module) -> list[str]:
     tensors = model.state_dict()
     wanted = {name: _described(tensor) for name, tensor in tensors.items()}
     stored = {tensors[name].data_ptr() for name in found if name in tensors}
+    # Private name: _keys_to_ignore_on_save, by which models of transformers say what they do not store. It ends when
+    # transformers says so in public.
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     for name, tensor in tensors.items():
         # A tied tensor is stored once, under one of its names.
