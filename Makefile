@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+WORKERS ?= 2
 
 # What accelerate would otherwise guess, with a warning: one process on all cores.
 LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -17,8 +18,10 @@ quickstart: setup
 	$(BIN)/accelerate launch $(LAUNCH) \
 	  scripts/train_imagenet.py --config configs/quickstart.yaml
 
+# A worker a core, and one thread a worker: tests are many small things, and threads would wait for each other. A file stays
+# on one worker, so that what it sets up is set up once.
 test: setup-test
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: setup-test
 	$(BIN)/ruff check .

@@ -72,6 +72,8 @@ def check_training(arguments, monkeypatch):
 
 
 def check_script(words, capsys, monkeypatch):
+    if words[0] == "-m":
+        words = [words[1].replace(".", "/") + ".py", *words[2:]]
     script = ROOT / words[0]
     assert script.is_file()
     if script.name == "train_imagenet.py":
@@ -145,7 +147,7 @@ def test_command_lines_are_found():
         "hf-clars polt RUN",
         "hf-clars train --config quickstart --norm_sample 3",
         "python scripts/compare.py",
-        "python scripts/simulate_scale.py --device 8",
+        "python -m benchmarks.scale --device 8",
         "accelerate launch --config_file configs/accelerate/dpp.yaml scripts/train_imagenet.py --config quickstart",
         "make quick",
         "pip install 'hf_clars[nothing]'",
