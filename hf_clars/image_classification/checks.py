@@ -60,7 +60,8 @@ def check_takes_images(model: nn.Module, args: DataArguments, *, name: str) -> N
     if is_deepspeed_zero3_enabled():  # the weights lie in pieces until the engine is there
         return
     parameter = next(model.parameters())
-    image = torch.zeros(1, args.num_channels, args.image_size, args.image_size, dtype=parameter.dtype)
+    sizes = (args.num_channels or 3, args.image_size or 224, args.image_size or 224)
+    image = torch.zeros(1, *sizes, dtype=parameter.dtype)
     training = model.training
     model.eval()
     try:

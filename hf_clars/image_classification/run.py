@@ -232,7 +232,8 @@ def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, sto
     DevicePixels(pixels, channels_last=settings.model.channels_last).attach(model)
     settings.training.remove_unused_columns = False  # the transform needs the image column, which no model names
     settings.training.label_names = ["labels"]
-    smoothing, more = settings.training.label_smoothing_factor, {}
+    smoothing = settings.training.label_smoothing_factor
+    more: dict[str, Any] = {}
     if strong.mixes or smoothing:
         more["compute_loss_func"] = SoftTargetLoss(smoothing)
     kind = partial(AveragingTrainer, ema_decay=settings.model.ema_decay) if settings.model.ema_decay else ClarsTrainer
