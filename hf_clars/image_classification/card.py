@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers import Trainer
@@ -53,6 +53,8 @@ def write_model_card(
         license=output.license,
     )
     recipe = {**facts.recipe, "augmentation": data_args.augment, "image_size": data_args.image_size}
+    strong = asdict(data_args.strong_augment()) | {"label_smoothing": trainer.args.label_smoothing_factor}
+    recipe |= {name: value for name, value in strong.items() if value}
     needs_import = facts.needs_import or data_args.num_channels == 1  # the grey image processor is hf_clars' own
     facts = replace(facts, recipe=recipe, needs_import=needs_import)
     return write_card(str(trainer.args.output_dir), facts, batch_advice=output.batch_advice)

@@ -60,10 +60,7 @@ def after_training(trainer: ClarsTrainer, results: dict[str, float]) -> None:
         results: What was measured.
     """
     folder = Path(str(trainer.args.output_dir))
-    rows = []
-    if "eval_accuracy" in results:
-        top5 = f", top-5 {results['eval_top5_accuracy']:.2%}" if "eval_top5_accuracy" in results else ""
-        rows.append(("accuracy", f"top-1 {results['eval_accuracy']:.2%}{top5}"))
+    rows = _accuracy(results)
     if "train_runtime" in results:
         speed = results.get("train_samples_per_second", float("nan"))
         rows.append(("training", f"{results['train_runtime']:.0f} s, {speed:,.0f} images/s"))
@@ -78,6 +75,25 @@ def _classes(data: ImageData) -> str:
         return f"{len(data.label_names):,}: {name_list(data.label_names)}"
     named = [f"{name} ({count:,})" for name, count in zip(data.label_names, data.class_counts, strict=True)]
     return f"{len(named):,}, with training images: {name_list(named)}"
+
+
+def after_evaluation(trainer: ClarsTrainer, data: ImageData, results: dict[str, float]) -> None:
+    """Print what a finished run's model reaches.
+
+    Args:
+        trainer: On the main process.
+        data: What it was measured on.
+        results: The metrics.
+    """
+    measured = ("measured", f"{trainer.args.output_dir} on {_count(data.eval_size)} of {data.eval_split}")
+    _print([measured, *_accuracy(results), ("loss", f"{results['eval_loss']:.4g}")])
+
+
+def _accuracy(results: dict[str, float]) -> list[tuple[str, str]]:
+    if "eval_accuracy" not in results:
+        return []
+    top5 = f", top-5 {results['eval_top5_accuracy']:.2%}" if "eval_top5_accuracy" in results else ""
+    return [("accuracy", f"top-1 {results['eval_accuracy']:.2%}{top5}")]
 
 
 def _count(size: int | None) -> str:

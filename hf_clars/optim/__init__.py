@@ -8,6 +8,7 @@ from hf_clars.optim.loop_guard import AccumulationIgnoredError, OptimizerNotStep
 from hf_clars.optim.measures import LayerMeasures
 from hf_clars.optim.methods import METHODS, Method, method_of
 from hf_clars.optim.nag import NAG
+from hf_clars.optim.process_checks import TrainsAloneError
 from hf_clars.optim.signal_lars import SignalLARS
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "NoNormsError",
     "OptimizerNotSteppedError",
     "SignalLARS",
+    "TrainsAloneError",
     "UnsupportedEngineError",
     "method_of",
 ]

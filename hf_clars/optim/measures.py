@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -34,6 +34,16 @@ class LayerMeasures:
     signal: Tensor | None = None
     moments: Tensor | None = None
 
+    def of(self, rows: Tensor) -> LayerMeasures:
+        """The same of some layers, by their places."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        return LayerMeasures(
+            **{
+                name: value if value is None or value.dim() == 0 else value.index_select(-1, rows)
+                for name, value in kept.items()
+            }
+        )
+
     def stacked(self) -> Tensor:
         """[5, K] in the order of the attributes, NaN where a quantity was not measured."""
         missing = torch.full_like(self.rate, float("nan"))
@@ -43,7 +53,7 @@ class LayerMeasures:
 
 @dataclass
 class StepTensors:
-    """The tensors that a step works on, and the layer (group) of each."""
+    """The tensors that a step works on, and the layer (row) of each."""
 
     params: list[Tensor]
     grads: list[Tensor]

@@ -56,7 +56,7 @@ def final_results(trainer: Trainer) -> dict[str, float]:
     Returns:
         Values by Trainer's names for them; empty before training.
     """
-    return last_logged(trainer, "train_runtime") | last_logged(trainer, "eval_loss", at_step=trainer.state.global_step)
+    return last_logged(trainer, "train_loss") | last_logged(trainer, "eval_loss", at_step=trainer.state.global_step)
 
 
 def last_logged(trainer: Trainer, key: str, *, at_step: int | None = None) -> dict[str, float]:
