@@ -30,6 +30,7 @@ RECIPE_NAMES = {
     "processes": "Processes",
     "gamma_scale": "gamma_scale (global learning rate)",
     "eta": "eta (layer-wise scale)",
+    "signal_n": "n (a step of pure signal is n times shorter)",
     "momentum": "Momentum",
     "schedule": "Schedule",
     "warmup_epochs": "Warmup epochs",
@@ -41,7 +42,8 @@ RECIPE_NAMES = {
 }
 CAPTIONS = {  # by the picture's name without its ending
     "layer_rates": "The rate of each layer over the steps of the run and, where the method measures it, "
-    "`R_k = ||g_k|| / n_k`: how far the samples of a batch agree (1: fully; near 0: their gradients cancel out)."
+    "`R_k = ||g_k|| / n_k`: how far the samples of a batch agree (1: fully; near 0: their gradients cancel out); for "
+    "SignalLARS `s_k`, the share of signal in the layer's squared batch gradient, and the factor `f_k` that it makes."
 }
 REPO_PLACEHOLDER = '"path/or/repository/of/this/model"'
 """What stands for the repository in the code of a card that does not know it; a push puts the id in its place."""

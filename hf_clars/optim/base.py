@@ -319,6 +319,11 @@ class LayerwiseOptimizer(GroupedOptimizer):
     # ---- norms and rates -----------------------------------------------------------------------------------
 
     @property
+    def measures_signal(self) -> bool:
+        """Whether steps measure the share of signal, and so log it."""
+        return False
+
+    @property
     def measures_norms(self) -> bool:
         """Whether steps measure norms of the gradient, and so are held when one is not finite: all methods do."""
         return True

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import colormaps
 
 from hf_clars.plots.columns import Columns, Values, common_prefix, log_range, on_log_scale, shortened
-from hf_clars.records import QUANTITIES, LayerRateLog
+from hf_clars.records import LayerRateLog
 
 BUDGET = 2_600_000
 """Bytes of base64 for all values of a page; what is left of 3 MB is for names, steps and the page itself."""
@@ -31,8 +31,13 @@ DESCRIPTIONS = {
     "weight_norm": ("weight norm ‖wₖ‖", "‖wₖ‖", "viridis"),
     "grad_norm": ("gradient norm ‖gₖ‖", "‖gₖ‖", "viridis"),
     "mean_sample_norm": ("mean norm of the samples' gradients nₖ", "nₖ", "viridis"),
+    "signal": ("share of signal sₖ in ‖gₖ‖²", "sₖ", "cividis"),
+    "damping": ("factor fₖ of the step", "fₖ", "viridis"),
 }
 """Label, symbol and colour map of each quantity, in the order of the page's menu."""
+
+SHARES = ("ratio", "signal", "damping")
+"""Quantities whose scale ends at 1."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,14 @@ def page_data(runs: Sequence[PageRun]) -> dict[str, Any]:
     Args:
         runs: At least one.
     """
-    values = sum(len(run.log) * len(run.log.layers) for run in runs) * len(QUANTITIES)
-    layers = sum(len(run.log.layers) for run in runs) * len(QUANTITIES)
+    values = sum(len(run.log) * len(run.log.layers) * len(run.log.quantities) for run in runs)
+    layers = sum(len(run.log.layers) * len(run.log.quantities) for run in runs)
     exact = values * 4 * 4 / 3 <= BUDGET
     columns = max(1, min(MOST_COLUMNS, int(BUDGET / (layers * 2 * 4 / 3))))
     names = [
         {"name": name, "label": label, "symbol": symbol, "colours": colours}
         for name, (label, symbol, colours) in DESCRIPTIONS.items()
+        if any(name in log.quantities for _, log in runs)
     ]
     palettes = {colours: _palette(colours) for _, _, colours in DESCRIPTIONS.values()}
     return {
@@ -84,7 +90,7 @@ def _run_data(run: PageRun, exact: bool, most_columns: int) -> dict[str, Any]:
         values = log[quantity]
         if not on_log_scale(values).any():
             continue  # not measured (or useless): the page says so
-        upper = 1.0 if quantity == "ratio" else None
+        upper = 1.0 if quantity in SHARES else None
         low, high = log_range(values, upper)
         cells = values if columns.width == 1 else columns.reduce(values, np.nanmedian)
         quantities[quantity] = {"shown_low": low, "shown_high": high} | (_float32(cells) if exact else _log16(cells))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_clars.extras import MissingExtraError
 from hf_clars.optim import LayerMeasures, LayerwiseOptimizer
 from hf_clars.optim.freeze import set_frozen
 from hf_clars.records import LayerRateLog, RecordError, checkpoints
@@ -33,7 +34,7 @@ class LayerRateCallback(TrainerCallback):
         flush_every: Steps between two pieces of the log. Default 50.
         optimizer: The layer-wise optimizer; None: found in what Trainer passes to callbacks.
         on_save_error: When the log cannot be written, `"stop"` (default), or `"continue"`: steps stay in memory, 20
-            bytes a layer each, until it can.
+            or 28 bytes a layer each, until it can.
     """
 
     def __init__(
@@ -70,7 +71,10 @@ class LayerRateCallback(TrainerCallback):
             return
         self._make_room(folder)
         settings = self.settings if isinstance(self.settings, dict) else self.settings()
-        self._log = LayerRateLog.create(folder, layers=names, settings=settings, flush_every=self.flush_every)
+        signal = self._optimizer.measures_signal
+        self._log = LayerRateLog.create(
+            folder, layers=names, settings=settings, signal=signal, flush_every=self.flush_every
+        )
 
     def _make_room(self, folder: Path) -> None:
         """A run that begins anew where another was: what cannot be resumed is of no use, the rest is kept aside."""
@@ -144,8 +148,12 @@ class LayerRateCallback(TrainerCallback):
         except RecordError as error:
             self._not_written(error)
             return
-        from hf_clars.plots import Run  # matplotlib is an extra: training needs none, its end draws if it is there
-        from hf_clars.plots.products import RATES, draw_run
+        try:  # matplotlib is an extra: training needs none, its end draws if it is there
+            from hf_clars.plots import Run
+            from hf_clars.plots.products import RATES, draw_run
+        except MissingExtraError as error:
+            logger.warning("Not drawn: %s", error)
+            return
 
         folder = self.folder or Path(str(args.output_dir))
         run = Run(folder.resolve().name, log, state.log_history)
