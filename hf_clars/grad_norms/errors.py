@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hf_clars.errors import HfClarsError
 
+WITHOUT_SAMPLES = "use CLARS(model, estimator='microbatch'), which takes norms of whole passes"
+
 
 class UncoveredParameterError(HfClarsError, RuntimeError):
     """A trainable parameter gets a gradient by a way that no layer rule sees."""

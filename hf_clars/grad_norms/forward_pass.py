@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.errors import SecondBackwardError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SecondBackwardError
 from hf_clars.grad_norms.norm_math import SMALL, squared_sum
 from hf_clars.grad_norms.trees import memory_of
 
@@ -69,7 +69,7 @@ class ForwardPass:
         check: Compares sums with the batch gradient, in passes that are checked.
         backward_seen: Whether a gradient has reached this pass.
         closed: Whether its norms have been taken.
-        given: What the model was called with: (memory, shape) of tensors with the batch as one of several axes.
+        given: What the model was called with: (memory, shape, strides) of tensors with more axes than the batch.
     """
 
     batch_size: int
@@ -95,7 +95,7 @@ class ForwardPass:
     check: SumCheck | None = None
     backward_seen: bool = False
     closed: bool = False
-    given: set[tuple[int, tuple[int, ...]]] = field(default_factory=set)
+    given: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
 
     def free_graph(self) -> None:
         """Drop what no gradient came through, so that the graph and its hooks do not keep each other."""
@@ -109,11 +109,11 @@ class ForwardPass:
     def note_given(self, tensors: Iterable[Tensor]) -> None:
         """Remember what the model was called with: the first axis of that is the batch by contract."""
         found = [(t, memory_of(t)) for t in tensors if t.dim() > 1 and t.shape[0] == self.batch_size]
-        self.given = {(place, t.shape) for t, place in found if place is not None}
+        self.given = {(place, t.shape, t.stride()) for t, place in found if place is not None}
 
     def was_given(self, x: Tensor) -> bool:
         """Whether a module's input is what the model was called with."""
-        return bool(self.given) and x.dim() > 1 and (memory_of(x), x.shape) in self.given
+        return bool(self.given) and x.dim() > 1 and (memory_of(x), x.shape, x.stride()) in self.given
 
     def arrive(self, ticket: int, what: str) -> None:
         """Note that a use's gradient has come.
@@ -203,8 +203,10 @@ class ForwardPass:
 def second_backward(what: object) -> SecondBackwardError:
     """The error for a second backward pass through one forward pass."""
     return SecondBackwardError(
-        f"A second backward pass reached {what} through the same forward pass. A sample's gradient norm is that of all "
-        "its losses together: add the losses and call backward() once."
+        f"A second backward pass reached {what} through the same forward pass: a second backward(), or "
+        "torch.autograd.grad before it. A sample's gradient norm is that of all its losses together: add the losses "
+        "and call backward() once. Where a loss needs a gradient of its own (a gradient penalty with "
+        f"create_graph=True), its norms cannot be told by sample: {WITHOUT_SAMPLES}, or LARS."
     )
 
 

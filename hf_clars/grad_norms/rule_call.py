@@ -18,6 +18,7 @@ from hf_clars.grad_norms.registry import LayerRule
 from hf_clars.grad_norms.tied_tables import TiedTable, tied_table
 from hf_clars.grad_norms.torch_internals import no_autocast
 
+FIRST_AXIS = Layout()
 _EXACT = (torch.float32, torch.float64)
 
 
@@ -55,7 +56,7 @@ class RuleCall:
     edges: list[GradientEdge] = field(default_factory=list)
     input_node: torch.autograd.graph.Node | None = None
     key: tuple[int, ...] = ()
-    layout: Layout = Layout()
+    layout: Layout = FIRST_AXIS
     proven: bool = True
     taken_over: bool = False
     on_given: bool = False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_clars.grad_norms.errors import SumCheckError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SumCheckError
 from hf_clars.grad_norms.forward_pass import differentiating
 from hf_clars.grad_norms.norm_math import squared_sum
 
@@ -108,8 +108,8 @@ class SumCheck:
                 raise SumCheckError(
                     f"{self._names.get(param, 'a parameter')}: the samples' gradients do not add up to the batch "
                     f"gradient. They differ from it by {difference:.3g}, and its norm is {norm:.3g}. A use of the "
-                    "parameter was missed, or counted twice. Please report this model. Freeze the parameter, or measure "
-                    "the norms of micro-batches (MicroBatchGradNorms) until then."
+                    f"parameter was missed, or counted twice. Please report this model. Until then freeze the parameter, or "
+                    f"{WITHOUT_SAMPLES}."
                 )
 
 

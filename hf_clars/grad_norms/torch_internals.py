@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+NO_BACKWARD = -1
+
 _BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
 _LAYER_NORM_NODES = ("NativeLayerNormBackward",)
 _GROUP_NORM_NODES = ("NativeGroupNormBackward",)
@@ -24,7 +26,22 @@ _NODES_TO_SEARCH = 4
 
 def inside_backward() -> bool:
     """Whether a backward pass is running in this thread: a forward now is activation checkpointing's recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_number() != NO_BACKWARD
+
+
+def backward_number() -> int:
+    """Tells one backward pass in this thread from another; `NO_BACKWARD` outside of them."""
+    return torch._C._current_graph_task_id()
+
+
+def inside_function_transform() -> bool:
+    """Whether torch.func (`grad`, `vmap`, `jvp`) is at work, whose gradients never come to `p.grad`."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place."""
+    return tensor._version
 
 
 def saved_tensors_are_packed() -> bool:
@@ -47,11 +64,6 @@ def storage_of(t: Tensor) -> StorageReference | None:
         return StorageReference(t.untyped_storage())
     except (RuntimeError, NotImplementedError):
         return None
-
-
-def inside_transform() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, jvp) is running: it differentiates in its own way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 _NOTHING = nullcontext()

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from hf_clars.grad_norms.accumulator import NormAccumulator
+from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
 from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
 from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
@@ -18,7 +19,12 @@ from hf_clars.grad_norms.graph.taint import DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.sum_check import SumCheck
-from hf_clars.grad_norms.torch_internals import inside_backward, inside_transform, saved_tensors_are_packed
+from hf_clars.grad_norms.torch_internals import (
+    inside_backward,
+    inside_function_transform,
+    saved_tensors_are_packed,
+    version,
+)
 from hf_clars.grad_norms.trees import tensors_in
 from hf_clars.grad_norms.with_rule import capture, repeat
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
@@ -93,7 +99,13 @@ class PerSampleGradNorms(NormAccumulator):
         self._batches = 0
         self._new_ways = False
         self._known_ways: set[object] = set()
-        self._hooked = find_hooked_modules(model, self._layer_of)
+        self._module_handles: list[RemovableHandle] = []
+        self._hook_modules()
+        self._watch_results()
+        self._handles.append(model.register_forward_hook(BoundHook(self._on_model_end), always_call=True))
+
+    def _hook_modules(self) -> None:
+        self._hooked = find_hooked_modules(self.model, self._layer_of)
         for hooked in self._hooked:
             # Before the user's own hooks: they shall see the output that goes on.
             handle = hooked.module.register_forward_hook(
@@ -101,9 +113,21 @@ class PerSampleGradNorms(NormAccumulator):
                 with_kwargs=True,
                 prepend=True,
             )
-            self._handles.append(handle)
-        self._watch_results()
-        self._handles.append(model.register_forward_hook(BoundHook(self._on_model_end), always_call=True))
+            self._module_handles.append(handle)
+
+    def cover(self, layers: Sequence[ParamLayer]) -> None:
+        """Measure other layers from now on; also as a pass begins.
+
+        Args:
+            layers: The partition; between two batches.
+        """
+        super().cover(layers)
+        remove_all(self._module_handles)
+        self._hook_modules()
+        self._ever_captured.clear()
+        self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
+        self._in_use.clear()
+        self._finder.forget()
 
     def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Know parameters by those that an engine has put in their place, and let go of the old ones.
@@ -111,11 +135,7 @@ class PerSampleGradNorms(NormAccumulator):
         Args:
             swapped: {old: new}; between two batches.
         """
-        self.reset()
-        self._free_dropped()
-        self.layers = [layer.with_params(swapped) for layer in self.layers]
-        self._layer_of.clear()
-        self._layer_of.update((p, k) for k, layer in enumerate(self.layers) for p in layer.params)
+        super().cover([layer.with_params(swapped) for layer in self.layers])
         for hooked in self._hooked:
             hooked.rebind(swapped)
         self._ever_captured = {swapped.get(p, p) for p in self._ever_captured}
@@ -154,7 +174,7 @@ class PerSampleGradNorms(NormAccumulator):
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """A module without a rule may be a gate for what is used inside."""
-        if not self._passes or differentiating() or inside_transform():
+        if not self._passes or differentiating() or inside_function_transform():
             return
         if not torch.is_grad_enabled():
             self._passes[-1].without_grad[hooked] += bool(hooked.params)
@@ -187,7 +207,7 @@ class PerSampleGradNorms(NormAccumulator):
         if last is not None and not last.kept and not last.implicit:
             return None  # also the cheapest way out when enough samples are measured
         x = args[0] if args and isinstance(args[0], Tensor) else next(tensors_in((args, kwargs)), None)
-        if x is None or x.dim() == 0 or differentiating() or inside_transform():
+        if x is None or x.dim() == 0 or differentiating() or inside_function_transform():
             return None
         self._learn_what_is_in_use(hooked)
         if not torch.is_grad_enabled():
@@ -327,6 +347,7 @@ class PerSampleGradNorms(NormAccumulator):
         """Take every hook off the model. Values read so far stay readable."""
         self._end_taint()
         super().remove()
+        remove_all(self._module_handles)
         self._stop_check()
         for current in self._passes:
             current.free_graph()
@@ -371,8 +392,8 @@ class PerSampleGradNorms(NormAccumulator):
         if missed:
             raise UncoveredParameterError(
                 f"{', '.join(missed)}: has a gradient, but no use of it was seen since the norm hooks were attached. "
-                "Attach them before the first (compiled) call of the model, call the model as a whole, and compute what "
-                "needs the parameter inside its forward."
+                "Attach them before the first (compiled) call of the model, call the model as a whole, and use the "
+                "parameter inside its forward, so that what the model returns depends on it."
             )
 
     # ---- results ---------------------------------------------------------------------------------------------
@@ -412,4 +433,4 @@ class PerSampleGradNorms(NormAccumulator):
 
 def _state_of_grad(param: nn.Parameter) -> tuple[int, int] | None:
     """Changes whenever the gradient does: what was there before the hooks is none of their business."""
-    return None if param.grad is None else (id(param.grad), param.grad._version)
+    return None if param.grad is None else (id(param.grad), version(param.grad))

@@ -90,8 +90,8 @@ def capture(
 def _unknown_rows(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> BatchAxisError:
     return BatchAxisError(
         f"{hooked} takes {tuple(x.shape)} and returns {tuple(output.shape)}, but the batch has {current.batch_size} "
-        "samples. It was called by reentrant activation checkpointing, which hides the graph around it: checkpoint with "
-        "use_reentrant=False (Trainer: gradient_checkpointing_kwargs={'use_reentrant': False}), or freeze its "
+        "samples. It was called by reentrant activation checkpointing, which hides the graph around it: checkpoint "
+        "with use_reentrant=False (Trainer: gradient_checkpointing_kwargs={'use_reentrant': False}), or freeze its "
         "parameters."
     )
 
@@ -163,8 +163,8 @@ def _follow(call: RuleCall, x: Tensor, given: Call, output: Any, axes: Sequence[
             return way(call, x, output)
     args, kwargs = given
     plain = isinstance(args, tuple) and len(args) == 1 and args[0] is x and not kwargs
-    detached = ((x.detach(),), {}) if plain else map_tensors(lambda t: t.detach(), given)
-    saved = rule.save(call.module, *detached, output, call.wanted.keys())
+    args, kwargs = ((x.detach(),), {}) if plain else map_tensors(lambda t: t.detach(), given)
+    saved = rule.save(call.module, args, kwargs, output, call.wanted.keys())
     call.tokens = rule.lookup_tokens(saved)
     if not rule.several_results:
         return observe(call, saved, output)

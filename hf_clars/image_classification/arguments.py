@@ -39,7 +39,9 @@ class DataArguments:
         "Images that cannot be decoded: raise, or skip (the next one takes the place; each is reported).",
         choices=["raise", "skip"],
     )
-    image_size: int = _option(224, "Height and width that the model sees.")
+    image_size: int | None = _option(
+        None, "Height and width that the model sees; empty: those of a pretrained model's image processor, or 224."
+    )
     num_channels: int = _option(3, "3 for RGB, 1 for grey.")
     augment: str = _option(
         "imagenet",
@@ -54,11 +56,9 @@ class DataArguments:
         0.0, "Hold out this share of the training split to evaluate on, the same images for every seed; 0: none."
     )
     image_mean: list[float] = field(
-        default_factory=list, metadata={"help": "Mean per channel; empty: ImageNet's, or 0.5."}
+        default_factory=list, metadata={"help": "Mean per channel; empty: the pretrained model's, ImageNet's, or 0.5."}
     )
-    image_std: list[float] = field(
-        default_factory=list, metadata={"help": "Deviation per channel; empty: ImageNet's, or 0.5."}
-    )
+    image_std: list[float] = field(default_factory=list, metadata={"help": "Deviation per channel; empty: likewise."})
 
     def __post_init__(self) -> None:
         """Refuse numbers that no data can work with."""
@@ -89,7 +89,7 @@ class DataArguments:
     def pixel_settings(self) -> PixelSettings:
         """The settings of the pixel transforms."""
         return PixelSettings(
-            image_size=self.image_size,
+            image_size=self.image_size or 224,
             num_channels=self.num_channels,
             augment=self.augment,
             mean=tuple(self.image_mean) or None,
@@ -106,6 +106,9 @@ class ModelArguments:
     )
     from_scratch: bool = _option(False, "Take only the architecture of a Hub name or folder, not its weights.")
     replace_head: bool = _option(False, "Give a pretrained model a new classifier for this data's classes.")
+    keep_numbers: bool = _option(
+        False, "Keep a pretrained classifier whose class names differ from the data's: their numbers mean the same."
+    )
     channels_last: bool = _option(False, "Interleave channels in memory, which GPUs with tensor cores are faster with.")
     ema_decay: float = _option(
         0.0, "Evaluate and keep the moving average of the weights, with this decay (0.9999 is common); 0: off."
@@ -138,6 +141,7 @@ class OutputArguments:
         0.0, "Stop after so many hours with a checkpoint and exit code 75, to be resumed; 0: no limit."
     )
     license: str | None = _option(None, "Licence of the weights for the model card, e.g. apache-2.0.")
+    batch_advice: bool = _option(False, "Say in the model card what batch size the run could have used.")
     model_name: str | None = _option(None, "Title of the model card; empty: made from model and data.")
     eval_task: str | None = _option(
         None, "Task in the eval.yaml of a Hub benchmark that the results are of; empty: the configuration, or default."

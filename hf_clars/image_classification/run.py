@@ -22,16 +22,18 @@ from hf_clars.data import (
     trainable,
 )
 from hf_clars.data.strong_augment import MixedImages, StrongPixelTransform, collate_mixed
-from hf_clars.errors import ConfigError
+from hf_clars.errors import ConfigError, name_list
+from hf_clars.hub.licences import licence_identifier
 from hf_clars.image_classification.arguments import DataArguments, ModelArguments, OutputArguments
 from hf_clars.image_classification.averaging import AveragingTrainer
 from hf_clars.image_classification.card import write_model_card
 from hf_clars.image_classification.checks import check_for_images, check_takes_images
 from hf_clars.image_classification.held_out import hold_out
+from hf_clars.image_classification.pixels import choose_pixels
 from hf_clars.image_classification.soft_targets import SoftTargetLoss
 from hf_clars.image_classification.summary import after_evaluation, after_training, before_training
 from hf_clars.metrics import AccuracyOfRanked, ranked_classes
-from hf_clars.models import build_model
+from hf_clars.models import build_model, pretrained_classes
 from hf_clars.records.checkpoints import newest_checkpoint
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.card import final_results
@@ -93,19 +95,22 @@ def train_image_classifier(settings: RunSettings) -> dict[str, float]:
     if settings.training.evaluate_only:
         return evaluate_image_classifier(settings)
     args, stop = settings.training, StopCallback(settings.output.max_hours)
+    if settings.output.license is not None:
+        settings.output.license = licence_identifier(settings.output.license)
     resume = bool(args.resume_from_checkpoint) and str(args.resume_from_checkpoint).lower() != "false"
     args.resume_from_checkpoint = str(args.resume_from_checkpoint) if resume else None
     folder = claim_output_dir(str(args.output_dir), existing=settings.output.existing_output, resume=resume)
     args.output_dir = str(folder)
     checkpoint = _checkpoint(folder, str(args.resume_from_checkpoint)) if resume else None
     set_seed(args.seed)
-    data = _load(settings)
+    pixels = choose_pixels(settings.model, settings.data)
+    data = _in_order_of_the_model(_load(settings), settings.model)
     check_for_images(args, len(data.label_names))
     model = _build(settings, data)
     check_free_space(folder, checkpoint_bytes(_elements(model), args.save_total_limit))
     with settings_explained():
         trainer = _trainer(settings, data, model, stop)
-    before_training(trainer, data)
+    before_training(trainer, data, pixels)
     with outside_failures_explained(args.ddp_timeout), disk_failures_explained(folder):
         trainer.train(resume_from_checkpoint=checkpoint)
         return _finish(trainer, settings, data)
@@ -179,16 +184,27 @@ def _load(settings: RunSettings) -> ImageData:
     return data
 
 
+def _in_order_of_the_model(data: ImageData, args: ModelArguments) -> ImageData:
+    """The data with its classes in the order of a pretrained classifier's outputs, where both name the same classes."""
+    kwargs = args.model_kwargs if isinstance(args.model_kwargs, dict) else None
+    known = pretrained_classes(args.model, from_scratch=args.from_scratch, model_kwargs=kwargs)
+    if known is None or args.keep_numbers or known == data.label_names or set(known) != set(data.label_names):
+        return data
+    logger.warning("The classes are numbered as in %s: %s.", args.model, name_list(known))
+    return data.with_classes(known)
+
+
 def _build(settings: RunSettings, data: ImageData) -> PreTrainedModel:
     args = settings.model
     model = build_model(
         args.model,
         from_scratch=args.from_scratch,
         num_labels=len(data.label_names),
-        image_size=settings.data.image_size,
+        image_size=settings.data.pixel_settings().image_size,
         num_channels=settings.data.num_channels,
         label_names=data.label_names,
         replace_head=args.replace_head,
+        keep_numbers=args.keep_numbers,
         model_kwargs=args.model_kwargs if isinstance(args.model_kwargs, dict) else None,
     )
     check_takes_images(model, settings.data, name=args.model)
@@ -216,7 +232,8 @@ def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, sto
     DevicePixels(pixels, channels_last=settings.model.channels_last).attach(model)
     settings.training.remove_unused_columns = False  # the transform needs the image column, which no model names
     settings.training.label_names = ["labels"]
-    smoothing, more = settings.training.label_smoothing_factor, {}
+    smoothing = settings.training.label_smoothing_factor
+    more: dict[str, Any] = {}
     if strong.mixes or smoothing:
         more["compute_loss_func"] = SoftTargetLoss(smoothing)
     kind = partial(AveragingTrainer, ema_decay=settings.model.ema_decay) if settings.model.ema_decay else ClarsTrainer

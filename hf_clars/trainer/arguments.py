@@ -82,7 +82,7 @@ class ClarsTrainingArguments(TrainingArguments):
     max_grad_norm: float = _option(0.0, "Must stay 0: clipping would change gradients after their norms were measured.")
     logging_nan_inf_filter: bool = _option(False, "Replace NaN losses in logs by the mean of others.")
     hub_strategy: str = _option("end", "Must stay end: checkpoints hold states that are not for sharing.")
-    report_to: str | list[str] = field(  # type: ignore[assignment]
+    report_to: str | list[str] = field(
         default_factory=lambda: ["none"],
         metadata={"help": "Trackers: tensorboard, trackio, wandb ..., several one after the other; or none."},
     )
@@ -150,10 +150,11 @@ class ClarsTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"power": 2.0, "lr_end": 0.0}
         self._resolve_batch()
         self._check_norm_samples()
+        self._resolved: dict[str, float | None] = {}
         if self.learning_rate is None:
-            self.learning_rate = self.gamma_base * self.total_batch_size / self.base_batch_size
+            self.learning_rate = self._resolved["learning_rate"] = self._scaled_rate()
         if self.eta is None:
-            self.eta = METHODS[self.method].eta
+            self.eta = self._resolved["eta"] = METHODS[self.method].eta
         check_schedule(self)
 
     def check_given(self, in_file: set[str], as_flags: set[str]) -> None:
@@ -176,6 +177,26 @@ class ClarsTrainingArguments(TrainingArguments):
         engine = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         if self.use_cpu and launched and not engine and not dist.is_initialized():
             dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
+
+    def _scaled_rate(self) -> float:
+        return self.gamma_base * self.total_batch_size / self.base_batch_size
+
+    def follow_trial(self) -> None:
+        """Resolve again what follows from settings that a trial of a hyperparameter search has changed.
+
+        Raises:
+            ConfigError: `global_batch_size` was given, and is not what the trial's settings make.
+        """
+        if self.global_batch_size not in (None, self.total_batch_size):
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} was given, but the settings now make batches of "
+                f"{self.total_batch_size} samples: leave it out where per_device_train_batch_size or "
+                "gradient_accumulation_steps is searched for."
+            )
+        if "learning_rate" in self._resolved and self.learning_rate == self._resolved["learning_rate"]:
+            self.learning_rate = self._resolved["learning_rate"] = self._scaled_rate()
+        if "eta" in self._resolved and self.eta == self._resolved["eta"]:
+            self.eta = self._resolved["eta"] = METHODS[self.method].eta
 
     @property
     def total_batch_size(self) -> int:

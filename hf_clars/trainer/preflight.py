@@ -67,8 +67,12 @@ def _claim(folder: Path, existing: str, resume: bool) -> Path:
     return folder
 
 
+LEFT_BY_A_FAILED_START = {"layer_rates", ".partial", "runs"}
+"""What a run that ended before its first checkpoint leaves: a log and a tracker's files. They block no name."""
+
+
 def _holds_files(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+    return folder.is_dir() and any(path.name not in LEFT_BY_A_FAILED_START for path in folder.iterdir())
 
 
 def _next_free(folder: Path) -> Path:

@@ -22,9 +22,16 @@ from transformers.utils import is_peft_available
 
 from hf_clars.records import RecordError, checkpoints, load_optimizer_state, save_optimizer_state
 from hf_clars.records.differences import optimizer_differences, sentence
+from hf_clars.trainer import stored_weights
 from hf_clars.trainer.disk import DISK_ERRORS, disk_problem, stored_once
 from hf_clars.trainer.random_states import random_states, set_random_states
-from hf_clars.trainer.resuming import CheckpointMisfitError, check_checkpoint, check_engine, newest_to_resume
+from hf_clars.trainer.resuming import (
+    CheckpointMisfitError,
+    check_checkpoint,
+    check_engine,
+    check_weights,
+    newest_to_resume,
+)
 
 OPTIMIZER = "optimizer.safetensors"
 SCHEDULER = "scheduler.safetensors"
@@ -87,7 +94,7 @@ class SafeCheckpoints(Trainer):
             check_checkpoint(Path(str(resume_from_checkpoint)), self.model, self.checkpoint_settings())
         output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         if resume_from_checkpoint:  # the run before may have been killed before it had cleaned up
-            self._delete_old_checkpoints(Path(super()._get_output_dir(trial)), set())
+            self._delete_old_checkpoints(self.run_folder(trial), set())
         return output
 
     def _keeps_own_format(self) -> bool:
@@ -99,12 +106,20 @@ class SafeCheckpoints(Trainer):
 
     # ---- complete or absent --------------------------------------------------------------------------------------
 
+    def run_folder(self, trial: Any = None) -> Path:
+        """The folder of a run: the output folder, or in it that of a trial of a hyperparameter search.
+
+        Args:
+            trial: As `train` gets it. Default None.
+        """
+        return Path(super()._get_output_dir(trial))
+
     def _get_output_dir(self, trial: Any) -> str:
         """The run's folder; while a checkpoint is written, the one that it is written in."""
         return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = Path(super()._get_output_dir(trial))
+        run = self.run_folder(trial)
         name = f"checkpoint-{self.state.global_step}"
         if self.args.local_process_index == 0:
             checkpoints.clear_partial(run)
@@ -184,6 +199,31 @@ class SafeCheckpoints(Trainer):
         logger.warning(
             "%s; training goes on (on_save_error=continue) and the next checkpoint is tried in its turn.", message
         )
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_weights(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_weights(Path(str(self.state.best_model_checkpoint))):
+            super()._load_best_model()
+
+    def _load_weights(self, folder: Path) -> bool:
+        """Fill the model from a checkpoint; False where that is Trainer's: sharded engines, other kinds of files."""
+        if self._keeps_own_format() or not folder.is_dir():
+            return False
+        assert isinstance(self.model, nn.Module)
+        if stored_weights.holds_adapter_for(folder, self.model):
+            load = stored_weights.load_adapter
+        elif stored_weights.holds_whole_model(folder):
+            load = stored_weights.load
+        else:
+            return False
+        check_weights(folder, self.model)
+        load(folder, self.model)
+        return True
 
     # ---- without pickle ------------------------------------------------------------------------------------------
 

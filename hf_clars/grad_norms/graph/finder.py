@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from hf_clars.grad_norms.errors import BatchAxisError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass, quietly
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, prove
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
@@ -81,7 +81,9 @@ class GraphFinder:
         taint: DataTaint | None,
         containers: Sequence[ContainerCall],
     ) -> tuple[list[MeasuredUse], list[Gate]]:
-        """The uses of a pass that are to be measured at their nodes, and those behind gates. Calls by rules that prove wrong are cancelled.
+        """The uses of a pass that are to be measured at their nodes, and those behind gates.
+
+        Calls by rules that prove wrong are cancelled.
 
         Args:
             current: The pass; its forward has just ended.
@@ -254,8 +256,8 @@ class GraphFinder:
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], current: ForwardPass) -> None:
         for call in unproven:
-            if call.rows != 1 and not walk_is_meta(call):
-                raise no_proof(call, current.batch_size)
+            if call.rows != 1 and not _is_meta(call):
+                raise _no_proof(call, current.batch_size)
             call.proven = True
 
     # ---- gates -----------------------------------------------------------------------------------------------
@@ -332,22 +334,22 @@ def _inner_roots(outputs: Sequence[Tensor], batch: int) -> list[tuple[GradientEd
             like = torch.empty(batch, shape[0] // batch, *shape[1:], dtype=dtype_at(node, output), device=device)
             found.append((GradientEdge(node, output), like))
             continue
-        for child in node.next_functions:
-            if child[0] is not None and child not in seen and child[0].next_functions:
-                seen.add(child)
-                stack.append(child)
+        for child, i in node.next_functions:
+            if child is not None and (child, i) not in seen and child.next_functions:
+                seen.add((child, i))
+                stack.append((child, i))
     return found
 
 
-def walk_is_meta(call: RuleCall) -> bool:
+def _is_meta(call: RuleCall) -> bool:
     """Whether a call was made on tensors without values."""
     return call.current.device is not None and call.current.device.type == "meta"
 
 
-def no_proof(call: RuleCall, batch: int) -> BatchAxisError:
+def _no_proof(call: RuleCall, batch: int) -> BatchAxisError:
     """The error for folded rows that cannot be proven to lie together."""
     return BatchAxisError(
         f"{call.hooked} is called on {call.rows} rows for each of the {batch} samples, and this model's graph does not "
         "tell whether they lie together: let the model return its outputs beside the loss, put the batch first, freeze "
-        "the parameters, or measure the norms of micro-batches instead (MicroBatchGradNorms)."
+        f"the parameters, or {WITHOUT_SAMPLES}."
     )

@@ -1,4 +1,4 @@
-"""Measures the uses that a walk finds: what is known of them, how it is learned, and what happens in the backward pass."""
+"""Measures the uses that a walk finds, in the backward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from hf_clars.grad_norms.errors import BatchAxisError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, quietly
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.nodes import call_for_each, operand_grads
@@ -203,7 +203,7 @@ def batched_grads(
 
     def grads(outputs: list[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(
-            edges, inputs, grad_outputs=outputs, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            edges, list(inputs), grad_outputs=outputs, retain_graph=True, allow_unused=True, is_grads_batched=batched
         )
 
     try:
@@ -221,6 +221,5 @@ def refuse(use: Use, names: str, batch: int) -> BatchAxisError:
     return BatchAxisError(
         f"{names}: used by {use.node.name()} with results of shape {shapes}, in which the {batch} samples of the batch "
         "have no rows of their own, and no module around it returns the batch. Return the batch from a module around "
-        "it, freeze the parameter, register a rule for its module, or measure the norms of micro-batches instead "
-        "(MicroBatchGradNorms)."
+        f"it, freeze the parameter, register a rule for its module, or {WITHOUT_SAMPLES}."
     )

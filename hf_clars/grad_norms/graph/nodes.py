@@ -65,7 +65,7 @@ def _summed_over_broadcast(t: Tensor, layout: Layout, shape: Sequence[int], batc
         return None  # the operand has rows of its own along the samples' axis
     t = at_least_float32(t)
     first = layout.samples_first(t, batch)  # [B, ..., outer, inner, ...]
-    sizes = padded[: layout.axis] + [1, 1] + padded[layout.axis + 1 :]
+    sizes = [*padded[: layout.axis], 1, 1, *padded[layout.axis + 1 :]]
     axes = [i + 1 for i, size in enumerate(sizes) if size == 1 and first.shape[i + 1] != 1]
     summed = first.sum(axes) if axes else first
     return summed.reshape(batch, *shape)

@@ -154,11 +154,11 @@ class GraphWalk:
         parts = tuple(None if child is None else self._own[child] for child, _ in children)
         all_own = len(own) == sum(child is not None for child, _ in children)
         signature = (name, *parts)
-        if all_own and node not in self.regions and not self._parts(node, name, signature):
-            if not self.is_data(node, signature):
-                self._own[node] = signature
-                self._leaves[node] = {v: p for _, child, _ in own for v, p in self._leaves[child].items()}
-                return
+        unspread = all_own and node not in self.regions and not self._parts(node, name, signature)
+        if unspread and not self.is_data(node, signature):
+            self._own[node] = signature
+            self._leaves[node] = {v: p for _, child, _ in own for v, p in self._leaves[child].items()}
+            return
         covered = self._covered.get(node, ())
         for i, child, k in own:
             leaves = {v: p for v, p in self._leaves[child].items() if p not in covered}

@@ -104,7 +104,8 @@ class RecurrentRule(LayerRule):
         with torch.enable_grad():
             results, passes = _unroll(module, x, tuple(t.transpose(0, 1) for t in states))
         leaves = [t for one in passes for t in (one.gi, *one.gh, *(h for _, h in one.made))]
-        present = [(r, t if i == 0 else t.transpose(0, 1)) for i, (r, t) in enumerate(zip(results, g)) if t is not None]
+        by_layer = (t if t is None or i == 0 else t.transpose(0, 1) for i, t in enumerate(g))
+        present = [(r, t) for r, t in zip(results, by_layer, strict=True) if t is not None]
         found = list(
             torch.autograd.grad(
                 [r for r, _ in present],
