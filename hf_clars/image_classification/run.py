@@ -120,7 +120,7 @@ def evaluate_image_classifier(settings: RunSettings) -> dict[str, float]:
     """Measure the model that a finished run left in the output folder; nothing is trained.
 
     Args:
-        settings: Of that run: data and pixels are as they say, the model is the folder's.
+        settings: Of that run: the data are as they say; the model, and pixels that are not set, are the folder's.
 
     Returns:
         The metrics, which `eval_results.json` in the folder holds too.
@@ -139,7 +139,7 @@ def evaluate_image_classifier(settings: RunSettings) -> dict[str, float]:
     finished = replace(settings.model, model=str(folder.resolve()), from_scratch=False, replace_head=False)
     settings = replace(settings, model=replace(finished, model_kwargs=None, ema_decay=0.0))
     choose_pixels(settings.model, settings.data)
-    data = _read(settings)
+    data = _in_order_of_the_model(_read(settings.data), settings.model)
     if data.eval is None:
         raise ConfigError(f"{settings.data.dataset} has nothing to evaluate on: name a split with --eval_split.")
     with settings_explained():
