@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ def _dtype_of(word: str, path: Path) -> torch.dtype:
     """The dtype that the format calls by this word."""
     if word not in _WORDS.values():
         for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
-            with contextlib.suppress(Exception):  # safetensors has no word for some
+            with contextlib.suppress(Exception), warnings.catch_warnings():  # safetensors has no word for some
+                warnings.simplefilter("ignore")
                 _dtype_word(dtype)
     known = {spelled: dtype for dtype, spelled in _WORDS.items()}
     if word not in known:
