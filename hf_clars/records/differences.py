@@ -107,19 +107,33 @@ def optimizer_differences(state: Mapping[str, Any], optimizer: torch.optim.Optim
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecordError(f"The optimizer state is not one of torch's ({error!r}): it is damaged.") from error
     wanted = [(str(group.get("layer", i)), len(group["params"])) for i, group in enumerate(optimizer.param_groups)]
-    if found != wanted:
+    by_name = getattr(_innermost(optimizer), "arranged_state", None)
+    stored = {int(index) for group in state["param_groups"] for index in group["params"]}
+    beyond = [f"it has state for parameter {index} of {len(stored)}" for index in held if index not in stored]
+    if beyond:
+        return beyond
+    if by_name is not None:
+        try:
+            held = {int(key): dict(value) for key, value in by_name(dict(state))["state"].items()}
+        except ValueError as error:
+            return _layer_differences(dict(found), dict(wanted)) or [str(error)]
+    elif found != wanted:
         return _layer_differences(dict(found), dict(wanted))
     params = [p for group in optimizer.param_groups for p in group["params"]]
     differences = []
     for index, tensors in held.items():
-        if not 0 <= index < len(params):
-            differences.append(f"it has state for parameter {index} of {len(params)}")
-            continue
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape != params[index].shape:
                 shapes = f"{list(tensor.shape)}, the parameter {list(params[index].shape)}"
                 differences.append(f"{name} of parameter {index} is {shapes}")
     return differences
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer inside a launcher's wrappers."""
+    while not hasattr(optimizer, "arranged_state") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def sentence(differences: list[str]) -> str:
@@ -129,8 +143,6 @@ def sentence(differences: list[str]) -> str:
 
 
 def _layer_differences(found: dict[str, int], wanted: dict[str, int]) -> list[str]:
-    if list(found) != list(wanted) and set(found) == set(wanted):
-        return ["its layers are in another order"]
     return [
         f"layer {name!r} has {_count(found.get(name))} in the checkpoint, {_count(wanted.get(name))} here"
         for name in dict.fromkeys([*found, *wanted])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_clars.optim import LayerMeasures, LayerwiseOptimizer
@@ -33,7 +33,7 @@ class LayerRateCallback(TrainerCallback):
         flush_every: Steps between two pieces of the log. Default 50.
         optimizer: The layer-wise optimizer; None: found in what Trainer passes to callbacks.
         on_save_error: When the log cannot be written, `"stop"` (default), or `"continue"`: steps stay in memory, 20
-            bytes a layer each, until it can.
+            or 28 bytes a layer each, until it can.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class LayerRateCallback(TrainerCallback):
         self._given = self._optimizer = optimizer
         self._log: LayerRateLog | None = None
         self._last: LayerMeasures | None = None
+        self._layers = 0
+        self._said = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -61,13 +63,17 @@ class LayerRateCallback(TrainerCallback):
             return
         self._last = self._optimizer.last_step  # that of a training before
         names, folder = self._optimizer.layer_names, self.folder or Path(str(args.output_dir))
+        self._layers = len(names)
         goes_on = state.global_step > 0 or bool(args.resume_from_checkpoint)
         if goes_on and LayerRateLog.is_in(folder):
             self._log = LayerRateLog.resume(folder, state.global_step, layers=names, flush_every=self.flush_every)
             return
         self._make_room(folder)
         settings = self.settings if isinstance(self.settings, dict) else self.settings()
-        self._log = LayerRateLog.create(folder, layers=names, settings=settings, flush_every=self.flush_every)
+        signal = self._optimizer.measures_signal
+        self._log = LayerRateLog.create(
+            folder, layers=names, settings=settings, signal=signal, flush_every=self.flush_every
+        )
 
     def _make_room(self, folder: Path) -> None:
         """A run that begins anew where another was: what cannot be resumed is of no use, the rest is kept aside."""
@@ -84,10 +90,19 @@ class LayerRateCallback(TrainerCallback):
         self._last = self._optimizer.last_step
         if self._last is not None:
             try:
-                self._log.append(state.global_step, self._last.stacked())
+                self._log.append(state.global_step, self._of_logged_layers(self._last.stacked()))
             except RecordError as error:  # the step itself is in memory
                 self._not_written(error)
         self._flush_before_save(control)
+
+    def _of_logged_layers(self, values: Tensor) -> Tensor:
+        """[5, K] of the layers that trained when the log began; those that were unfrozen since come after them."""
+        assert self._optimizer is not None
+        later = self._optimizer.layer_names[self._layers :]
+        if later and not self._said:
+            self._said = True
+            logger.warning("The layer-rate log began without layers that were frozen then: %s.", ", ".join(later))
+        return values[:, : self._layers]
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from hf_clars.hub import RunSummary
 
@@ -35,9 +35,16 @@ def gather_facts(trainer: Trainer, **given: Any) -> RunSummary:
         "hardware": _hardware(trainer),
         "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "history": _history(trainer),
+        "task": "image-classification" if _classifies_images(model) else None,
+        "library": "transformers" if isinstance(model, PreTrainedModel) else None,
         "needs_import": type(model).__module__.startswith("hf_clars"),
     }
     return RunSummary(**known | given)
+
+
+def _classifies_images(model: Any) -> bool:
+    """Whether it is an image classifier of transformers; what another module does is not known here."""
+    return isinstance(model, PreTrainedModel) and type(model).__name__.endswith("ForImageClassification")
 
 
 def final_results(trainer: Trainer) -> dict[str, float]:

@@ -107,10 +107,10 @@ def checkpoint_bytes(parameters: int, kept: int | None) -> int:
 
     Args:
         parameters: Number of the model's parameters and buffers.
-        kept: `save_total_limit`; None counts as 3.
+        kept: `save_total_limit`; None and 0, which keep all, count as 3.
 
     Returns:
         Bytes. One checkpoint more than is kept exists while the next is written.
     """
-    checkpoints = (3 if kept is None else kept) + 1
+    checkpoints = (kept or 3) + 1
     return 4 * parameters * (2 * checkpoints + 1)

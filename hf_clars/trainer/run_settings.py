@@ -38,6 +38,8 @@ def run_settings(args: ClarsTrainingArguments, given: LayerwiseOptimizer | None)
         all_samples = args.norm_samples == 0 or args.norm_samples >= args.total_batch_size
         settings["norm_samples"] = "every sample" if all_samples else args.norm_samples
         settings["norm"] = "rms" if args.method == "signal_lars" else args.norm
+    if args.method == "signal_lars":
+        settings["signal_n"] = args.signal_n
     if args.freeze_head_epochs:
         settings["freeze_head_epochs"] = args.freeze_head_epochs
     return settings
