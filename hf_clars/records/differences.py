@@ -119,6 +119,10 @@ def optimizer_differences(state: Mapping[str, Any], optimizer: torch.optim.Optim
             held = {int(key): dict(value) for key, value in by_name(dict(state))["state"].items()}
         except ValueError as error:
             return _layer_differences(dict(found), dict(wanted)) or [str(error)]
+        # Each parameter finds its state by name, but a run that resumes keeps its layers too.
+        gone = {name: count for name, count in found if name not in dict(wanted)}
+        if gone and all("layer" in group for group in (*state["param_groups"], *optimizer.param_groups)):
+            return _layer_differences(gone, {})
     elif found != wanted:
         return _layer_differences(dict(found), dict(wanted))
     params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -120,7 +120,7 @@ class WeightedLosses(SharingTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         loss = torch.where(items.to(loss.device) > 0, loss, 0.0)
         optimizer = layerwise(self.optimizer)
-        if optimizer is None or not optimizer.measures_norms:
+        if optimizer is None:
             return loss
         before = torch.zeros_like(loss) if self._finite_loss is None else self._finite_loss
         self._finite_loss = torch.where(loss.isfinite(), loss, before)
