@@ -81,19 +81,13 @@ def test_a_run_that_does_not_get_out_of_it_ends(tmp_path):
     assert trainer.state.global_step == HOPELESS
 
 
-def test_losses_in_the_log_stay_numbers(tmp_path):
-    trainer = trainer_of(tmp_path, poisoned(20))
+@pytest.mark.parametrize("changes", [{}, {"method": "nag", "log_layer_rates": False}])
+def test_losses_in_the_log_stay_numbers(tmp_path, changes):
+    trainer = trainer_of(tmp_path, poisoned(20), **changes)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 8
     assert all(0 < loss < 10 for loss in losses)
-
-
-def test_a_method_that_holds_no_step_back_shows_what_happened(tmp_path):
-    trainer = trainer_of(tmp_path, poisoned(20), method="nag", log_layer_rates=False)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] != losses[-1]
 
 
 @pytest.fixture

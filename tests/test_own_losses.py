@@ -98,7 +98,7 @@ class WithPenalty(ClarsTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = loss + 0.1 * sum(p.square().sum() for p in model.parameters())
+        loss = loss + 0.1 * logits_of(outputs).square().mean()
         return (loss, outputs) if return_outputs else loss
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,10 @@ def optimizer_differences(state: Mapping[str, Any], optimizer: torch.optim.Optim
             held = {int(key): dict(value) for key, value in by_name(dict(state))["state"].items()}
         except ValueError as error:
             return _layer_differences(dict(found), dict(wanted)) or [str(error)]
+        # Each parameter finds its state by name, but a run that resumes keeps its layers too.
+        gone = {name: count for name, count in found if name not in dict(wanted)}
+        if gone and all("layer" in group for group in (*state["param_groups"], *optimizer.param_groups)):
+            return _layer_differences(gone, {})
     elif found != wanted:
         return _layer_differences(dict(found), dict(wanted))
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -203,7 +208,8 @@ def _dtype_of(word: str, path: Path) -> torch.dtype:
     """The dtype that the format calls by this word."""
     if word not in _WORDS.values():
         for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
-            with contextlib.suppress(Exception):  # safetensors has no word for some
+            with contextlib.suppress(Exception), warnings.catch_warnings():  # safetensors has no word for some
+                warnings.simplefilter("ignore")
                 _dtype_word(dtype)
     known = {spelled: dtype for dtype, spelled in _WORDS.items()}
     if word not in known:

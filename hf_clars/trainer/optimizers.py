@@ -8,7 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from hf_clars.errors import ConfigError
 from hf_clars.optim import CLARS, LARS, NAG, LayerwiseOptimizer, SignalLARS
+from hf_clars.optim.freeze import head_layer_names
 from hf_clars.optim.schedules import steps_down
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 
@@ -41,6 +43,30 @@ def build_optimizer(model: nn.Module, args: ClarsTrainingArguments) -> Layerwise
     # ClarsTrainingArguments has checked these two; dataclass fields cannot be Literals for the argument parser.
     choices: dict[str, Any] = {"norm": args.norm, "estimator": args.estimator}
     return CLARS(model, rate, **choices, **common)
+
+
+def layers_to_hold(args: ClarsTrainingArguments, model: nn.Module, optimizer: LayerwiseOptimizer) -> list[str]:
+    """The layers that are held for the first epochs.
+
+    Args:
+        args: With `head_layers`; empty: found from the model.
+        model: That is trained.
+        optimizer: Its optimizer.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ConfigError: `head_layers` names what is no layer.
+    """
+    names = args.head_layers or head_layer_names(model, optimizer)
+    unknown = set(names) - set(optimizer.layer_names)
+    if unknown:
+        raise ConfigError(
+            f"head_layers names {', '.join(sorted(unknown))}, which are no layers of this model. Its last layers "
+            f"are {', '.join(optimizer.layer_names[-4:])}."
+        )
+    return names
 
 
 def layerwise(optimizer: Any) -> LayerwiseOptimizer | None:

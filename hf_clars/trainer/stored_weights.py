@@ -84,10 +84,7 @@ def _differences_after_loading(tensors: Mapping[str, Tensor], twin: nn.Module, m
     return [
         *(f"{name!r} is only in the model" for name in missing),
         *(f"{name!r} is only in the checkpoint" for name in unknown),
-        *(
-            f"{name!r} is {tensors[name].dtype} in the checkpoint, {wanted[name].dtype} in the model"
-            for name in retyped
-        ),
+        *named_differences({name: tensors[name] for name in retyped}, {name: wanted[name] for name in retyped}),
     ]
 
 

@@ -14,8 +14,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from hf_clars.errors import ConfigError
-from hf_clars.optim import LayerwiseOptimizer
-from hf_clars.optim.freeze import head_layer_names
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.callbacks import (
     FreezeHeadCallback,
@@ -27,15 +25,14 @@ from hf_clars.trainer.console import print_lines
 from hf_clars.trainer.epochs import EpochCallback
 from hf_clars.trainer.launch_checks import allow_missing_embeddings, check_launch, check_prepared
 from hf_clars.trainer.live_view import LayerReportCallback, rate_summary, reporters_of
-from hf_clars.trainer.loss_scale import ItemCount, LossScale, count_items, predicts_next, with_number
 from hf_clars.trainer.nonfinite import NonFiniteCallback
-from hf_clars.trainer.optimizers import build_optimizer, layerwise, step_schedule
+from hf_clars.trainer.optimizers import build_optimizer, layers_to_hold, layerwise, step_schedule
 from hf_clars.trainer.run_clock import RunClockCallback
 from hf_clars.trainer.run_settings import run_settings
-from hf_clars.trainer.sharing import SharingTrainer
+from hf_clars.trainer.weighted_losses import WeightedLosses
 
 
-class ClarsTrainer(SharingTrainer):
+class ClarsTrainer(WeightedLosses):
     """Train with CLARS, LARS or mNAG as `ClarsTrainingArguments` say.
 
     Differences from `Trainer`: the optimizer is created here (also where DeepSpeed would otherwise put AdamW); the loss
@@ -83,8 +80,6 @@ class ClarsTrainer(SharingTrainer):
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._scale = LossScale()
-        self._users_scale: bool | None = None
         args = ClarsTrainingArguments("tmp_trainer") if args is None else args
         if not isinstance(args, ClarsTrainingArguments):
             raise ConfigError(
@@ -110,7 +105,6 @@ class ClarsTrainer(SharingTrainer):
         if self.is_fsdp_enabled:
             assert isinstance(self.model, nn.Module)
             allow_missing_embeddings(self.model)
-        self._finite_loss: Tensor | None = None
         self._speed = (time.perf_counter(), 0)
         self._step_scheduler: Any = None
         self.on_save_error = args.on_save_error
@@ -181,23 +175,14 @@ class ClarsTrainer(SharingTrainer):
         optimizer = build_optimizer(trained, self.args)
         if self.args.freeze_head_epochs:
             try:
-                self._freeze_head(trained, optimizer)
+                held = FreezeHeadCallback(self.args.freeze_head_epochs, layers_to_hold(self.args, trained, optimizer))
             except ConfigError:
                 optimizer.remove_hooks()
                 raise
+            self.pop_callback(FreezeHeadCallback)  # of a training before
+            self.add_callback(held)
         self.optimizer = optimizer
         return optimizer
-
-    def _freeze_head(self, model: nn.Module, optimizer: LayerwiseOptimizer) -> None:
-        names = self.args.head_layers or head_layer_names(model, optimizer)
-        unknown = set(names) - set(optimizer.layer_names)
-        if unknown:
-            raise ConfigError(
-                f"head_layers names {', '.join(sorted(unknown))}, which are no layers of this model. Its last layers "
-                f"are {', '.join(optimizer.layer_names[-4:])}."
-            )
-        self.pop_callback(FreezeHeadCallback)  # of a training before
-        self.add_callback(FreezeHeadCallback(self.args.freeze_head_epochs, names))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The schedule of the arguments.
@@ -232,104 +217,6 @@ class ClarsTrainer(SharingTrainer):
                 steps_an_epoch=steps_an_epoch,
             )
         return self.lr_scheduler
-
-    # ---- loss ----------------------------------------------------------------------------------------------------
-
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
-        """Fetch the passes of one update and count their items over all processes.
-
-        Args:
-            epoch_iterator: Yields inputs.
-            num_batches: Passes of this update.
-            device: Where to count.
-
-        Returns:
-            (inputs of each pass, the number of items as `Trainer` counts them).
-        """
-        if self.state.global_step >= self.state.max_steps:
-            return [], None  # resumed after its last step: Trainer would take one more
-        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
-        items = sum((self._count(batch) for batch in batches), torch.zeros((), device=device))
-        self._scale.begin_batch(self.accelerator.reduce(items, reduction="sum"), number)
-        return batches, self._scale.number
-
-    def _count(self, inputs: Any) -> Tensor:
-        # Beside the names, Trainer's own word, which is not documented: it also knows of models of pictures and text.
-        shifted = predicts_next(self.model) or getattr(self, "_loss_shifts_labels", False)
-        return count_items(inputs, shifted).to(self.args.device)
-
-    @property
-    def loss_is_scaled_for_ga(self) -> bool:  # a plain attribute in Trainer
-        """As in `Trainer`, where it can be set; if it is not, what the loss was made of tells."""
-        return self._scale.scaled if self._users_scale is None else self._users_scale
-
-    @loss_is_scaled_for_ga.setter
-    def loss_is_scaled_for_ga(self, value: bool | None) -> None:
-        self._users_scale = value
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The mean loss of a pass. `training_step` weights it by the pass's share of the batch, whoever computed it.
-
-        A method that overrides this may return a mean too, or something that it has divided by `num_items_in_batch`.
-
-        Args:
-            model: The model, wrapped or not.
-            inputs: Its inputs.
-            return_outputs: Return (loss, outputs).
-            num_items_in_batch: For `compute_loss_func`; no model is asked to divide by it.
-
-        Returns:
-            The loss, a scalar, or (loss, outputs). A share of the batch's loss where `loss_is_scaled_for_ga` is set.
-        """
-        function, number = self.compute_loss_func, ItemCount.of(num_items_in_batch)
-        if function is not None:
-            self.compute_loss_func = partial(with_number, function, number)
-        try:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        finally:
-            self.compute_loss_func = function
-        if function is None or number is None or not number.use:
-            loss = self._scale.of_model(loss, self.loss_is_scaled_for_ga)
-        elif self.args.average_tokens_across_devices:  # the number is that of all processes
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """One pass. Where its loss is not finite, and so the step will not be taken, the last finite one is logged.
-
-        Trainer's running sum would be NaN from there on; the step itself is reported by `NonFiniteCallback`. A pass
-        without a single label adds nothing to what is logged.
-
-        Args:
-            model: As `Trainer` passes it.
-            inputs: Likewise.
-            num_items_in_batch: Likewise.
-
-        Returns:
-            The loss to log, 0-dim; found without waiting for the device.
-        """
-        items = self._count(inputs)
-        with self._scale.one_pass(items, self.accelerator.num_processes) as divisor:
-            # By which Trainer divides a loss that is not scaled.
-            self.current_gradient_accumulation_steps: Any = divisor
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        loss = torch.where(items.to(loss.device) > 0, loss, 0.0)
-        optimizer = layerwise(self.optimizer)
-        if optimizer is None or not optimizer.measures_norms:
-            return loss
-        before = torch.zeros_like(loss) if self._finite_loss is None else self._finite_loss
-        self._finite_loss = torch.where(loss.isfinite(), loss, before)
-        return self._finite_loss
 
     # ---- resuming ------------------------------------------------------------------------------------------------
 
