@@ -25,3 +25,7 @@ class SharedStatisticsError(HfClarsError, RuntimeError):
 
 class MixedDevicesError(HfClarsError, ValueError):
     """The model's layers are on different devices."""
+
+
+class SumCheckError(HfClarsError, RuntimeError):
+    """The samples' gradients of a parameter do not add up to its batch gradient."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.accumulator import NormAccumulator
+from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals
 from hf_clars.grad_norms.hooks import BoundHook
-from hf_clars.grad_norms.passes import ForwardPass, NormTotals
 from hf_clars.layers import ParamLayer
 
 

@@ -3,6 +3,7 @@
 from hf_clars.distributed.zero import UnsupportedEngineError
 from hf_clars.optim.base import LayerwiseOptimizer
 from hf_clars.optim.clars import CLARS, NoNormsError
+from hf_clars.optim.factory import ClarsFactory
 from hf_clars.optim.lars import LARS
 from hf_clars.optim.loop_guard import AccumulationIgnoredError, OptimizerNotSteppedError
 from hf_clars.optim.measures import LayerMeasures
@@ -17,6 +18,7 @@ __all__ = [
     "METHODS",
     "NAG",
     "AccumulationIgnoredError",
+    "ClarsFactory",
     "LayerMeasures",
     "LayerwiseOptimizer",
     "Method",

@@ -234,9 +234,29 @@ class LayerwiseOptimizer(GroupedOptimizer):
         return any(not adaptive or group["weight_decay"] for adaptive, group in settings)
 
     def remove_hooks(self) -> None:
-        """Take all hooks off the model."""
+        """Take all hooks off the model; `attach_hooks` places them again."""
         if self._guard is not None:
             self._guard.remove()
+
+    def attach_hooks(self, model: nn.Module) -> None:
+        """Place the hooks again, after `remove_hooks`; does nothing while they are in place.
+
+        Args:
+            model: The module that this optimizer was created with; wrapped or sharded in place since, if so.
+        """
+        if self._guard is not None and not self._guard.attached:
+            self._guard.attach(model)
+
+    def pause_hooks(self, paused: bool = True) -> None:
+        """Let the hooks do nothing, or work again, while they stay in place.
+
+        In between, the model can be evaluated and differentiated as if it had none.
+
+        Args:
+            paused: Default True.
+        """
+        if self._guard is not None:
+            self._guard.paused = paused
 
     def _gather(self) -> StepTensors:
         tensors = StepTensors([], [], [], [])
@@ -297,6 +317,11 @@ class LayerwiseOptimizer(GroupedOptimizer):
             )
 
     # ---- norms and rates -----------------------------------------------------------------------------------
+
+    @property
+    def measures_signal(self) -> bool:
+        """Whether steps measure the share of signal, and so log it."""
+        return False
 
     @property
     def measures_norms(self) -> bool:

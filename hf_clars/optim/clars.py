@@ -115,13 +115,16 @@ class CLARS(LARS):
         )
         self.norm = norm
         self.decay_in_norm = decay_in_norm
-        local = None if samples is None else max(1, samples // world_size())
-        self.norms: PerSampleGradNorms | MicroBatchGradNorms
-        if estimator == "samples":
-            self.norms = PerSampleGradNorms(model, layers=self.partition, samples=local, keep_per_sample=False)
-        else:
-            decay = weight_decay if decay_in_norm else 0.0
-            self.norms = MicroBatchGradNorms(model, self.partition, samples=local, weight_decay=decay)
+        self._local_samples = None if samples is None else max(1, samples // world_size())
+        self._micro_batches = estimator == "microbatch"
+        self.norms = self._new_norms(model)
+
+    def _new_norms(self, model: nn.Module) -> PerSampleGradNorms | MicroBatchGradNorms:
+        samples = self._local_samples
+        if not self._micro_batches:
+            return PerSampleGradNorms(model, layers=self.partition, samples=samples, keep_per_sample=False)
+        decay = self.defaults["weight_decay"] if self.decay_in_norm else 0.0
+        return MicroBatchGradNorms(model, self.partition, samples=samples, weight_decay=decay)
 
     @classmethod
     def reference_code(cls, model: nn.Module, lr: float, **overrides: Any) -> CLARS:
@@ -220,7 +223,7 @@ class CLARS(LARS):
     def _on_swap(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
         super()._on_swap(swapped)
         if isinstance(self.norms, PerSampleGradNorms):
-            self.norms.follow(swapped)
+            self.norms.rebind(swapped)
 
     def _new_partition(self) -> None:
         super()._new_partition()
@@ -255,9 +258,30 @@ class CLARS(LARS):
         self.norms.reset()
 
     def remove_hooks(self) -> None:
-        """Take all hooks off the model; the optimizer cannot step with new gradients after that."""
+        """Take all hooks off the model; until `attach_hooks` the optimizer cannot step with new gradients."""
         super().remove_hooks()
         self.norms.remove()
+
+    def attach_hooks(self, model: nn.Module) -> None:
+        """Place the hooks again, after `remove_hooks`; does nothing while they are in place.
+
+        Args:
+            model: As in `LayerwiseOptimizer.attach_hooks`.
+        """
+        super().attach_hooks(model)
+        if not self.norms.attached:
+            self.norms = self._new_norms(model)
+            if self._zero is not None:
+                self.norms.engine_dropped_a_batch = self._zero.dropped_a_batch
+
+    def pause_hooks(self, paused: bool = True) -> None:
+        """As `LayerwiseOptimizer.pause_hooks`.
+
+        Args:
+            paused: Default True.
+        """
+        super().pause_hooks(paused)
+        self.norms.paused = paused
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,9 @@
 
 They compare version counters, which torch raises whenever a tensor is changed in place; the device is waited for only
 where those say that something is wrong.
+Private name: `Tensor._version`. torch has no public way to ask whether a tensor was changed in place, and a copy of
+each weight would cost the memory of the model. A test fails loudly should the name change its meaning. It ends when
+torch documents the counter.
 """
 
 from __future__ import annotations
@@ -66,23 +69,35 @@ class LoopGuard:
     ) -> None:
         self._params = list(params)
         self.groups = groups
+        self.paused = False  # see BoundHook
         self.scale = GradientScale(params)
         self._before_forward, self._minds_scale = WeakMethod(before_forward), WeakMethod(minds_scale)
         self._weights: list[int] | None = None
         self._places: list[Tensor] = []
         self._moves = 0
         self._other: str | None = None
-        self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(BoundHook(self._on_forward, keep_owner=True)),
-            model.register_forward_hook(BoundHook(self._on_result, keep_owner=True), with_kwargs=True),
-        ]
-        self._steps = register_optimizer_step_post_hook(BoundHook(self._on_any_step))
+        self._handles: list[RemovableHandle] = []
         self._watch_weights = True
         self._watch_loss = True
         self.forward_seen = False
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Place the hooks; also again, after `remove`.
+
+        Args:
+            model: The module that is trained.
+        """
+        self._handles += [
+            model.register_forward_pre_hook(BoundHook(self._on_forward, keep_owner=True)),
+            model.register_forward_hook(BoundHook(self._on_result, keep_owner=True), with_kwargs=True),
+        ]
+        if self._watch_weights:
+            self._steps = register_optimizer_step_post_hook(BoundHook(self._on_any_step))
+        self.scale.watch(self._params)
         # The guard outlives an optimizer that a launcher drops; one that another of ours follows has nothing to say.
         previous = _GUARDS.get(model)
-        if previous is not None:
+        if previous is not None and previous is not self:
             previous._watch_weights = False
         _GUARDS[model] = self
 
@@ -139,7 +154,9 @@ class LoopGuard:
     def _on_result(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Once, when Trainer first passes `num_items_in_batch`: is the loss a share of the batch's, or a mean?"""
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-        if not self._watch_loss or items is None or not torch.is_grad_enabled() or not isinstance(labels, Tensor):
+        if type(items) not in (Tensor, int, float):
+            return  # none, or one that ClarsTrainer counts, which itself sees what becomes of it
+        if not self._watch_loss or not torch.is_grad_enabled() or not isinstance(labels, Tensor):
             return
         loss, logits = _entry(output, "loss"), _entry(output, "logits")
         if loss is None or logits is None or logits.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
@@ -190,6 +207,11 @@ class LoopGuard:
             self._steps.remove()
         self.forward_seen = False
         self.scale.stepped()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are in place."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Take the hooks off."""

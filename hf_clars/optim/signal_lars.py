@@ -100,6 +100,11 @@ class SignalLARS(CLARS):
             foreach=foreach,
         )
 
+    @property
+    def measures_signal(self) -> bool:
+        """It does."""
+        return True
+
     def _measure(self, tensors: StepTensors) -> LayerMeasures:
         weight_norm, grad_norm, sample_norm, batch_size = self._measured_norms(tensors)
         moments = self._averaged(signal_moments(weight_norm, grad_norm, sample_norm))
@@ -107,9 +112,12 @@ class SignalLARS(CLARS):
         trust = trust_ratio(
             weight_norm, grad_norm, weight_decay=self._weight_decays(weight_norm), clip=self._clips(weight_norm)
         )
-        rate = self._rates(trust) * self._where_adaptive(signal_damping(share, self.n))
+        damping = self._where_adaptive(signal_damping(share, self.n))
+        rate = self._rates(trust) * damping
         ratio = torch.where(sample_norm > 0, grad_norm / sample_norm, 1.0)
-        return LayerMeasures(rate, weight_norm, grad_norm, sample_norm, ratio, signal=share, moments=moments)
+        return LayerMeasures(
+            rate, weight_norm, grad_norm, sample_norm, ratio, signal=share, damping=damping, moments=moments
+        )
 
     def _running(self, like: Tensor) -> Tensor:
         """[2, K], the running moments before this step; 0 before the first, whose small weight cancels in the share."""

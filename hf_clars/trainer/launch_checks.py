@@ -33,6 +33,12 @@ def check_launch(trainer: ClarsTrainer) -> None:
     Raises:
         ConfigError: In one paragraph, with what to do.
     """
+    if trainer.args.auto_find_batch_size:
+        raise ConfigError(
+            "auto_find_batch_size tries smaller batches when memory runs out, but the rate, the samples that are "
+            "measured and the steps of a run that resumes all follow from the batch. Leave it out: set "
+            "global_batch_size, and lower per_device_train_batch_size until it fits; the passes are accumulated."
+        )
     _check_processes(trainer)
     _check_precision(trainer)
     if trainer.is_deepspeed_enabled:
