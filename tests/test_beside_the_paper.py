@@ -302,6 +302,17 @@ def test_a_run_with_everything_trains_evaluates_and_is_measured_again(images, tm
     assert json.loads((tmp_path / "run" / "all_results.json").read_text()) == first
 
 
+def test_evaluation_alone_takes_from_the_folder_what_the_settings_leave_open(images, tmp_path):
+    """Size, mean and deviation of a run are in its folder, and `image_size` need not be said again."""
+    config = settings_of(images, tmp_path / "run", image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])
+    assert command(tmp_path, config) == 0
+    first = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    left_open = {k: v for k, v in config.items() if k not in ("image_size", "image_mean", "image_std", "augment")}
+    assert command(tmp_path, {**left_open, "do_eval": True}) == 0
+    again = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert again["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-5)
+
+
 def test_evaluation_alone_needs_a_finished_run(images, tmp_path, capsys):
     config = settings_of(images, tmp_path / "none")
     assert command(tmp_path, config, "--do_eval") == 2

@@ -67,6 +67,12 @@ def test_data_is_numbered_as_the_checkpoint_numbers_it(config, tmp_path, names, 
     assert f"3, with training images: {', '.join(f'{name} (4)' for name in names)}" in capsys.readouterr().out
 
 
+def test_measuring_a_finished_run_numbers_the_data_as_the_run_did(config, tmp_path):
+    run(config, tmp_path, model=checkpoint(tmp_path / "old", SAYS_EEL))
+    del config["image_size"]  # the run's image processor knows it
+    assert run(config, tmp_path, model="clars-cnn", do_eval=True)["eval_accuracy"] == 1.0
+
+
 def test_other_names_are_refused_with_both_lists(config, tmp_path):
     model = checkpoint(tmp_path / "old", ["eel", "ant", "bee"])
     with pytest.raises(ConfigError, match=r"eel, ant, bee.*cat, dog, eel.*'cat', 'dog' not among.*replace_head"):

@@ -108,8 +108,8 @@ class SumCheck:
                 raise SumCheckError(
                     f"{self._names.get(param, 'a parameter')}: the samples' gradients do not add up to the batch "
                     f"gradient. They differ from it by {difference:.3g}, and its norm is {norm:.3g}. A use of the "
-                    f"parameter was missed, or counted twice. Please report this model. Until then freeze the parameter, or "
-                    f"{WITHOUT_SAMPLES}."
+                    "parameter was missed, or counted twice. Please report this model. Until then freeze the "
+                    f"parameter, or {WITHOUT_SAMPLES}."
                 )
 
 

@@ -60,7 +60,8 @@ def check_takes_images(model: nn.Module, args: DataArguments, *, name: str) -> N
     if is_deepspeed_zero3_enabled():  # the weights lie in pieces until the engine is there
         return
     parameter = next(model.parameters())
-    image = torch.zeros(1, args.num_channels, args.image_size, args.image_size, dtype=parameter.dtype)
+    size, channels = args.pixel_settings().image_size, args.num_channels
+    image = torch.zeros(1, channels, size, size, dtype=parameter.dtype)
     training = model.training
     model.eval()
     try:
@@ -68,8 +69,8 @@ def check_takes_images(model: nn.Module, args: DataArguments, *, name: str) -> N
             model(pixel_values=image.to(parameter.device))
     except Exception as error:  # every model has its own words for it
         raise ConfigError(
-            f"{name} cannot take images of {args.image_size} x {args.image_size} pixels and {args.num_channels} "
-            f"channels ({' '.join(str(error).split()).rstrip('.')}): set image_size to what the model was made for, or "
+            f"{name} cannot take images of {size} x {size} pixels and {channels} channels "
+            f"({' '.join(str(error).split()).rstrip('.')}): set image_size to what the model was made for, or "
             "from_scratch to true to build it anew for this size."
         ) from error
     finally:

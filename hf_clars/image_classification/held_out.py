@@ -8,6 +8,7 @@ from dataclasses import replace
 from datasets import Dataset
 
 from hf_clars.data import ImageData
+from hf_clars.data.labels import class_counts
 from hf_clars.errors import ConfigError, DataError
 
 SEED = 0
@@ -64,4 +65,5 @@ def hold_out(data: ImageData, share: float) -> ImageData:
         eval_split="held out",
         train_size=len(parts["train"]),
         eval_size=len(parts["test"]),
+        class_counts=class_counts(parts["train"], data.label_column, len(data.label_names)),
     )

@@ -104,7 +104,7 @@ def train_image_classifier(settings: RunSettings) -> dict[str, float]:
     checkpoint = _checkpoint(folder, str(args.resume_from_checkpoint)) if resume else None
     set_seed(args.seed)
     pixels = choose_pixels(settings.model, settings.data)
-    data = _in_order_of_the_model(_load(settings), settings.model)
+    data = _load(settings)
     check_for_images(args, len(data.label_names))
     model = _build(settings, data)
     check_free_space(folder, checkpoint_bytes(_elements(model), args.save_total_limit))
@@ -120,7 +120,7 @@ def evaluate_image_classifier(settings: RunSettings) -> dict[str, float]:
     """Measure the model that a finished run left in the output folder; nothing is trained.
 
     Args:
-        settings: Of that run: data and pixels are as they say, the model is the folder's.
+        settings: Of that run: the data are as they say; the model, and pixels that are not set, are the folder's.
 
     Returns:
         The metrics, which `eval_results.json` in the folder holds too.
@@ -136,11 +136,12 @@ def evaluate_image_classifier(settings: RunSettings) -> dict[str, float]:
             "evaluate, leave do_eval out or add --do_train true."
         )
     args.eval_strategy = "no"  # what there is to evaluate on is asked for below
-    data = _read(settings.data)
-    if data.eval is None:
-        raise ConfigError(f"{settings.data.dataset} has nothing to evaluate on: name a split with --eval_split.")
     finished = replace(settings.model, model=str(folder.resolve()), from_scratch=False, replace_head=False)
     settings = replace(settings, model=replace(finished, model_kwargs=None, ema_decay=0.0))
+    choose_pixels(settings.model, settings.data)
+    data = _in_order_of_the_model(_read(settings.data), settings.model)
+    if data.eval is None:
+        raise ConfigError(f"{settings.data.dataset} has nothing to evaluate on: name a split with --eval_split.")
     with settings_explained():
         trainer = _trainer(settings, data, _build(settings, data), StopCallback())
     with outside_failures_explained(args.ddp_timeout), disk_failures_explained(folder):
@@ -151,7 +152,8 @@ def evaluate_image_classifier(settings: RunSettings) -> dict[str, float]:
     return results
 
 
-def _read(args: DataArguments) -> ImageData:
+def _read(settings: RunSettings) -> ImageData:
+    args = settings.data
     data = load_image_data(
         args.dataset,
         config=args.dataset_config,
@@ -163,12 +165,13 @@ def _read(args: DataArguments) -> ImageData:
         max_train_samples=args.max_train_samples,
         max_eval_samples=args.max_eval_samples,
     )
+    data = _in_order_of_the_model(data, settings.model)  # before a share is held out: whole columns are exchanged
     return hold_out(data, args.eval_share) if args.eval_share else data
 
 
 def _load(settings: RunSettings) -> ImageData:
     args, training = settings.data, settings.training
-    data = _read(args)
+    data = _read(settings)
     if args.streaming and training.max_steps <= 0:
         raise ConfigError("A stream has no known length, so epochs cannot be counted: set --max_steps.")
     if data.train_size is not None and data.train_size < training.total_batch_size:
@@ -232,7 +235,8 @@ def _trainer(settings: RunSettings, data: ImageData, model: PreTrainedModel, sto
     DevicePixels(pixels, channels_last=settings.model.channels_last).attach(model)
     settings.training.remove_unused_columns = False  # the transform needs the image column, which no model names
     settings.training.label_names = ["labels"]
-    smoothing, more = settings.training.label_smoothing_factor, {}
+    smoothing = settings.training.label_smoothing_factor
+    more: dict[str, Any] = {}
     if strong.mixes or smoothing:
         more["compute_loss_func"] = SoftTargetLoss(smoothing)
     kind = partial(AveragingTrainer, ema_decay=settings.model.ema_decay) if settings.model.ema_decay else ClarsTrainer

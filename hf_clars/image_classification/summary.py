@@ -69,6 +69,14 @@ def after_training(trainer: ClarsTrainer, results: dict[str, float]) -> None:
     _print(rows)
 
 
+def _classes(data: ImageData) -> str:
+    """How many there are, the first few by name, with their training images where they are counted."""
+    if data.class_counts is None:
+        return f"{len(data.label_names):,}: {name_list(data.label_names)}"
+    named = [f"{name} ({count:,})" for name, count in zip(data.label_names, data.class_counts, strict=True)]
+    return f"{len(named):,}, with training images: {name_list(named)}"
+
+
 def after_evaluation(trainer: ClarsTrainer, data: ImageData, results: dict[str, float]) -> None:
     """Print what a finished run's model reaches.
 
@@ -86,14 +94,6 @@ def _accuracy(results: dict[str, float]) -> list[tuple[str, str]]:
         return []
     top5 = f", top-5 {results['eval_top5_accuracy']:.2%}" if "eval_top5_accuracy" in results else ""
     return [("accuracy", f"top-1 {results['eval_accuracy']:.2%}{top5}")]
-
-
-def _classes(data: ImageData) -> str:
-    """How many there are, the first few by name, with their training images where they are counted."""
-    if data.class_counts is None:
-        return f"{len(data.label_names):,}: {name_list(data.label_names)}"
-    named = [f"{name} ({count:,})" for name, count in zip(data.label_names, data.class_counts, strict=True)]
-    return f"{len(named):,}, with training images: {name_list(named)}"
 
 
 def _count(size: int | None) -> str:

@@ -154,7 +154,7 @@ class LoopGuard:
     def _on_result(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Once, when Trainer first passes `num_items_in_batch`: is the loss a share of the batch's, or a mean?"""
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-        if type(items) not in (Tensor, int, float):
+        if items is None or type(items) not in (Tensor, int, float):
             return  # none, or one that ClarsTrainer counts, which itself sees what becomes of it
         if not self._watch_loss or not torch.is_grad_enabled() or not isinstance(labels, Tensor):
             return

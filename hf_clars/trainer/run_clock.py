@@ -24,10 +24,11 @@ class RunClockCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Begin, or go on where the checkpoint was taken."""
         self.began_at, self._start = state.global_step, time.monotonic()
-        stored: Any = state.stateful_callbacks.get(type(self).__name__, {})
+        kept: Any = state.stateful_callbacks  # a dict by name while a run goes on, whatever its type says
+        stored: Any = kept.get(type(self).__name__, {})
         attributes = stored.get("attributes", {}) if isinstance(stored, dict) else {}
         self._before = attributes.get("seconds") if self.began_at else 0.0
-        state.stateful_callbacks[type(self).__name__] = self.state()  # Trainer asks for it, also after old checkpoints
+        kept[type(self).__name__] = self.state()  # Trainer asks for it, also after old checkpoints
 
     def state(self) -> dict[str, Any]:
         """The seconds so far, for a checkpoint."""

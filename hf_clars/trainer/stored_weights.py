@@ -13,7 +13,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -135,7 +135,7 @@ def in_own_names(tensors: Mapping[str, Tensor], twin: nn.Module) -> dict[str, Te
     config = LoadStateDictConfig(
         device_map={"": device},
         dtype_plan={"*": None},  # for every name: leave the type as it is
-        weight_mapping=get_model_conversion_mapping(twin),
+        weight_mapping=cast(Any, get_model_conversion_mapping(twin)),
     )
     info, _ = convert_and_load_state_dict_in_model(model=twin, state_dict=dict(tensors), load_config=config)
     unfit = {name: torch.empty(shape, device="meta") for name, shape, _ in info.mismatched_keys}

@@ -261,7 +261,7 @@ class ClarsTrainer(SharingTrainer):
         return count_items(inputs, shifted).to(self.args.device)
 
     @property
-    def loss_is_scaled_for_ga(self) -> bool:  # type: ignore[override]  # a plain attribute in Trainer
+    def loss_is_scaled_for_ga(self) -> bool:  # a plain attribute in Trainer
         """As in `Trainer`, where it can be set; if it is not, what the loss was made of tells."""
         return self._scale.scaled if self._users_scale is None else self._users_scale
 
@@ -320,7 +320,8 @@ class ClarsTrainer(SharingTrainer):
         """
         items = self._count(inputs)
         with self._scale.one_pass(items, self.accelerator.num_processes) as divisor:
-            self.current_gradient_accumulation_steps = divisor  # by which Trainer divides a loss that is not scaled
+            # By which Trainer divides a loss that is not scaled.
+            self.current_gradient_accumulation_steps: Any = divisor
             loss = super().training_step(model, inputs, num_items_in_batch)
         loss = torch.where(items.to(loss.device) > 0, loss, 0.0)
         optimizer = layerwise(self.optimizer)

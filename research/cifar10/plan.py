@@ -125,7 +125,7 @@ def baselines() -> list[tuple[Settings, Sequence[float]]]:
         (replace(plain, method="lamb"), LAMB_RATES),
     ]
     schedules = ("poly-2", "constant", "cosine", "steps")
-    return found + [(replace(plain, method="clars", schedule=schedule), CLARS_RATES) for schedule in schedules]
+    return [*found, *((replace(plain, method="clars", schedule=schedule), CLARS_RATES) for schedule in schedules)]
 
 
 def baseline_stages() -> list[Stage]:

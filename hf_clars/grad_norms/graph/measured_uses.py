@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +204,12 @@ def batched_grads(
 
     def grads(outputs: list[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(
-            edges, list(inputs), grad_outputs=outputs, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            edges,
+            cast(Any, inputs),
+            grad_outputs=outputs,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
         )
 
     try:
