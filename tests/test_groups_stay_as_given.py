@@ -273,8 +273,10 @@ def test_a_state_of_other_layers_is_refused_by_their_names(name):
     model = Twins(["first", "second"])
     saved = OPTIMIZERS[name](model, 0.1).state_dict()
     other = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-    with pytest.raises(ValueError, match=r"holds first\.weight, .* which this optimizer does not have"):
+    with pytest.raises(ValueError, match=r"holds layer first, layer second, which this optimizer does not have"):
         OPTIMIZERS[name](other, 0.1).load_state_dict(saved)
+    with pytest.raises(ValueError, match="holds layer first"):  # another partition
+        OPTIMIZERS[name](model, 0.1, layers="tensor").load_state_dict(saved)
     part = OPTIMIZERS[name](model, 0.1, params=[{"params": model.first.parameters()}]).state_dict()
     with pytest.raises(ValueError, match=r"holds nothing of second\.weight, second\.bias"):
         OPTIMIZERS[name](model, 0.1).load_state_dict(part)

@@ -106,6 +106,26 @@ def thrown_away(how, rank, world):
     return found
 
 
+def accumulated(rank, world):
+    """n_k and weights of three steps, each of one pass, and of two without reduction in between."""
+    found = []
+    for passes in (1, 2):
+        model = sharded()
+        optimizer = CLARS(model, 0.3)
+        norms = []
+        for t in range(3):
+            x, y = batch(t, 16)
+            optimizer.zero_grad()
+            xs, ys = x.double()[rank::world].chunk(passes), y[rank::world].chunk(passes)
+            for i, (part_x, part_y) in enumerate(zip(xs, ys, strict=True)):
+                model.set_requires_gradient_sync(i == passes - 1)
+                (loss_on(part_x, part_y)(model) / passes).backward()
+            optimizer.step()
+            norms.append(optimizer.last_step.mean_sample_norm)
+        found.append((torch.stack(norms), whole(model)))
+    return found
+
+
 def alone(name, rank, world, *, same_data=False):
     """What is said of a model that no one has wrapped."""
     model = make_model()
@@ -155,6 +175,7 @@ def worker(rank, world, port, folder):
         results["alone", name] = alone(name, rank, world)
         results["together", name] = together(name, rank, world)
     results["alone", "same data"] = alone("CLARS", rank, world, same_data=True)
+    results["accumulated"] = accumulated(rank, world)
     results["clipped"] = clipped("CLARS", rank, world)
     for name, how in CLEARED.items():
         results["cleared", name] = thrown_away(how, rank, world)
@@ -187,6 +208,15 @@ def test_clipping_split_gradients_changes_no_step(two):
         assert plain.max() < 0.999
         for key, value in weights.items():
             torch.testing.assert_close(others[key], value, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.distributed
+def test_passes_without_a_reduction_in_between_are_one_batch(two):
+    for rank in range(2):
+        (once, weights), (twice, others) = two[rank]["accumulated"]
+        torch.testing.assert_close(twice, once, rtol=1e-9, atol=0)
+        for key, value in weights.items():
+            torch.testing.assert_close(others[key], value, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.distributed

@@ -53,13 +53,15 @@ def is_partitioned(engine: Any) -> bool:
     return False
 
 
-def zero_pieces(engine: Any, optimizer: torch.optim.Optimizer, layer_of_group: Sequence[int]) -> ZeroPieces | None:
+def zero_pieces(
+    engine: Any, optimizer: torch.optim.Optimizer, layer_of_group: Sequence[int] | None = None
+) -> ZeroPieces | None:
     """The pieces of a model under ZeRO; None for an engine that does not partition, or shows everything at once.
 
     Args:
         engine: DeepSpeed's engine.
         optimizer: The optimizer inside.
-        layer_of_group: The row of the one layer that trains in each parameter group.
+        layer_of_group: The row of the one layer that trains in each parameter group. Default: the group's number.
 
     Returns:
         The pieces, or None.
@@ -86,7 +88,8 @@ def zero_pieces(engine: Any, optimizer: torch.optim.Optimizer, layer_of_group: S
             "must not count: give attach_engine the engine itself, which is the first of what deepspeed.initialize "
             "returns, or the model that accelerator.prepare returns."
         )
-    return kind(zero, engine, layer_of_group)
+    rows = range(len(optimizer.param_groups)) if layer_of_group is None else layer_of_group
+    return kind(zero, engine, rows)
 
 
 class ZeroPieces:

@@ -155,8 +155,10 @@ class NormAccumulator:
 
     def _engine_holds_gradients(self) -> bool:
         """Whether DeepSpeed or FSDP keeps this model's gradients."""
-        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return parallel and any(keeps_gradients_elsewhere(p) for p in self.model.parameters())
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        # Inside a backward pass FSDP2 has put whole weights into the modules: the recorded ones tell then.
+        return any(keeps_gradients_elsewhere(p) for p in (*self._layer_of, *self.model.parameters()))
 
     # ---- results ---------------------------------------------------------------------------------------------
 

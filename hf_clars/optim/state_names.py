@@ -58,10 +58,14 @@ def _places_by_name(
     here = {name: (g, i) for g, group in enumerate(groups) for i, name in enumerate(group[NAMES])}
     of_layer = {layer.name: layer.param_names for layer in book.layers}
     trains = {n: p.requires_grad for group in groups for n, p in zip(group[NAMES], group["params"], strict=True)}
+    known = {_without_group(layer.name) for layer in book.layers}
     found: dict[Place, Place] = {}
     unknown: list[str] = []
     for g, group in enumerate(saved):
         names = group.get(NAMES)
+        if LAYER in group and _without_group(group[LAYER]) not in known:
+            unknown.append(f"layer {group[LAYER]}")
+            continue
         if names is None:
             names = of_layer.get(group[LAYER], ())
             if len(names) != len(group["params"]):
@@ -77,6 +81,11 @@ def _places_by_name(
     missing = [name for name, place in here.items() if place not in found and trains[name]]
     _refuse(unknown, missing)
     return found
+
+
+def _without_group(layer: str) -> str:
+    """A layer's name, whichever of the caller's groups it was split for."""
+    return layer.partition(" (group ")[0]
 
 
 def _refuse(unknown: list[str], missing: list[str]) -> None:
