@@ -58,7 +58,7 @@ def build(name: str) -> Subject:
     raise NotRunnable("none of its test inputs has a batch")
 
 
-def trained_apart(name: str) -> tuple[bool, ...]:
+def modes(name: str) -> tuple[bool, ...]:
     """The modes that a module behaves differently in: training, and where it differs evaluation."""
     return (True, False) if module_infos()[name].train_and_eval_differ else (True,)
 
@@ -154,10 +154,13 @@ class ScalarLoss(Subject):
         Raises:
             NotRunnable: If the batch's loss is neither their mean nor their sum.
         """
-        alone = [
-            self.loss(model, {"": tuple(a[i : i + 1] if isinstance(a, Tensor) else a for a in batch[""])})
-            for i in range(self.samples)
-        ]
+        try:
+            alone = [
+                self.loss(model, {"": tuple(a[i : i + 1] if isinstance(a, Tensor) else a for a in batch[""])})
+                for i in range(self.samples)
+            ]
+        except RuntimeError as error:  # targets one after the other, without a batch axis
+            raise NotRunnable(f"cannot be called on one sample: {error}") from error
         each, whole = torch.stack(alone), self.loss(model, batch).detach()
         for factor in (1, self.samples):
             if torch.allclose(factor * each.detach().mean(), whole, rtol=1e-4, atol=1e-6):
