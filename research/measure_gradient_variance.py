@@ -22,7 +22,8 @@ Figure 2 of the paper: mNAG at the constant rate 0.001 and B = 128; before train
 over the whole training set, exactly, for every layer. fcn5 and cnn5 (sigmoid) train on MNIST for 10 epochs, resnet8 on
 CIFAR-10 for 6, as in the paper, or on any other set that --data-set names. BatchNorm is measured as it trains: in
 batches of 128, in the order of the set, a sample's gradient being what reaches the weights through its own use of the
-layer. For each network a csv and a png go to the output folder, and a sentence to standard output.
+layer. It runs on a GPU if there is one. For each network a csv and a png go to the output folder, and a sentence to
+standard output.
 """
 
 PAPER = RunSettings(
@@ -67,7 +68,7 @@ def settings_of(name: str, args: argparse.Namespace) -> RunSettings:
 
 def measure(name: str, settings: RunSettings, args: argparse.Namespace) -> None:
     """One network: train, measure, write, print."""
-    images = open_images(settings, args.data, torch.device("cpu"))
+    images = open_images(settings, args.data, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert isinstance(images, MemoryImages)
     with tqdm(total=settings.epochs + 1, desc=name, unit="measurement") as bar:
         history = measure_run(settings, images, progress=lambda epoch: bar.update() and None)

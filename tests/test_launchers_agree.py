@@ -19,6 +19,7 @@ from tests.launchers.cases import (
     Case,
     Images,
     cases,
+    floor_of,
     outcome,
     run,
     save_weights,
@@ -79,9 +80,7 @@ def assert_same(found, expected):
     assert layers == wanted_layers
     assert arrays.keys() == wanted.keys()
     for name, value in wanted.items():
-        # A key's bias in attention has no gradient but rounding noise, so that weights need a floor.
-        floor = 1e-6 if name.startswith("weight ") else 0
-        np.testing.assert_allclose(arrays[name], value, rtol=1e-5, atol=floor, equal_nan=True, err_msg=name)
+        np.testing.assert_allclose(arrays[name], value, rtol=1e-5, atol=floor_of(name), equal_nan=True, err_msg=name)
 
 
 def largest_difference(found, expected):
@@ -90,7 +89,7 @@ def largest_difference(found, expected):
     worst = {"log": 0.0, "weight": 0.0}
     for name, value in wanted.items():
         kind = name.split(" ", 1)[0]
-        scale = np.abs(value) + (0.1 if kind == "weight" else 0)
+        scale = np.abs(value) + 1e5 * floor_of(name)
         # A layer without a norm is NaN in both; 0 in both is no difference.
         shares = np.abs(arrays[name] - value)[scale > 0] / scale[scale > 0]
         worst[kind] = max(worst[kind], float(np.nanmax(shares, initial=0.0)))

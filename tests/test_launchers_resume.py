@@ -1,6 +1,5 @@
 """Promise: a checkpoint made under one launcher resumes under another where the engine allows it, or is refused.
 
-
 One process and plain data parallelism read each other's; ZeRO and FSDP2 their own.
 """
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 
 from hf_clars.trainer.resuming import CheckpointMisfitError, check_engine
-from tests.launchers.cases import MIDDLE, Case, outcome, run, save_weights
+from tests.launchers.cases import MIDDLE, Case, floor_of, outcome, run, save_weights
 from tests.test_launchers_agree import launch
 
 CASE = Case("group norm", "clars", 1)
@@ -37,8 +36,7 @@ def assert_second_half(found, uninterrupted):
     assert arrays["log steps"].tolist() == list(range(MIDDLE + 1, wanted["log steps"][-1] + 1))
     for name, value in wanted.items():
         value = value[MIDDLE:] if name.startswith("log ") else value
-        floor = 1e-6 if name.startswith("weight ") else 0
-        np.testing.assert_allclose(arrays[name], value, rtol=1e-5, atol=floor, err_msg=name)
+        np.testing.assert_allclose(arrays[name], value, rtol=1e-5, atol=floor_of(name), err_msg=name)
 
 
 def test_two_processes_go_on_from_the_checkpoint_of_one(under_ddp, uninterrupted):
@@ -49,6 +47,17 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(under_ddp, uninterrupted
     trainer = run(CASE, tmp_path, 1, resume=under_ddp / "own" / f"checkpoint-{MIDDLE}")
     save_weights(trainer.model.state_dict(), tmp_path)
     assert_second_half(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("method", ["clars", "signal_lars"])
+def test_two_processes_go_on_from_their_own_checkpoint_bit_for_bit(method, tmp_path):
+    """The running moments of SignalLARS among the rest."""
+    launch("ddp", "tests.launchers.resume", tmp_path, "ddp", "own", method)
+    (resumed, _), (whole, _) = outcome(tmp_path / "resumed"), outcome(tmp_path / "own")
+    for name, value in whole.items():
+        np.testing.assert_array_equal(resumed[name], value[MIDDLE:] if name.startswith("log ") else value, name)
+    if method == "signal_lars":
+        assert 0 < np.nanmedian(whole["log signal"]) < 1
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp2"])

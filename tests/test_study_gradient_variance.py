@@ -2,17 +2,20 @@
 
 import csv
 
+import datasets
 import pytest
 import torch
 from torch.nn import functional
 
 from hf_clars.layers import param_layers
 from hf_clars.models import build_model
+from research import measure_gradient_variance
 from research.plots.variance_factors import plot_variance_factors
 from research.study.gradient_variance import depth_correlation, measure_run, sentence, variance_factors, write_csv
 from research.study.images import open_images
 from research.study.loop import train
 from tests.oracle import one_by_one, per_sample_grads
+from tests.test_study_cifar10_report import encoded
 from tests.test_study_loop import images, tiny
 
 SIDE, CLASSES = 12, 4
@@ -115,6 +118,25 @@ def test_layers_are_the_partition_of_the_optimizers():
     model = network("cnn5", width=2, hidden_size=6)
     layers, _ = variance_factors(model, [data(3)])
     assert [layer.name for layer in layers] == [layer.name for layer in param_layers(model)]
+
+
+def test_the_command_measures_resnet8_on_a_folder_of_cifar10(tmp_path, monkeypatch, capsys):
+    """Of the Hub's layout: parquet with `img` and `label`."""
+    (tmp_path / "cifar10").mkdir()
+    for split, count in (("train", 256), ("test", 32)):
+        columns = {"img": [encoded(i) for i in range(count)], "label": [i % 10 for i in range(count)]}
+        names = datasets.ClassLabel(names=[str(i) for i in range(10)])
+        features = datasets.Features({"img": datasets.Image(), "label": names})
+        rows = datasets.Dataset.from_dict(columns, features=features)
+        rows.to_parquet(tmp_path / "cifar10" / f"{split}-00000-of-00001.parquet")
+    command = ["measure", "--networks", "resnet8", "--epochs", "1", "--data", str(tmp_path), "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*command, "--threads", "1"])
+    assert measure_gradient_variance.main() == 0
+    assert "resnet8: top layers" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "resnet8.csv").open()))
+    assert {row["epoch"] for row in rows} == {"0", "1"}
+    assert all(float(row["M"]) >= 1 for row in rows)
+    assert (tmp_path / "resnet8.png").exists()
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class LayerMeasures:
         finite: Bool: the layer's gradient norms are neither NaN nor infinite; None for methods that measure none.
         applied: Bool, 0-dim: the step was taken, because all of them are; None likewise.
         signal: s_k, the running share of signal in ||g_k||^2, in [0, 1]; None for methods that do not use it.
+        damping: f_k, what `signal` makes of LARS' step, in (0, 1]; None likewise.
         moments: [2, K], the running moments that `signal` is made of, this step's included; None likewise.
     """
 
@@ -32,18 +33,33 @@ class LayerMeasures:
     finite: Tensor | None = None
     applied: Tensor | None = None
     signal: Tensor | None = None
+    damping: Tensor | None = None
     moments: Tensor | None = None
 
+    def of(self, rows: Tensor) -> LayerMeasures:
+        """The same of some layers, by their places."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        return LayerMeasures(
+            **{
+                name: value if value is None or value.dim() == 0 else value.index_select(-1, rows)
+                for name, value in kept.items()
+            }
+        )
+
     def stacked(self) -> Tensor:
-        """[5, K] in the order of the attributes, NaN where a quantity was not measured."""
+        """[5, K], or [7, K] with `signal` and `damping` where a signal was measured; NaN where another was not.
+
+        The order is that of `hf_clars.records.QUANTITIES`, and of `SIGNAL_QUANTITIES` after them.
+        """
         missing = torch.full_like(self.rate, float("nan"))
-        rows = (self.rate, self.weight_norm, self.grad_norm, self.mean_sample_norm, self.ratio)
+        rows = [self.rate, self.weight_norm, self.grad_norm, self.mean_sample_norm, self.ratio]
+        rows += [] if self.signal is None else [self.signal, self.damping]
         return torch.stack([missing if row is None else row for row in rows])
 
 
 @dataclass
 class StepTensors:
-    """The tensors that a step works on, and the layer (group) of each."""
+    """The tensors that a step works on, and the layer (row) of each."""
 
     params: list[Tensor]
     grads: list[Tensor]

@@ -11,6 +11,7 @@ from hf_clars.plots.panels import NOTHING_USABLE, Quantity, draw_heat_map, draw_
 from hf_clars.plots.style import Look, NothingToShowError, checked_target, finish, new_figure, say, themed
 from hf_clars.records import LayerRateLog
 
+SIGNAL = r"$s_k = \Vert \mathrm{E}\,g_k\Vert^2\,/\,\Vert g_k\Vert^2$"
 RATIO = r"$R_k = \Vert g_k\Vert\,/\,n_k$"
 
 
@@ -27,9 +28,10 @@ def plot_layer_rates(
     """Draw what each layer did during a run.
 
     Above, heat maps over steps and layers: the rates gamma_k, and R_k = ||g_k|| / n_k (1: all samples pull
-    this layer one way; near 0: they cancel out). Below, the largest, median and smallest of both. All scales
+    this layer one way; near 0: they cancel out). Below, the largest, median and smallest of both. Their scales
     are logarithmic and pass over the extreme 1% of steps (see `log_range`). For a method that measures no n_k
-    (LARS, NAG) a line of text says so in place of R_k.
+    (LARS, NAG) a line of text says so in place of R_k. For SignalLARS s_k, the share of signal in the squared batch
+    gradient, takes the place of R_k, and below it is the factor f_k that it makes of LARS' step, both from 0 to 1.
 
     Args:
         log: A log, or what `LayerRateLog.open` takes.
@@ -55,13 +57,17 @@ def plot_layer_rates(
     formula = r"$\gamma_k$" if known is None else known.formula
     rate = Quantity(log["rate"], f"Rates  {formula}", r"rate $\gamma_k$", "viridis")
     ratio = Quantity(log["ratio"], f"Agreement of samples  {RATIO}", r"$R_k$", "cividis", upper=1.0)
+    below = ratio
+    if "signal" in log.quantities:
+        ratio = Quantity(log["signal"], rf"Share of signal  {SIGNAL}", r"$s_k$", "cividis", share=True)
+        below = Quantity(log["damping"], r"Factor $f_k$", r"$f_k$", "cividis", share=True)
     heat_height = heat_map_height(len(log.layers), max_labels)
     with themed(theme) as look:
         figure, panels = _make_panels(heat_height, ratio.usable)
         _draw_pair(figure, look, panels[:2], columns, rate, 8 * heat_height)
         name_layers(panels[0], log.layers, max_labels)
         if ratio.usable:
-            _draw_pair(figure, look, panels[2:], columns, ratio, 8 * heat_height)
+            _draw_pair(figure, look, panels[2:], columns, ratio, 8 * heat_height, below)
             panels[2].set_yticks(panels[0].get_yticks(), [])  # the same rows as in the map beside it
         else:
             note = f"{RATIO} is not shown: the log has no $n_k$ (only CLARS measures per-sample gradient norms)."
@@ -90,8 +96,9 @@ def heat_map_height(layers: int, max_labels: int) -> float:
 
 def title_of(subject: str, log: LayerRateLog) -> str:
     """The subject of a picture, with method and batch size of the run."""
-    method, batch = log.settings.get("method"), log.settings.get("global_batch")
-    parts = [str(method).upper() if method else "", f"batch of {batch}" if batch else ""]
+    method, batch = str(log.settings.get("method") or ""), log.settings.get("global_batch")
+    known = METHODS.get(method.lower())
+    parts = [method.upper() if known is None else known.title, f"batch of {batch}" if batch else ""]
     return " · ".join([subject, *filter(None, parts)])
 
 
@@ -110,16 +117,22 @@ def _make_panels(heat_height: float, has_ratios: bool) -> tuple[Figure, list[Axe
 
 
 def _draw_pair(
-    figure: Figure, look: Look, panels: list[Axes], columns: Columns, quantity: Quantity, bar_aspect: float
+    figure: Figure,
+    look: Look,
+    panels: list[Axes],
+    columns: Columns,
+    quantity: Quantity,
+    bar_aspect: float,
+    below: Quantity | None = None,
 ) -> None:
-    """Draw one quantity in two panels: its heat map, and the summary lines below it."""
+    """Draw a quantity in two panels: its heat map, and below it the summary lines of the same or of another."""
     heat, lines = panels
+    below = quantity if below is None else below
     heat.set_title(quantity.title, loc="left", fontsize=11)
-    lines.set_title("Over all layers", loc="left", fontsize=11)
+    lines.set_title("Over all layers" if below is quantity else below.title, loc="left", fontsize=11)
     if not quantity.usable:
         for axes in panels:
             say(axes, look, NOTHING_USABLE)
         return
-    norm = quantity.norm()
-    draw_heat_map(figure, heat, columns, quantity, norm, bar_aspect=bar_aspect)
-    draw_summary(lines, look, columns, quantity, norm)
+    draw_heat_map(figure, heat, columns, quantity, quantity.norm(), bar_aspect=bar_aspect)
+    draw_summary(lines, look, columns, below, below.norm())

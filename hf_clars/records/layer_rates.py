@@ -1,5 +1,6 @@
 """`LayerRateLog`: what each layer did at each step of a run, on disk as safetensors."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from hf_clars.records import pieces
 from hf_clars.records.files import RecordError, from_json, to_json
-from hf_clars.records.log_file import QUANTITIES, LogFile, LogHead
+from hf_clars.records.log_file import LogFile, LogHead
 from hf_clars.records.log_reader import LogReader
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ class LayerRateLog(LogReader):
 
     The quantities are those of `QUANTITIES`, float32: "rate" (gamma_k), "weight_norm" (||w_k||), "grad_norm"
     (||g_k||), "mean_sample_norm" (n_k of Eq. 5 of Huo, Gu and Huang, AAAI 2021) and "ratio" (R_k = ||g_k|| / n_k);
-    NaN where a method has none. A log grows as pieces in `folder/layer_rates/` and ends as
+    NaN where a method has none. The log of a method that measures the share of signal has two more, those of
+    `SIGNAL_QUANTITIES`: "signal" (s_k) and "damping" (f_k). A log grows as pieces in `folder/layer_rates/` and ends as
     `folder/layer_rates.safetensors`. One process writes; any process may read at any moment. Make one by `create`,
     `resume` or `open`, not by the constructor. Reading a log that is open for writing flushes it first.
 
@@ -51,6 +53,7 @@ class LayerRateLog(LogReader):
         *,
         layers: Sequence[str],
         settings: Mapping[str, Any] | None = None,
+        signal: bool = False,
         flush_every: int = 50,
     ) -> "LayerRateLog":
         """Begin a log.
@@ -59,6 +62,7 @@ class LayerRateLog(LogReader):
             folder: The run's folder (made if absent); the log is `layer_rates/` in it until `close`.
             layers: The K layer names, all different, in the order of the columns.
             settings: What a reader should know of the run (method, eta, batch size ...); JSON-able. Default: {}.
+            signal: Keep `SIGNAL_QUANTITIES` too. Default False.
             flush_every: Write a piece every so many steps (default 50); a killed run loses fewer steps than this.
 
         Raises:
@@ -74,10 +78,56 @@ class LayerRateLog(LogReader):
                 )
         # Through JSON and back: the writer sees the settings exactly as any later reader will.
         text = to_json(dict(settings or {}), "The settings of a layer-rate log")
-        head = LogHead(tuple(layers), from_json(text, "settings"))
+        head = LogHead(tuple(layers), from_json(text, "settings"), signal)
         _check_flush_every(flush_every)
         pieces.start(pieces_folder, head)
         return cls(folder, head, [], folder=pieces_folder, flush_every=flush_every)
+
+    @classmethod
+    def set_aside(cls, folder: str | Path) -> Path | None:
+        """Make room for another run's log: the one that is there gets a number, `layer_rates-1.safetensors` and up.
+
+        Args:
+            folder: The run's folder.
+
+        Returns:
+            Where the log is now; None when there was none, or it was without a step and is gone.
+
+        Raises:
+            RecordError: It could not be moved.
+        """
+        folder = Path(folder)
+        growing, merged = folder / pieces.FOLDER, folder / pieces.MERGED
+        numbers = (folder / f"{merged.stem}-{n}{merged.suffix}" for n in itertools.count(1))
+        kept = None
+        try:
+            if merged.exists():
+                kept = merged.replace(next(path for path in numbers if not path.exists()))
+            if (growing / pieces.HEAD).exists():
+                if len(cls.open(folder)):
+                    kept = next(path for path in numbers if not path.exists())
+                    pieces.merge(growing, kept)
+                pieces.remove(growing)
+        except OSError as error:
+            raise RecordError(f"The layer-rate log in {folder} could not be moved aside: {error}.") from error
+        return kept
+
+    @classmethod
+    def discard(cls, folder: str | Path) -> None:
+        """Delete the pieces of a run that did not end, and that nothing can resume; a merged log is left alone.
+
+        Args:
+            folder: The run's folder.
+
+        Raises:
+            RecordError: They could not be deleted.
+        """
+        growing = Path(folder) / pieces.FOLDER
+        try:
+            if growing.is_dir():
+                pieces.remove(growing)
+        except OSError as error:
+            raise RecordError(f"The layer-rate log in {folder} could not be deleted: {error}.") from error
 
     @classmethod
     def resume(
@@ -127,7 +177,8 @@ class LayerRateLog(LogReader):
 
         Args:
             step: Above all steps before, not negative.
-            values: [5, K], rows in the order of `QUANTITIES`, on any device; stored as float32.
+            values: [5, K], or [7, K] with `SIGNAL_QUANTITIES`: rows in the order of `quantities`, on any device; stored
+                as float32.
 
         Raises:
             RecordError: The log is not open for writing, or the step or the shape is wrong.
@@ -136,7 +187,7 @@ class LayerRateLog(LogReader):
             raise RecordError(f"The layer-rate log at {self._path} is open for reading only (or closed): use resume.")
         if step < 0 or (self._last_step is not None and step <= self._last_step):
             raise RecordError(f"Step {step} cannot follow step {self._last_step}: steps of a log increase from 0 up.")
-        expected = (len(QUANTITIES), len(self._head.layers))
+        expected = (len(self.quantities), len(self._head.layers))
         if tuple(values.shape) != expected:
             raise RecordError(
                 f"Values of step {step} have shape {tuple(values.shape)}; expected {expected} (quantities, layers)."

@@ -2,7 +2,8 @@
 
 The same format serves the pieces of a running log and the merged file, so any piece can be opened on its own:
 safetensors with the arrays `steps` (int64, [T], strictly increasing) and one float32 array [T, K] per name of
-`QUANTITIES`; metadata `format`, `version`, `layers` (JSON list of K names) and `settings` (JSON object).
+`QUANTITIES`, and per name of `SIGNAL_QUANTITIES` if the method measures them; metadata `format`, `version`, `layers`
+(JSON list of K names) and `settings` (JSON object).
 """
 
 import json
@@ -22,6 +23,9 @@ from hf_clars.records.files import RecordError, from_json, nearest, to_json, wri
 QUANTITIES = ("rate", "weight_norm", "grad_norm", "mean_sample_norm", "ratio")
 """gamma_k, ||w_k||, ||g_k||, n_k (mean per-sample gradient norm), R_k = ||g_k|| / n_k: rows of an appended tensor."""
 
+SIGNAL_QUANTITIES = ("signal", "damping")
+"""s_k (share of signal in the squared batch gradient) and f_k (what it makes of LARS' step): SignalLARS' own rows."""
+
 FORMAT = "hf_clars.layer_rates"
 VERSION = "1"
 
@@ -31,10 +35,17 @@ Steps = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LogHead:
-    """What all files of one log share: the K layer names, and the settings of the run (a JSON-able dict)."""
+    """What all files of one log share.
+
+    Attributes:
+        layers: The K layer names.
+        settings: Those of the run, a JSON-able dict.
+        signal: Whether the log has `SIGNAL_QUANTITIES` beside `QUANTITIES`.
+    """
 
     layers: tuple[str, ...]
     settings: dict[str, Any]
+    signal: bool = False
 
     def __post_init__(self) -> None:
         """Check the names.
@@ -47,6 +58,11 @@ class LogHead:
         twice = sorted(name for name, count in Counter(self.layers).items() if count > 1)
         if twice:
             raise RecordError(f"Layer names of a log must differ; given more than once: {', '.join(twice)}.")
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """The names of the log's arrays, in the order of the rows of an appended tensor."""
+        return QUANTITIES + SIGNAL_QUANTITIES if self.signal else QUANTITIES
 
     def metadata(self) -> dict[str, str]:
         """Return the safetensors metadata of a file with this head."""
@@ -69,12 +85,16 @@ class LogFile:
     def read(self, quantity: str, start: int = 0, stop: int | None = None) -> Floats:
         """Return rows `start:stop` (default: all) of a quantity, float32 [rows, K], read from disk at each call.
 
+        One of `SIGNAL_QUANTITIES` that the log has not is NaN, as any quantity is that a method does not measure.
+
         Raises:
             RecordError: The file can no longer be read.
         """
         last = len(self.steps) if stop is None else min(stop, len(self.steps))
         if start >= last:  # safetensors has no empty slices
             return np.empty((0, len(self.head.layers)), np.float32)
+        if quantity not in self.head.quantities:
+            return np.full((last - start, len(self.head.layers)), np.nan, np.float32)
         try:
             with safe_open(self.path, framework="np") as file:
                 return file.get_slice(quantity)[start:last]
@@ -83,11 +103,11 @@ class LogFile:
 
 
 def check_quantity(quantity: str) -> None:
-    """Raise `RecordError`, naming the nearest one, unless `quantity` is one of `QUANTITIES`."""
-    if quantity not in QUANTITIES:
+    """Raise `RecordError`, naming the nearest one, unless `quantity` is one that a log can have."""
+    known = QUANTITIES + SIGNAL_QUANTITIES
+    if quantity not in known:
         raise RecordError(
-            f"A layer-rate log has no quantity {quantity!r}.{nearest(quantity, QUANTITIES)} "
-            f"It has: {', '.join(QUANTITIES)}."
+            f"A layer-rate log has no quantity {quantity!r}.{nearest(quantity, known)} It has: {', '.join(known)}."
         )
 
 
@@ -98,13 +118,13 @@ def write_log_file(path: Path, head: LogHead, steps: Steps, values: Floats) -> N
         path: The file to make or replace.
         head: Layer names and settings.
         steps: [T], strictly increasing.
-        values: [T, 5, K], the quantities in the order of `QUANTITIES`.
+        values: [T, Q, K], the quantities in the order of `head.quantities`.
 
     Raises:
         RecordError: The file system refused, or the settings are not JSON-able.
     """
     arrays: dict[str, np.ndarray] = {"steps": np.ascontiguousarray(steps)}
-    for index, quantity in enumerate(QUANTITIES):
+    for index, quantity in enumerate(head.quantities):
         arrays[quantity] = np.ascontiguousarray(values[:, index])
     metadata = head.metadata()
     write_complete(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
@@ -124,7 +144,7 @@ def stream_log_file(path: Path, head: LogHead, parts: Sequence[LogFile]) -> None
     header: dict[str, Any] = {"__metadata__": head.metadata()}
     header["steps"] = {"dtype": "I64", "shape": [rows], "data_offsets": [0, 8 * rows]}
     begin = 8 * rows
-    for quantity in QUANTITIES:
+    for quantity in head.quantities:
         end = begin + 4 * rows * width
         header[quantity] = {"dtype": "F32", "shape": [rows, width], "data_offsets": [begin, end]}
         begin = end
@@ -136,7 +156,7 @@ def stream_log_file(path: Path, head: LogHead, parts: Sequence[LogFile]) -> None
             file.write(len(text).to_bytes(8, "little") + text)
             for part in parts:
                 file.write(part.steps.astype("<i8").tobytes())
-            for quantity in QUANTITIES:
+            for quantity in head.quantities:
                 for part in parts:
                     for start in range(0, len(part.steps), 4096):
                         file.write(part.read(quantity, start, start + 4096).astype("<f4", copy=False).tobytes())
@@ -153,12 +173,13 @@ def open_log_file(path: Path) -> LogFile:
     """
     try:
         with safe_open(path, framework="np") as file:
-            head = _read_head(path, file.metadata() or {})
+            names = set(file.keys())
+            head = _read_head(path, file.metadata() or {}, signal=not names.isdisjoint(SIGNAL_QUANTITIES))
             width = len(head.layers)
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a file is no dict
+            slices = {name: file.get_slice(name) for name in names}
             found = {name: (array.get_dtype(), array.get_shape()) for name, array in slices.items()}
             rows = (found.get("steps", ("", []))[1] or [0])[0]
-            wanted = {"steps": ("I64", [rows])} | {name: ("F32", [rows, width]) for name in QUANTITIES}
+            wanted = {"steps": ("I64", [rows])} | {name: ("F32", [rows, width]) for name in head.quantities}
             _compare(path, found, wanted)
             steps: Steps = file.get_tensor("steps")
     except FileNotFoundError:
@@ -170,7 +191,7 @@ def open_log_file(path: Path) -> LogFile:
     return LogFile(path, head, steps)
 
 
-def _read_head(path: Path, metadata: dict[str, str]) -> LogHead:
+def _read_head(path: Path, metadata: dict[str, str], *, signal: bool) -> LogHead:
     if metadata.get("format") != FORMAT:
         raise RecordError(f"{path} is a safetensors file, but no layer-rate log (its metadata lacks format={FORMAT}).")
     if metadata.get("version") != VERSION:
@@ -182,7 +203,7 @@ def _read_head(path: Path, metadata: dict[str, str]) -> LogHead:
     settings = from_json(metadata.get("settings", ""), f"{path}: the settings")
     if not isinstance(layers, list) or not isinstance(settings, dict):
         raise RecordError(f"{path}: layers must be a list and settings an object; the file was made by another tool.")
-    return LogHead(tuple(layers), settings)
+    return LogHead(tuple(layers), settings, signal)
 
 
 def _compare(path: Path, found: dict[str, tuple[str, list[int]]], wanted: dict[str, tuple[str, list[int]]]) -> None:

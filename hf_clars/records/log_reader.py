@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 
 from hf_clars.records.files import RecordError, nearest
-from hf_clars.records.log_file import QUANTITIES, Floats, LogFile, LogHead, Steps, check_quantity
+from hf_clars.records.log_file import Floats, LogFile, LogHead, Steps, check_quantity
 from hf_clars.records.pieces import FOLDER, HEAD, MERGED, find_log
 
 
@@ -42,6 +42,11 @@ class LogReader:
     def layers(self) -> list[str]:
         """The K layer names, in the order of the columns."""
         return list(self._head.layers)
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """The names of what the log holds: `QUANTITIES`, and after them `SIGNAL_QUANTITIES` if it has them."""
+        return self._head.quantities
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -91,7 +96,7 @@ class LogReader:
         if name not in self._head.layers:
             raise RecordError(f"The log has no layer {name!r}.{nearest(name, self._head.layers)}")
         column = self._head.layers.index(name)
-        return {quantity: self[quantity][:, column].copy() for quantity in QUANTITIES}
+        return {quantity: self[quantity][:, column].copy() for quantity in self.quantities}
 
     def _current(self) -> list[LogFile]:
         if self._parts is None:

@@ -20,7 +20,6 @@ import numpy as np
 
 from hf_clars.records.files import RecordError, sync_folder
 from hf_clars.records.log_file import (
-    QUANTITIES,
     Floats,
     LogFile,
     LogHead,
@@ -90,8 +89,10 @@ def scan(folder: Path) -> tuple[LogHead, list[LogFile]]:
                 ) from error
             logger.warning("Left out the last piece of a layer-rate log: %s", error)
             continue
-        if part.head.layers != head.layers:
-            raise RecordError(f"{path} has other layers than {folder / HEAD}: two logs were mixed in one folder.")
+        if (part.head.layers, part.head.signal) != (head.layers, head.signal):
+            raise RecordError(
+                f"{path} has other layers or quantities than {folder / HEAD}: two logs were mixed in one folder."
+            )
         if not len(part.steps) or (parts and part.steps[-1] <= parts[-1].steps[-1]):
             continue  # a leftover of joining
         if parts and part.steps[0] <= parts[-1].steps[-1]:
@@ -119,12 +120,12 @@ def start(folder: Path, head: LogHead) -> None:
 
 def write_head(folder: Path, head: LogHead) -> None:
     """Write the file that makes `folder` a log."""
-    no_values = np.empty((0, len(QUANTITIES), len(head.layers)), np.float32)
+    no_values = np.empty((0, len(head.quantities), len(head.layers)), np.float32)
     write_log_file(folder / HEAD, head, np.empty(0, np.int64), no_values)
 
 
 def add_part(folder: Path, head: LogHead, steps: Steps, values: Floats) -> LogFile:
-    """Write rows (steps [T], values [T, 5, K]) as one piece named by its first step, and return it."""
+    """Write rows (steps [T], values [T, Q, K]) as one piece named by its first step, and return it."""
     path = folder / f"part-{int(steps[0]):08d}.safetensors"
     write_log_file(path, head, steps, values)
     return LogFile(path, head, steps)
@@ -181,7 +182,7 @@ def split_merged(merged: LogFile, folder: Path, step: int) -> list[LogFile]:
     parts = []
     for first in range(0, count, 16 * FINAL_ROWS):
         last = min(first + 16 * FINAL_ROWS, count)
-        values = np.stack([merged.read(quantity, first, last) for quantity in QUANTITIES], axis=1)
+        values = np.stack([merged.read(quantity, first, last) for quantity in merged.head.quantities], axis=1)
         parts.append(add_part(folder, merged.head, merged.steps[first:last], values))
     write_head(folder, merged.head)  # last: only now do the pieces take the place of the merged file
     return parts
@@ -224,4 +225,4 @@ def _join(parts: Sequence[LogFile]) -> LogFile:
 
 
 def _values(part: LogFile) -> Floats:
-    return np.stack([part.read(quantity) for quantity in QUANTITIES], axis=1)
+    return np.stack([part.read(quantity) for quantity in part.head.quantities], axis=1)

@@ -8,9 +8,10 @@ from datetime import timedelta
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TrackioCallback
 
 _RATES = ("rate_smallest", "rate_median", "rate_largest")
-_PLACED = {"loss", "learning_rate", "ratio_median", "images_per_second", "epoch", *_RATES}
+_PLACED = {"loss", "learning_rate", "ratio_median", "signal_median", "images_per_second", "epoch", *_RATES}
 _LEFT_OUT = {"total_flos", "grad_norm"}
 """Of a training log: what has its own place in the line, and what transformers always logs but nobody watches."""
 
@@ -33,9 +34,9 @@ class LogLine:
             state: Of the run.
 
         Returns:
-            Of a training step: step, epoch, loss, rate, smallest, median and largest layer rate, R_k of the median
-            layer, images per second and the time that is left; what the log lacks is left out, what it has besides is
-            appended. Of an evaluation: its metrics.
+            Of a training step: step, epoch, loss, rate, smallest, median and largest layer rate, R_k and s_k of the
+            median layer, images per second and the time that is left; what the log lacks is left out, what it has
+            besides is appended. Of an evaluation: its metrics.
         """
         total = f"/{state.max_steps:,}" if state.max_steps > 0 else ""
         where = [f"step {state.global_step:,}{total}", *_part(logs, "epoch", "epoch {:.4g}")]
@@ -53,7 +54,7 @@ class LogLine:
         parts = [*_part(logs, "loss", "loss {:.4g}"), *_part(logs, "learning_rate", "lr {:.4g}")]
         if all(key in logs for key in _RATES):
             parts.append("rates " + " < ".join(f"{logs[key]:.2g}" for key in _RATES))
-        parts += _part(logs, "ratio_median", "R {:.2g}")
+        parts += _part(logs, "ratio_median", "R {:.2g}") + _part(logs, "signal_median", "s {:.2g}")
         parts += _metrics({key: value for key, value in logs.items() if key not in _PLACED | _LEFT_OUT}, "")
         return [*parts, *_part(logs, "images_per_second", "{:,.0f} images/s"), *self._left(state)]
 
@@ -107,12 +108,24 @@ class LinePrinterCallback(PrinterCallback):
             print(self._lines.line(logs or {}, state), flush=True)
 
 
+def steps_for_trackio(trainer: Trainer) -> None:
+    """Put the Trackio callback that knows the optimizer step in place of transformers' own."""
+    found = trainer.pop_callback(TrackioCallback)
+    if type(found) is TrackioCallback:
+        from hf_clars.trainer.trackio_steps import StepTrackioCallback  # Trackio is an extra
+
+        found = StepTrackioCallback()
+    if found is not None:
+        trainer.add_callback(found)
+
+
 def print_lines(trainer: Trainer) -> None:
-    """Put the line callbacks in place of transformers' own; a subclass that somebody else added is kept."""
+    """Put this project's reporters in place of transformers' own; a subclass that somebody else added is kept."""
     for plain, lines in ((ProgressCallback, LineProgressCallback), (PrinterCallback, LinePrinterCallback)):
         found = trainer.pop_callback(plain)
         if found is not None:
             trainer.add_callback(lines() if type(found) is plain else found)
+    steps_for_trackio(trainer)
 
 
 def _part(logs: Mapping[str, Any], key: str, form: str) -> list[str]:

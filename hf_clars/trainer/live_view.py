@@ -12,10 +12,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from hf_clars.optim import LayerMeasures, LayerwiseOptimizer
-from hf_clars.records import QUANTITIES
+from hf_clars.records import QUANTITIES, SIGNAL_QUANTITIES
 from hf_clars.trainer.optimizers import layerwise
 
-SCALARS = ("rate", "ratio")
+SCALARS = ("rate", "ratio", "signal")
 """The quantities that are reported layer by layer; the others only as histograms over layers, where there are such."""
 
 SHARE = 0.01
@@ -31,26 +31,29 @@ def rate_summary(optimizer: Any) -> dict[str, float]:
         optimizer: The layer-wise optimizer, in a launcher's wrapper or not; anything else has no summary.
 
     Returns:
-        `rate_smallest`, `rate_median` and `rate_largest` over the layers, and `ratio_median` (R_k) where it is
-        measured; only finite numbers.
+        `rate_smallest`, `rate_median` and `rate_largest` over the layers, and `ratio_median` (R_k) and `signal_median`
+        (s_k) where they are measured; only finite numbers.
     """
     found = layerwise(optimizer)
     if found is None or found.last_step is None:
         return {}
     values = on_host(found.last_step)
-    rate, ratio = (row[np.isfinite(row)] for row in (values["rate"], values["ratio"]))
+    found_values = {name: row[np.isfinite(row)] for name, row in values.items()}
+    rate = found_values["rate"]
     summary: dict[str, float] = {}
     if len(rate):
         smallest, median, largest = float(rate.min()), float(np.median(rate)), float(rate.max())
         summary = {"rate_smallest": smallest, "rate_median": median, "rate_largest": largest}
-    if len(ratio):
-        summary["ratio_median"] = float(np.median(ratio))
+    for name in ("ratio", "signal"):
+        if len(found_values.get(name, ())):
+            summary[f"{name}_median"] = float(np.median(found_values[name]))
     return summary
 
 
 def on_host(measures: LayerMeasures) -> dict[str, Values]:
-    """Return each of `QUANTITIES` as an array [K], by one copy from the device."""
-    return dict(zip(QUANTITIES, measures.stacked().float().cpu().numpy(), strict=True))
+    """Return each quantity that a log would have as an array [K], by one copy from the device."""
+    rows = measures.stacked().float().cpu().numpy()
+    return dict(zip((QUANTITIES + SIGNAL_QUANTITIES)[: len(rows)], rows, strict=True))
 
 
 def reporters_of(trainer: Trainer) -> list[TrainerCallback]:
@@ -62,10 +65,10 @@ def reporters_of(trainer: Trainer) -> list[TrainerCallback]:
 class LayerReportCallback(TrainerCallback):
     """Send what each layer does to the reporters of a run.
 
-    TensorBoard gets the scalars `rate/LAYER` and `ratio/LAYER` (R_k) and, of all five quantities, histograms over the
-    layers of the decimal logarithm. Every other reporter gets the scalars, through its own `on_log`, which names them
-    `train/rate/LAYER` and `train/ratio/LAYER`. A report costs one copy of [5, K] from the device and the reporters'
-    own time. They do not enter Trainer's log history, which every checkpoint stores.
+    TensorBoard gets the scalars `rate/LAYER`, `ratio/LAYER` (R_k) and `signal/LAYER` (s_k) where they are measured and,
+    of all quantities, histograms over the layers of the decimal logarithm. Every other reporter gets the scalars,
+    through its own `on_log`, which names them `train/rate/LAYER` and so on. A report costs one copy of [5, K] or [7, K]
+    from the device and the reporters' own time. They do not enter Trainer's log history, which every checkpoint stores.
 
     Args:
         reporters: From `reporters_of`.
@@ -128,6 +131,7 @@ def layer_scalars(layers: Sequence[str], values: Mapping[str, Values]) -> dict[s
     return {
         f"{quantity}/{layer}": float(value)
         for quantity in SCALARS
+        if quantity in values
         for layer, value in zip(layers, values[quantity], strict=True)
         if np.isfinite(value)
     }

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 
-from research.cifar10.plan import Done, stages
-from research.cifar10.train import Images, Settings, train
+from research.cifar10.plan import PARTS, Done, stages, stages_of
+from research.cifar10.settings import Settings
+from research.cifar10.train import Images, train
 
 SPLIT_SEED, TRAINED, HELD_OUT = 0, 45_000, 5_000
 
@@ -80,6 +82,9 @@ def run_all(
         How many runs were done.
     """
     begun, done = time.monotonic(), Done.read([out] if out.exists() else [])
+    if out.exists() and not out.read_bytes().endswith(b"\n"):
+        with out.open("a", encoding="utf-8") as file:  # a line that was cut off
+            file.write("\n")
     context = mp.get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
     processes = [context.Process(target=_worker, args=(work, tasks, results), daemon=True) for _ in range(workers)]
@@ -123,14 +128,17 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300.0, help="when to stop (default: 300)")
     parser.add_argument("--workers", type=int, default=12, help="processes (default: 12)")
     parser.add_argument("--tiny", action="store_true", help="256 images and one epoch: only shows that it runs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of the study (default: all)")
+    parser.add_argument("--plan", type=Path, help="a YAML of runs in their order, in place of the whole study")
     args = parser.parse_args()
     begun = time.monotonic()
-    work = args.out.parent / "decoded" if args.tiny else Path("/tmp/cifar10-decoded")
-    work.mkdir(parents=True, exist_ok=True)
+    todo = stages_of(args.plan) if args.plan else stages(args.parts, tiny=args.tiny)
     sizes = {"trained": 256, "held_out": 64} if args.tiny else {"trained": TRAINED, "held_out": HELD_OUT}
-    decode(args.data, **sizes, folder=work)
-    left = args.seconds - (time.monotonic() - begun)
-    count = run_all(stages(tiny=args.tiny), work, args.out, seconds=left, workers=args.workers)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        decode(args.data, **sizes, folder=Path(folder))
+        left = args.seconds - (time.monotonic() - begun)
+        count = run_all(todo, Path(folder), args.out, seconds=left, workers=args.workers)
     print(f"{count} runs in {time.monotonic() - begun:.0f} s")
     return 0
 

@@ -110,8 +110,9 @@ class _Measure:
         begin = time.perf_counter()
         # A copy, because a pass in train mode moves the running statistics of BatchNorm.
         copy = _new_model(training.settings, self.images)
-        copy.load_state_dict(training.model.state_dict())
-        everything = torch.arange(self.images.train_size)
+        device = self.images.train.labels.device
+        copy.to(device).load_state_dict(training.model.state_dict())
+        everything = torch.arange(self.images.train_size, device=device)
         coupled = any(isinstance(module, BATCH_NORMS) for module in copy.modules())
         size = training.settings.batch_size if coupled else LARGE_PASS
         passes = (self.images.train.batch(part) for part in everything.split(size))
@@ -142,7 +143,7 @@ def measure_run(
 
     Args:
         settings: Of the run.
-        images: Its images.
+        images: Its images; the run is on their device.
         progress: Called after each measurement with the epoch.
 
     Returns:
@@ -151,7 +152,7 @@ def measure_run(
     measure = _Measure(images, progress)
     # Weights are drawn in training's own way; drawing them again for the copies must not change the order of samples,
     # which has a generator of its own.
-    outcome = train(settings, images, observer=measure)
+    outcome = train(settings, images, device=images.train.labels.device, observer=measure)
     history = measure.history
     history.train_seconds = (outcome.seconds - sum(history.measure_seconds[1:])) / max(1, len(outcome.accuracy))
     history.accuracy = outcome.accuracy[-1] if outcome.accuracy else float("nan")

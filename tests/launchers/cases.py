@@ -82,6 +82,7 @@ MODELS = {"frozen batch norm": frozen_batch_norm, "group norm": group_norm, "vit
 METHODS = {
     "clars": {"method": "clars", "norm_samples": 0},
     "clars subset": {"method": "clars", "norm_samples": SUBSET},
+    "signal_lars": {"method": "signal_lars", "norm_samples": 0, "eta": 0.003},
     "lars": {"method": "lars", "eta": 0.003},
     "nag": {"method": "nag", "learning_rate": 0.02},
 }
@@ -160,9 +161,18 @@ def save_weights(state, folder):
     save_file({n: t.detach().cpu().contiguous().clone() for n, t in state.items()}, weights_file(folder))
 
 
+def floor_of(name):
+    """How far two outcomes may lie apart on an absolute scale.
+
+    A key's bias in attention has no gradient but rounding noise, so that weights need a floor. A share of signal is a
+    difference of two numbers near 1, exact on that scale.
+    """
+    return 1e-5 if name == "log signal" else 1e-6 if name.startswith("weight ") else 0
+
+
 def outcome(folder):
     """{name: array} of everything that must agree: the log's quantities and the final weights."""
     log = LayerRateLog.open(folder)
-    found = {f"log {q}": log[q] for q in ("rate", "weight_norm", "grad_norm", "mean_sample_norm", "ratio")}
+    found = {f"log {q}": log[q] for q in log.quantities}
     found["log steps"] = np.asarray(log.steps)
     return found | {f"weight {n}": t.float().numpy() for n, t in load_file(weights_file(folder)).items()}, log.layers

@@ -1,0 +1,321 @@
+"""Every table and picture of the study from its kept runs: `python -m research.cifar10.report --help`.
+
+Nothing is typed in by hand: the page, README.md, is made of what is in the parquet file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hf_clars.hub.markdown import table
+from research.cifar10 import figures
+from research.cifar10.choosing import Row, Runs, Seeds
+from research.cifar10.plan import TUNED_AT, moved
+from research.cifar10.rows import MADE_BY, read_runs
+from research.cifar10.settings import Settings, kind
+from research.cifar10.verdict import HEADLINES, decide, in_setting, words
+
+RULE = Path(__file__).with_name("verdict.yaml")
+MAKERS = {"prototype": "a prototype on an H100", "product": "the product's classes"}
+DEVICES = {"cuda": "a GPU", "cpu": "a CPU"}
+EPOCHS = 12
+Key = tuple[Any, ...]
+
+
+def named(s: Settings) -> str:
+    """A method in words, with its warmup and schedule."""
+    power = {1.0: "-1", 0.5: "-1/2", 2.0: "-2"}.get(s.power, f"-{s.power:g}")
+    gain = f"SignalLARS, n = {s.n:g}" + ("" if s.power == 1 else f", power {s.power:g}")
+    name = {
+        "signal_lars": gain if s.form == "gain" else f"LARS x [1 + {s.n - 1:g} s]^({power})",
+        "lars_times_ratio": f"LARS x R^{s.power:g}",
+        "lars": "LARS",
+        "clars": "CLARS",
+        "nag": "Nesterov",
+        "lamb": "LAMB",
+        "tvlars": "TVLARS",
+        "adascale": "AdaScale, whole network",
+        "vr_lars": "VR-LARS",
+    }[s.method]
+    more = ["one s for the network"] if s.share == "network" else []
+    more += [f"average {s.decay:g}"] if s.decay != 0.9 and s.method == "signal_lars" else []
+    more += [f"momentum {s.momentum:g}"] if s.momentum != 0.9 else []
+    more += [s.schedule] if s.schedule not in ("poly-2", "tvlars") else []
+    more += [f"warmup {s.warmup:g}"] if s.warmup else []
+    return ", ".join([name, *more])
+
+
+def place(row: Row) -> Key:
+    """What runs must share to stand in one table."""
+    return tuple(row[k] for k in ("made_by", "device", "network", "width", "epochs", "batch"))
+
+
+def heading(key: Key) -> str:
+    """A table's heading."""
+    made_by, device, network, width, epochs, batch = key
+    maker = MAKERS[made_by] + (f" on {DEVICES[device]}" if made_by == "product" else "")
+    name = {"resnet8": "ResNet-8", "resnet20": "ResNet-20"}[network]
+    return f"{name} of width {width}, B = {batch:,}, {epochs} epochs: by {maker}"
+
+
+def method_table(rows: Sequence[Row]) -> str:
+    """One line a method, best first.
+
+    Args:
+        rows: Of one place.
+    """
+    runs = Runs(rows)
+    lines = []
+    for s in {kind(s): s for s in runs.accuracy}.values():
+        best = runs.best([replace(s, seed=0)])
+        if best is None:
+            continue
+        found = runs.seeds(best, range(6))
+        assert found is not None
+        tried = runs.rates(best)
+        at = [tried.get(best.rate * f) for f in (2.0, 0.5)]
+        edge = " (an edge)" if len(tried) > 1 and best.rate in (min(tried), max(tried)) else ""
+        lines.append(
+            (-found.mean, [named(best), f"{best.rate:g}{edge}", _accuracy(found), *map(_number, at), str(len(tried))])
+        )
+    header = ["method", "best rate a", "accuracy, %: mean (range; seeds)", "at 2 a", "at a / 2", "rates tried"]
+    return table(header, [cells for _, cells in sorted(lines)])
+
+
+def _accuracy(found: Seeds) -> str:
+    if len(found.values) == 1:
+        return f"{found.mean:.1f}"
+    return f"{found.mean:.1f} ({min(found.values):.1f}-{max(found.values):.1f}; {len(found.values)})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def agreement(rows: Sequence[Row]) -> str:
+    """Settings that both the prototype and the product's classes ran on a GPU, side by side."""
+    of = {maker: Runs(r for r in rows if r["made_by"] == maker and r["device"] == "cuda") for maker in MADE_BY}
+    both = sorted({replace(s, seed=0) for s in of["product"].accuracy} & set(of["prototype"].accuracy), key=repr)
+    lines = []
+    for s in both:
+        pair = [of[maker].seeds(s, range(6)) for maker in MADE_BY]
+        lines.append([named(s), s.network, f"{s.batch:,}", f"{s.rate:g}", *(_accuracy(p) if p else "-" for p in pair)])
+    if not lines:
+        return "No setting of the prototype has been repeated with the product's classes on a GPU yet."
+    return table(["method", "network", "B", "a", "prototype", "product"], lines)
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[str]:
+    """Draw every picture that the runs allow; the names of those that were drawn."""
+    given = [r for r in rows if r["made_by"] == "prototype"]
+    cpu = [r for r in rows if r["made_by"] == "product" and r["device"] == "cpu"]
+    gpu = [r for r in rows if r["made_by"] == "product" and r["device"] == "cuda"]
+    figures.plot_rates(folder / "rates.png", dict(_rate_panels(given, gpu, cpu)))
+    figures.plot_shares(folder / "shares.png", _share_panels(given, gpu or cpu))
+    names = ["rates.png", "shares.png"]
+    measured = [r for r in gpu or cpu if r["signal"] and r["batch"] == 2048 and r["seed"] == 0]
+    if measured:
+        shown = max(measured, key=lambda r: r["accuracy"])
+        title = f"Share of signal in each layer: {heading(place(shown)).split(':')[0]}"
+        figures.plot_layers(folder / "layers.png", shown, title)
+        names.append("layers.png")
+    if lines := by_batch(gpu) or by_batch(given):
+        best = envelope(gpu if by_batch(gpu) else given)
+        figures.plot_batches(folder / "batches.png", lines, best, "Each method tuned at each batch size, one seed")
+        names.append("batches.png")
+    if lines := one_setting(gpu):
+        title = "Tuned at B = 512, run as it is at the others"
+        figures.plot_batches(folder / "one_setting.png", lines, envelope(gpu), title)
+        names.append("one_setting.png")
+    return names
+
+
+def _rate_panels(*groups: Sequence[Row]) -> Iterable[tuple[str, tuple[Runs, Sequence[tuple[str, Settings]]]]]:
+    for rows in groups:
+        here = [r for r in rows if (r["network"], r["batch"]) == ("resnet8", 2048)]
+        if not here:
+            continue
+        base = replace(Settings.of(here[0]), seed=0, method="lars", schedule="poly-2", warmup=0.0, n=16.0)
+        base = replace(base, form="gain", power=1.0, share="layer", decay=0.9)
+        runs = Runs(here)
+        warmups = sorted({s.warmup for s in runs.accuracy if s.method == "lars" and s.warmup})
+        lines = [("SignalLARS, no warmup", replace(base, method="signal_lars"))]
+        lines += [(f"LARS, warmup of {w:g} of {base.epochs} epochs", replace(base, warmup=w)) for w in warmups]
+        lines += [("LARS, no warmup", base)]
+        yield heading(place(here[0])).replace(": by", "\nby"), (runs, [(n, s) for n, s in lines if runs.rates(s)])
+
+
+def _share_panels(given: Sequence[Row], own: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Over the batch sizes: the prototype's one factor that ran at all three, and the product's own."""
+    panels: dict[str, dict[str, Row]] = {}
+    factor = {"method": "signal_lars", "form": "sum", "n": 50.0, "power": 0.5, "network": "resnet8", "seed": 0}
+    panels["LARS x [1 + 49 s]^(-1/2), ResNet-8 of width 16:\nby a prototype on an H100"] = _best_by_batch(given, factor)
+    mine = _best_by_batch(own, {"method": "signal_lars", "network": "resnet8", "seed": 0})
+    if mine:
+        first = next(iter(mine.values()))
+        panels[f"SignalLARS, ResNet-8 of width {first['width']}:\nby the product's classes"] = mine
+    return panels
+
+
+def _best_by_batch(rows: Sequence[Row], fixed: dict[str, Any]) -> dict[str, Row]:
+    fitting = [r for r in rows if all(r[k] == v for k, v in fixed.items())]
+    found: dict[str, Row] = {}
+    for batch in sorted({r["batch"] for r in fitting}):
+        best = max((r for r in fitting if r["batch"] == batch), key=lambda r: r["accuracy"])
+        found[f"B = {batch:,} ({figures.updates(best):,} updates)"] = best
+    return found
+
+
+def envelope(rows: Sequence[Row]) -> dict[int, float]:
+    """{B: the best accuracy of all methods and rates on seed 0}, of ResNet-8."""
+    found: dict[int, float] = {}
+    for s, accuracy in Runs(_of_batches(rows)).accuracy.items():
+        if s.seed == 0:
+            found[s.batch] = max(accuracy, found.get(s.batch, 0.0))
+    return found
+
+
+def by_batch(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """{method: {B: accuracy at its best rate there}} on seed 0, of what ran at two batch sizes or more."""
+    found: dict[str, dict[int, float]] = {}
+    for s, accuracy in Runs(_of_batches(rows)).accuracy.items():
+        if s.seed == 0:
+            line = found.setdefault(named(s), {})
+            line[s.batch] = max(accuracy, line.get(s.batch, 0.0))
+    return {name: line for name, line in sorted(found.items()) if len(line) > 1}
+
+
+def one_setting(rows: Sequence[Row], *, equal_steps: bool = False) -> dict[str, dict[int, float]]:
+    """{method: {B: accuracy at the rate that was best at B = 512}} on seed 0, of what ran at two batch sizes or more.
+
+    Args:
+        rows: Of one maker.
+        equal_steps: As many updates at every B, in place of as many samples.
+    """
+    runs = Runs(r for r in rows if (r["network"], r["width"]) == ("resnet8", 16))
+    sizes = sorted({s.batch for s in runs.accuracy})
+    found: dict[str, dict[int, float]] = {}
+    for s in {kind(s): s for s in runs.accuracy if (s.batch, s.epochs) == (TUNED_AT, EPOCHS)}.values():
+        best = runs.best([replace(s, seed=0)])
+        if best is not None:
+            at = {b: moved(best, b) for b in sizes}
+            if equal_steps:
+                at = {b: replace(m, epochs=m.epochs * b // TUNED_AT) for b, m in at.items()}
+            found[f"{named(best)} at {best.rate:g}"] = {b: runs.accuracy[m] for b, m in at.items() if m in runs}
+    return {name: line for name, line in sorted(found.items()) if len(line) > 1}
+
+
+def _of_batches(rows: Sequence[Row]) -> list[Row]:
+    return [r for r in rows if (r["network"], r["width"], r["epochs"]) == ("resnet8", 16, EPOCHS)]
+
+
+def batch_table(rows: Sequence[Row], *, equal_steps: bool = False) -> str:
+    """One setting for many batch sizes: each method at the rate that was best at B = 512, and the best of all.
+
+    Args:
+        rows: Of one maker.
+        equal_steps: See `one_setting`; the best of all is of equal samples, and left out.
+    """
+    lines, best = one_setting(rows, equal_steps=equal_steps), envelope(rows)
+    sizes = sorted({b for line in lines.values() for b in line})
+    if not lines:
+        return "Not run yet."
+    cells = [[name, *(_number(line.get(b)) for b in sizes)] for name, line in lines.items()]
+    header = ["tuned at B = 512, %", *(f"B = {b:,}" for b in sizes)]
+    whole = [] if equal_steps else [["the best of all, tuned there", *(_number(best.get(b)) for b in sizes)]]
+    return table(header, cells + whole)
+
+
+def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
+    """The study's page.
+
+    Args:
+        rows: Kept runs.
+        pictures: Names of those that are beside it.
+    """
+    by_maker = {maker: [r for r in rows if r["made_by"] == maker] for maker in MADE_BY}
+    on_gpu = [r for r in by_maker["product"] if r["device"] == "cuda"]
+    cpu = sum(r["device"] == "cpu" for r in by_maker["product"])
+    counts = f"{len(by_maker['prototype'])} runs of a prototype on an H100, {len(by_maker['product'])} of the "
+    counts += f"product's classes ({cpu} of them on a CPU)"
+    captions = {
+        "rates.png": "Accuracy over the rate; hollow: other seeds.",
+        "shares.png": "The share of signal s_k of the median layer: it answers how long a warmup a batch size needs.",
+        "layers.png": "The same for every layer of one run.",
+        "batches.png": "Each method at its own best rate at each batch size, below the best of all.",
+        "one_setting.png": "Each method at the rate that was best at B = 512, below the best of all.",
+    }
+    parts = [
+        "# Does LARS need a warmup, if it measures how much of its gradient is signal?",
+        "CIFAR-10, 45,000 images to train and 5,000 held out; how the method works and what is proven:\n"
+        "[why](../../docs/why.md). This page is made by one command from `runs.parquet`:\n\n"
+        "```bash\npython -m research.cifar10.report\n```",
+        f"Kept: {counts}.",
+        "## The verdict",
+        f"The rule was written before the runs that it judges, and only those of the product's classes count:\n\n"
+        f"```yaml\n{_rule()}\n```",
+        _verdict(by_maker["product"]),
+        "### What the rule finds in the prototype's runs",
+        "They suggested the method, and so they cannot confirm it. The rule, applied to them all the same:",
+        words(decide(by_maker["prototype"])),
+        "## Pictures",
+        *(f"![{captions[name]}]({name})\n\n{captions[name]}" for name in pictures),
+        "## Do the product's classes repeat the prototype's runs?",
+        agreement(rows),
+        "## One setting for many batch sizes",
+        "The rate that was best at B = 512, used as it is at the others, 12 epochs each, one seed; below it the best "
+        "of all methods, tuned there. By the product's classes (`--parts batches` of the runs' command):",
+        batch_table(on_gpu),
+        "The same with as many updates as at B = 512, as far as 48 epochs go:",
+        batch_table(on_gpu, equal_steps=True),
+        "By the prototype, as far as its grids met:",
+        batch_table(by_maker["prototype"]),
+        "## All methods",
+        "The best rate is that of seed 0; mean and range are over all seeds at it, seed 0 among them; the columns "
+        "beside are of seed 0.",
+    ]
+    for key in sorted({place(r) for r in rows}, key=lambda k: (MADE_BY.index(k[0]), k[1:4], k[5])):
+        parts += [f"### {heading(key)}", method_table([r for r in rows if place(r) == key])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    if any(in_setting(r) for r in rows):
+        return words(decide(rows))
+    return (
+        f"**{HEADLINES['open']}** No run of the rule's setting has been made with the product's classes: it takes a "
+        "GPU. The runs on a CPU below are of a network half as wide and a third as long. On a GPU,\n\n"
+        "```bash\npython -m research.cifar10.run --data train.parquet --out runs.jsonl --parts verdict one-setting\n"
+        "python -m research.cifar10.rows --runs runs.jsonl && python -m research.cifar10.report\n```\n\n"
+        "makes them, the most important first; a file that one session has begun is gone on with at the next."
+    )
+
+
+def _rule() -> str:
+    lines = RULE.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if not line.startswith("#"))
+
+
+def main() -> int:
+    """Make the page and its pictures."""
+    parser = argparse.ArgumentParser(description="Make every table and picture of the study from its kept runs.")
+    parser.add_argument("--runs", type=Path, default=Path("model_cards/cifar10/runs.parquet"), help="(%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("model_cards/cifar10"), help="a folder (%(default)s)")
+    args = parser.parse_args()
+    rows = read_runs(args.runs)
+    args.output.mkdir(parents=True, exist_ok=True)
+    pictures = draw(rows, args.output)
+    (args.output / "README.md").write_text(page(rows, pictures), encoding="utf-8")
+    accuracies = [r["accuracy"] for r in rows]
+    print(f"{len(rows)} runs, median accuracy {statistics.median(accuracies):.1f} %: {args.output / 'README.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
