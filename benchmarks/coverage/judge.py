@@ -1,0 +1,215 @@
+"""Three passes with `PerSampleGradNorms` against the oracle, in one precision; in the process that may die of it."""
+
+from __future__ import annotations
+
+import copy
+import time
+import traceback
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.coverage.oracle import Norms, one_backward_a_sample, one_copy_a_sample, trainable
+from benchmarks.coverage.subject import NotRunnable, Subject, other_sample, to_float64
+from benchmarks.coverage.ways import ways_of
+from hf_clars.errors import HfClarsError
+from hf_clars.grad_norms import PerSampleGradNorms
+
+PASSES = 3
+# How far a norm may be from the truth, in parts of itself, beside twice the error of plain autograd in that precision.
+RTOL = {"float32": 2e-3, "bf16": 5e-2, "float64": 1e-9}
+# And in parts of the sample's largest norm: a bias before a softmax has a gradient of rounding error alone.
+FLOOR = {"float32": 1e-5, "bf16": 3e-3, "float64": 1e-12}
+SLOW = 4.0
+TIMED = 4  # more passes after the judged ones, of which the fastest counts
+
+
+def autocast(precision: str) -> AbstractContextManager[Any]:
+    """The region that the forward pass runs in."""
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def is_coupled(subject: Subject) -> bool:
+    """Whether a sample's loss changes when another sample is replaced.
+
+    Raises:
+        NotRunnable: If the plain model does not run on numbers.
+    """
+    model = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        values = subject.losses(model, subject.batch)
+        others = subject.losses(model, other_sample(subject.batch, subject.samples))
+    if not values.isfinite().all():
+        raise NotRunnable("its loss is not finite on a batch of random numbers")
+    return bool((others[0] - values[0]).abs() > 1e-4 * values[0].abs() + 1e-6)
+
+
+def truth(subject: Subject, precision: str, coupled: bool, prove: bool = True) -> Norms:
+    """The oracle's norms in a precision; `prove`: where it can, it proves itself."""
+    model, batch = copy.deepcopy(subject.model), subject.batch
+    if precision == "float64":
+        model, batch = model.double(), to_float64(batch)
+
+    def losses() -> Tensor:
+        with autocast(precision):
+            return subject.losses(model, batch)
+
+    if coupled:
+        return one_copy_a_sample(model, losses, batch, RTOL[precision] if prove else None)
+    return one_backward_a_sample(model, losses)
+
+
+def expected(subject: Subject, precisions: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What is right in each precision, how far off may be, and what the oracle has to say about itself.
+
+    Raises:
+        NotRunnable: If the plain model does not run.
+        OracleFails: If nothing can judge it.
+    """
+    coupled = is_coupled(subject)
+    best: Norms = {}
+    note = ""
+    try:
+        exact = truth(subject, "float64", coupled)
+        _check_finite(exact)
+        best = exact
+    except Exception as error:
+        note = f"float64 fails ({_short(error)[:100]}), so it is judged in its own precision"
+    found = {}
+    for precision in precisions:
+        own = truth(subject, precision, coupled, prove=not best) if precision != "float64" or not best else best
+        _check_finite(own)
+        want = {n: w.double() for n, w in (best or own).items()}
+        largest = torch.stack(list(want.values())).amax(0)
+        allowed = {
+            n: RTOL[precision] * w + 2 * (own[n].double() - w).abs() + FLOOR[precision] * largest + 1e-12
+            for n, w in want.items()
+        }
+        found[precision] = {"want": want, "allowed": allowed, "coupled": coupled, "note": note}
+    return found
+
+
+def _check_finite(norms: Norms) -> None:
+    bad = [n for n, v in norms.items() if not v.isfinite().all()]
+    if bad or not norms:
+        raise NotRunnable(f"the plain gradient of {bad[0]} is not finite" if bad else "nothing is trainable")
+
+
+def judge(subject: Subject, precision: str, right: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table.
+
+    Args:
+        subject: The model and its batch.
+        precision: "float32", "bf16" (under autocast) or "float64".
+        right: What `expected` gave for it.
+
+    Returns:
+        `verdict`: "exact", "refused", "wrong" or "crashed", and beside it `why`, `pass`, `ways`, `cost`.
+    """
+    plain, plain_seconds = _plain(subject, precision)
+    model = copy.deepcopy(subject.model)
+    batch = subject.batch
+    if precision == "float64":
+        model, batch = model.double(), to_float64(batch)
+    before = trainable(model)
+    row: dict[str, Any] = {"coupled": right["coupled"], "note": right["note"]}
+    seconds = []
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        norms = None
+        for number in range(1, PASSES + TIMED + 1):
+            row["pass"] = number
+            try:
+                if norms is None:
+                    norms = PerSampleGradNorms(model, layers="tensor")
+                start = time.process_time()
+                model.zero_grad()
+                with autocast(precision):
+                    loss = subject.loss(model, batch)
+                loss.backward()
+                got = norms.per_sample
+                seconds.append(time.process_time() - start)
+            except HfClarsError as error:
+                return row | {"verdict": "refused", "why": f"{type(error).__name__}: {error}"}
+            except Exception as error:
+                return row | {
+                    "verdict": "crashed",
+                    "why": f"{type(error).__name__}: {_short(error)}",
+                    "at": _place(error),
+                }
+            fault = _fault(got, right) or _changed(model, before, plain, precision)
+            if fault:
+                return row | {"verdict": "wrong", "why": fault}
+        row |= {"verdict": "exact", "ways": ways_of(norms, [str(w.message) for w in seen])}
+        norms.remove()
+    del row["pass"]
+    row["cost"] = round(min(seconds[PASSES - 1 :]) / plain_seconds, 2)
+    row["first"] = round(seconds[0] / plain_seconds, 1)
+    return row
+
+
+def _plain(subject: Subject, precision: str) -> tuple[dict[str, Tensor | None], float]:
+    """The plain model's gradients, and the processor time of its fastest pass."""
+    model, batch = copy.deepcopy(subject.model), subject.batch
+    if precision == "float64":
+        model, batch = model.double(), to_float64(batch)
+    seconds = []
+    for _ in range(TIMED + 2):
+        start = time.process_time()
+        model.zero_grad()
+        with autocast(precision):
+            loss = subject.loss(model, batch)
+        loss.backward()
+        seconds.append(time.process_time() - start)
+    return {n: p.grad for n, p in trainable(model).items()}, max(min(seconds), 1e-6)
+
+
+def _fault(got: Norms, right: dict[str, Any]) -> str:
+    """The worst norm that is not right, in words; empty if all are."""
+    worst, words = 1.0, ""
+    wrong = 0
+    for name, want in right["want"].items():
+        if name not in got:
+            return f"{name}: no norm"
+        found, allowed = got[name].double(), right["allowed"][name]
+        if found.shape != want.shape:
+            return f"{name}: {tuple(found.shape)} norms for {len(want)} samples"
+        off = ((found - want).abs() / allowed).nan_to_num(nan=torch.inf)
+        wrong += bool(off.max() > 1)
+        if off.max() > worst:
+            worst, i = float(off.max()), int(off.argmax())
+            words = f"{name}, sample {i}: {float(found[i]):.6g} for {float(want[i]):.6g}"
+    return f"{wrong} of {len(right['want'])} tensors, worst {words}" if words else ""
+
+
+def _changed(model: nn.Module, before: dict[str, nn.Parameter], plain: dict[str, Tensor | None], precision: str) -> str:
+    """What became of the model itself, in words: its parameters and gradients are those of the plain one."""
+    largest = max((float(g.abs().max()) for g in plain.values() if g is not None and g.numel()), default=0.0)
+    for name, p in before.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if getattr(owner, name.rpartition(".")[2]) is not p:
+            return f"{name}: the parameter was replaced"
+        want = plain[name]
+        if (want is None) != (p.grad is None):
+            return f"{name}: p.grad is {'there' if want is None else 'missing'}, unlike without norms"
+        if want is None or p.grad is None:
+            continue
+        atol = FLOOR[precision] * (largest + 20 * float(want.abs().max())) + 1e-7
+        if not torch.allclose(p.grad, want, rtol=RTOL[precision], atol=atol):
+            return f"{name}: p.grad differs from the plain one by {float((p.grad - want).abs().max()):.3g}"
+    return ""
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _place(error: BaseException) -> str:
+    """Where in our own code it was raised."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "hf_clars" in f.filename]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "outside hf_clars"

@@ -1,0 +1,108 @@
+"""The page that users look their model up in, made from the results alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.coverage.judge import SLOW
+from benchmarks.coverage.sweep import PRECISIONS, SUITES
+
+_HEAD = """# Which models are measured, and how
+
+`PerSampleGradNorms` was put on a tiny model of each class below: three passes in float32 and three under bf16 autocast.
+Each norm was compared with plain autograd in float64, one backward pass for every sample. Where samples are coupled
+(train-mode BatchNorm) it was compared with one copy of the weights for every sample, which is how
+[a sample's gradient](per-sample-norms.md#what-is-measured) is defined.
+
+- **exact**: all norms are right in all passes, to the rounding of the precision. The model's gradients are untouched.
+- **slow**: exact, but a pass costs more than {slow:g} plain ones on this tiny model. On a large model it is less.
+- **refused**: an error comes before a wrong norm does. Its words are in the table.
+- **wrong** or **crashed**: a fault of ours. Do not use it there.
+- **not run**: nothing can be said, and why.
+
+The cost is the processor time of a pass with norms against a plain one, in float32 / bf16. The machine was busy with
+other work, so a figure may be off by half. Tiny models cost the most in proportion.
+
+Made by `python scripts/sweep_coverage.py` with {versions}.
+{count} of {all} subjects have been swept.
+"""
+_TITLES = {
+    "transformers": "transformers",
+    "timm": "timm, the smallest model of each family",
+    "torchvision": "torchvision",
+    "torch": "PyTorch's layers, in the middle of a model",
+}
+
+
+def write_page(results: dict[str, Any], path: Path, total: int) -> None:
+    """Write the page.
+
+    Args:
+        results: What the sweep left.
+        path: Where to.
+        total: How many subjects there are.
+    """
+    rows = results["rows"]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
+    text = [_HEAD.format(slow=SLOW, versions=versions, count=len(rows), all=total), _summary(rows)]
+    for suite in SUITES:
+        own = {name.partition("/")[2]: row for name, row in sorted(rows.items()) if name.startswith(suite + "/")}
+        if own:
+            text.append(_section(_TITLES[suite], own))
+    path.write_text("\n".join(text))
+
+
+def _summary(rows: dict[str, Any]) -> str:
+    words = ("exact", "slow", "refused", "wrong", "crashed", "not run")
+    lines = ["| | " + " | ".join(words) + " |", "| --- |" + " ---: |" * len(words)]
+    for suite in SUITES:
+        counted = Counter(word_of(row) for name, row in rows.items() if name.startswith(suite + "/"))
+        if counted:
+            lines.append(f"| {suite} | " + " | ".join(str(counted[w]) for w in words) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _section(title: str, rows: dict[str, Any]) -> str:
+    lines = [f"## {title}", "", "| model | result | cost | how |", "| --- | --- | ---: | --- |"]
+    for name, row in rows.items():
+        cost = " / ".join(f"{row[p]['cost']:.1f}" for p in PRECISIONS if "cost" in row.get(p, {}))
+        lines.append(f"| {name} | {word_of(row)} | {cost} | {_how(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def word_of(row: dict[str, Any]) -> str:
+    """One word for a subject: the worst of its verdicts."""
+    found = {row["verdict"]} if "verdict" in row else {row[p]["verdict"] for p in PRECISIONS if p in row}
+    for verdict in ("crashed", "wrong", "refused", "unjudged"):
+        if verdict in found:
+            return "not run" if verdict == "unjudged" else verdict
+    return "slow" if any(row[p]["cost"] > SLOW for p in PRECISIONS) else "exact"
+
+
+def _how(row: dict[str, Any]) -> str:
+    """The words of a refusal, or the ways of measuring."""
+    if "verdict" in row:
+        return _cell(row["why"])
+    said = []
+    for p in PRECISIONS:
+        one = row.get(p, {})
+        if "why" in one:
+            where = f", pass {one['pass']}" if "pass" in one else ""
+            said.append(f"{p}{where}: {_cell(one['why'])}")
+    if said:
+        return "; ".join(said)
+    ways = row[PRECISIONS[0]]["ways"]
+    other = {p: row[p]["ways"] for p in PRECISIONS[1:] if row[p]["ways"] != ways}
+    text = _ways(ways) + "".join(f"; {p}: {_ways(found)}" for p, found in other.items())
+    return text + ("; samples coupled" if row[PRECISIONS[0]]["coupled"] else "")
+
+
+def _ways(ways: dict[str, int]) -> str:
+    return ", ".join(f"{_cell(way)} {count}" for way, count in sorted(ways.items(), reverse=True))
+
+
+def _cell(text: str, most: int = 160) -> str:
+    text = " ".join(text.split()).replace("|", "/").replace("<", "&lt;")
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,0 +1,85 @@
+"""The smallest model of every family of timm."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from benchmarks.coverage.subject import B, NotRunnable, Subject, stir
+
+MOST = 40_000_000
+# Parts of names that small models have, smallest first.
+_SMALL = (
+    "test_",
+    "zepto",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "_xxt",
+    "_xt",
+    "_xxs",
+    "_xs",
+    "tiny",
+    "_t",
+    "small",
+    "_s",
+    "_b0",
+)
+
+
+def names() -> list[str]:
+    """Timm's families: its modules of models."""
+    import timm
+
+    return [m for m in timm.list_modules() if timm.list_models(module=m)]
+
+
+def build(name: str) -> Subject:
+    """The smallest model of a family that runs on small images.
+
+    Raises:
+        NotRunnable: If none runs.
+    """
+    import timm
+
+    warnings.simplefilter("ignore")
+    counts: list[tuple[int, str]] = []
+    for model_name in sorted(timm.list_models(module=name), key=_guess)[:6]:
+        try:
+            with torch.device("meta"):
+                counts.append((sum(p.numel() for p in timm.create_model(model_name).parameters()), model_name))
+        except Exception:  # not every model can be made without storage
+            counts.append((MOST, model_name))
+    failures: list[str] = []
+    for count, model_name in sorted(counts):
+        if count > MOST:
+            failures.append(f"{model_name}: {count / 1e6:.0f} million parameters")
+            continue
+        for side, settings in _attempts(timm.create_model(model_name).default_cfg):
+            try:
+                torch.manual_seed(0)
+                model = timm.create_model(model_name, num_classes=5, **settings).float().train()
+                stir(model)
+                batch = {"": (torch.randn(B, 3, side, side, generator=torch.Generator().manual_seed(3)),)}
+                with torch.no_grad():
+                    model(*batch[""])
+                return Subject(model, batch, note=f"{model_name}, {side} pixels")
+            except Exception as error:
+                failures.append(
+                    f"{model_name}, {side} pixels: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+                )
+    raise NotRunnable(failures[0])
+
+
+def _guess(name: str) -> tuple[int, int, str]:
+    rank = next((i for i, part in enumerate(_SMALL) if part in name), len(_SMALL))
+    return rank, len(name), name
+
+
+def _attempts(cfg: Any) -> list[tuple[int, dict[str, Any]]]:
+    own = cfg["input_size"][-1]
+    sides = [s for s in (64, 96, 128) if s < own]
+    return [(s, {"img_size": s}) for s in sides] + [(s, {}) for s in sides] + [(own, {})]
