@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from safetensors.numpy import load_file
 from hf_clars.errors import HfClarsError
 from hf_clars.records import QUANTITIES, LayerRateLog
 from tests.image_files import CLASSES, picture
+from tests.processes import free_port
 
 IMAGES = 44
 
@@ -137,14 +137,11 @@ def _run(arguments: list[str], rank: int, world: int, port: int, moment: Moment,
 
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hf_clars.image_classification.run", "tests.killed_runs", "torchvision"])
 
 
 def start(arguments: list[str], *, world: int = 1, moment: Moment | None = None) -> list[Any]:
     """Start the processes of a run, the first to be killed at a moment; `ended.value` tells if it ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes: list[Any] = []
     for rank in range(world):
         ended = _context.Value("b", False)

@@ -6,7 +6,6 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
@@ -14,6 +13,7 @@ from transformers import Trainer
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.per_sample import NormMonitor, PerSampleNormsCallback, with_index
+from tests.processes import run_two
 from tests.test_callback import Images, Plain, plain_args
 from tests.twin import batch, loss_on
 
@@ -101,7 +101,7 @@ def make_ready(model):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(2, 29600 + os.getpid() % 2000, str(folder)), nprocs=2)
+    run_two(worker, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -7,12 +7,12 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_clars.grad_norms.errors import SharedStatisticsError
 from hf_clars.optim import CLARS, LARS, NAG
+from tests.processes import run_two
 from tests.twin import batch, loss_on
 
 STEPS = 4
@@ -151,8 +151,7 @@ def worker(rank, world, port, folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    port = 29500 + os.getpid() % 2000
-    mp.spawn(worker, args=(2, port, str(folder)), nprocs=2)
+    run_two(worker, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

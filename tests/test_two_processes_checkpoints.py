@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from hf_clars.optim import CLARS, LARS, NAG, SignalLARS, TrainsAloneError
+from tests.processes import run_two
 from tests.test_two_processes import make_model
 from tests.twin import batch, loss_on
 
@@ -187,8 +187,7 @@ def worker(rank, world, port, folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    port = 29500 + (os.getpid() + 1) % 2000
-    mp.spawn(worker, args=(2, port, str(folder)), nprocs=2)
+    run_two(worker, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

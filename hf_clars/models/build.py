@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -15,7 +16,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ResNetConfig,
-    TimmWrapperConfig,
 )
 
 from hf_clars.errors import ConfigError, name_list
@@ -34,14 +34,19 @@ class _Recipe:
     """What a short name stands for.
 
     Attributes:
-        config: Class of the configuration.
+        config: Class of the configuration; or its name in transformers, where its import takes other packages along.
         fixed: Settings that the name decides.
         redraw: Whether the library's first weights are replaced, see `draw_convolutions`.
     """
 
-    config: type[PreTrainedConfig]
+    config: type[PreTrainedConfig] | str
     fixed: dict[str, Any] = field(default_factory=dict)
     redraw: bool = False
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        """The class itself."""
+        return getattr(transformers, self.config) if isinstance(self.config, str) else self.config
 
 
 _RECIPES: dict[str, _Recipe] = {
@@ -66,7 +71,7 @@ _RECIPES: dict[str, _Recipe] = {
         },
     ),
     "mobilenet_v2": _Recipe(MobileNetV2Config, redraw=True),
-    "densenet121": _Recipe(TimmWrapperConfig, {"architecture": "densenet121"}, redraw=True),
+    "densenet121": _Recipe("TimmWrapperConfig", {"architecture": "densenet121"}, redraw=True),
 }
 
 _ARGUMENTS = ("num_labels", "id2label", "label2id", "image_size", "num_channels")
@@ -185,16 +190,16 @@ def _from_recipe(name: str, shape: dict[str, Any], labels: dict[str, Any], more:
     if decided := [key for key in recipe.fixed if key in more]:
         raise ConfigError(
             f"model_kwargs has {', '.join(decided)}, which the name {name!r} already decides: leave it out, or take "
-            f"the class {recipe.config.__name__}."
+            f"the class {recipe.config_class.__name__}."
         )
-    known = recipe.config()
+    known = recipe.config_class()
     if unknown := [key for key in more if not hasattr(known, key)]:
         raise _unknown_settings(name, unknown)
     settings = {key: value for key, value in shape.items() if hasattr(known, key)}
-    if recipe.config is TimmWrapperConfig:
+    if recipe.config == "TimmWrapperConfig":
         arguments = more.pop("model_args", None) or {}
         settings["model_args"] = {**arguments, "in_chans": shape["num_channels"]}  # timm's word for num_channels
-    model = _new(name, recipe.config(**settings, **recipe.fixed, **more, **labels))
+    model = _new(name, recipe.config_class(**settings, **recipe.fixed, **more, **labels))
     if recipe.redraw:
         draw_convolutions(model)
     return model

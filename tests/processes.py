@@ -1,0 +1,21 @@
+"""Two real processes for a test, from a fork server that has the imports done."""
+
+import multiprocessing
+import socket
+
+import torch.multiprocessing as mp
+
+PRELOADED = ["hf_clars.image_classification.run", "tests.killed_runs", "torchvision"]
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+
+
+def free_port():
+    """A port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_two(worker, folder):
+    """Run `worker(rank, 2, port, folder)` in two processes; an exception in one of them is raised here."""
+    mp.start_processes(worker, args=(2, free_port(), str(folder)), nprocs=2, start_method="forkserver")
