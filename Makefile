@@ -1,5 +1,6 @@
 # make quickstart   set up, then train a digit classifier with CLARS (about 2 minutes after installation)
 # make test         set up, then run the tests
+# make test-lowest  the tests that meet the libraries, with the lowest versions that pyproject.toml allows
 # make check        lint, format and types
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
           --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart test check setup setup-test clean
+.PHONY: quickstart test test-lowest check setup setup-test setup-lowest clean
 .DELETE_ON_ERROR:
 
 quickstart: setup
@@ -18,6 +19,13 @@ quickstart: setup
 
 test: setup-test
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+# Where a library's older version would show: its interfaces, private names, files, and the loops of Trainer.
+LOWEST_TESTS := tests/test_torch_internals.py tests/test_three_ways_in.py tests/test_norms_exact.py \
+                tests/test_safe_checkpoints.py tests/test_hub_push.py tests/test_live_view.py tests/test_data.py
+
+test-lowest: setup-lowest
+	$(LOWEST)/bin/python -m pytest -m "not slow and not gpu" $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 check: setup-test
 	$(BIN)/ruff check .
@@ -39,5 +47,14 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@ $(VENV)/.quickstart
 
+# uv is the resolver that can choose the lowest versions; it is installed beside them.
+LOWEST := $(VENV)-lowest
+setup-lowest: $(LOWEST)/.test
+$(LOWEST)/.test: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from hf_clars import models
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.layers import ParamLayer, param_layers
-from hf_clars.optim import CLARS, LARS, NAG, SignalLARS
+from hf_clars.optim import CLARS, LARS, NAG, ClarsFactory, SignalLARS
 
 if TYPE_CHECKING:
     from hf_clars import theory
+    from hf_clars.per_sample import NormMonitor, PerSampleNormsCallback, rank_samples, with_index
     from hf_clars.records import LayerRateLog
     from hf_clars.trainer import ClarsTrainer, ClarsTrainingArguments
 
@@ -23,21 +24,30 @@ _LATER = {
     "ClarsTrainer": "hf_clars.trainer",
     "ClarsTrainingArguments": "hf_clars.trainer",
     "LayerRateLog": "hf_clars.records",
+    "NormMonitor": "hf_clars.per_sample",
+    "PerSampleNormsCallback": "hf_clars.per_sample",
+    "rank_samples": "hf_clars.per_sample",
+    "with_index": "hf_clars.per_sample",
 }
 
 __all__ = [
     "CLARS",
     "LARS",
     "NAG",
+    "ClarsFactory",
     "ClarsTrainer",
     "ClarsTrainingArguments",
     "LayerRateLog",
+    "NormMonitor",
     "ParamLayer",
     "PerSampleGradNorms",
+    "PerSampleNormsCallback",
     "SignalLARS",
     "models",
     "param_layers",
+    "rank_samples",
     "theory",
+    "with_index",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class HfClarsError(Exception):
     """Base of every error that this library raises on purpose."""
@@ -13,3 +15,9 @@ class ConfigError(HfClarsError, ValueError):
 
 class DataError(HfClarsError, ValueError):
     """A dataset is missing, incomplete, or not what the task needs."""
+
+
+def name_list(names: Sequence[object], most: int = 8) -> str:
+    """The first few names for a message, and how many more there are."""
+    shown = ", ".join(map(str, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"

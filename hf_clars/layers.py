@@ -7,7 +7,7 @@ on its own, as most LARS codes do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,7 +36,7 @@ class ParamLayer:
     Attributes:
         name: Path of the owning module (`encoder.stages.0.conv1`; the model's class name when the model itself owns
             the parameters), or the parameter's full name when each tensor is a layer.
-        params: The layer's trainable parameters.
+        params: The layer's parameters: the trainable ones, unless frozen ones were asked for too.
         param_names: Their full names in the model, in the same order.
         norm_or_bias: True when every tensor is a bias or belongs to a normalisation module.
     """
@@ -50,10 +50,15 @@ class ParamLayer:
         """The same layer of other parameters, where a launcher has put them in the place of these."""
         return replace(self, params=tuple(new_of.get(p, p) for p in self.params))
 
+    def without(self, left_out: Set[nn.Parameter]) -> ParamLayer:
+        """The same layer without some of its parameters."""
+        kept = [(p, n) for p, n in zip(self.params, self.param_names, strict=True) if p not in left_out]
+        return replace(self, params=tuple(p for p, _ in kept), param_names=tuple(n for _, n in kept))
+
 
 @dataclass(frozen=True)
 class _Owned:
-    """A trainable parameter and the module that owns it."""
+    """A parameter and the module that owns it."""
 
     module_path: str
     local_name: str
@@ -69,12 +74,12 @@ class _Owned:
         return self.in_norm_module or self.local_name == "bias" or self.local_name.endswith("_bias")
 
 
-def _owned_parameters(model: nn.Module) -> Iterable[_Owned]:
-    """Yield each trainable parameter once: a tied weight belongs to the first module that holds it."""
+def _owned_parameters(model: nn.Module, frozen: bool) -> Iterable[_Owned]:
+    """Yield each parameter once: a tied weight belongs to the first module that holds it."""
     seen: set[nn.Parameter] = set()
     for path, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
-            if param.requires_grad and param not in seen:
+            if (frozen or param.requires_grad) and param not in seen:
                 seen.add(param)
                 yield _Owned(path, name, param, isinstance(module, NORM_MODULES))
 
@@ -84,18 +89,20 @@ def param_layers(
     *,
     layers: LayerMode = "module",
     split_norm_and_bias: bool = False,
+    frozen: bool = False,
 ) -> list[ParamLayer]:
-    """Partition a model's trainable parameters into layers.
+    """Partition a model's parameters into layers.
 
     Args:
-        model: Any module. Parameters with `requires_grad=False` are in no layer.
+        model: Any module.
         layers: `"module"` (default): all parameters that one module owns directly are one layer. `"tensor"`: each
             tensor is a layer.
         split_norm_and_bias: With `"module"`, put biases into a layer apart from their weight
             (`conv1.bias` beside `conv1`), so that they can be treated differently. Default False.
+        frozen: Take parameters with `requires_grad=False` too. Default False: they are in no layer.
 
     Returns:
-        The layers in the order of `model.named_modules()`; every trainable parameter is in exactly one of them.
+        The layers in the order of `model.named_modules()`; every parameter that is taken is in exactly one of them.
 
     Raises:
         ValueError: If `layers` is neither `"module"` nor `"tensor"`.
@@ -103,7 +110,7 @@ def param_layers(
     if layers not in ("module", "tensor"):
         raise ValueError(f"layers={layers!r} is not a partition: use 'module' (one layer a module) or 'tensor'.")
     groups: dict[str, list[_Owned]] = {}
-    for owned in _owned_parameters(model):
+    for owned in _owned_parameters(model, frozen):
         groups.setdefault(_layer_name(model, owned, layers, split_norm_and_bias), []).append(owned)
     return [
         ParamLayer(

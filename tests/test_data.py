@@ -19,6 +19,7 @@ from hf_clars.data import (
     load_image_data,
     trainable,
 )
+from hf_clars.data.decoding import BadImageError, ImageDecoder
 from hf_clars.data.pixels import to_uint8
 from hf_clars.errors import ConfigError, DataError
 from tests.image_files import CLASSES, dataset_dict, image_folder, parquet_folder, picture
@@ -242,3 +243,22 @@ def test_images_of_several_sizes_are_not_held_in_memory(tmp_path):
             label_column="label",
             in_memory=True,
         )
+
+
+@pytest.mark.parametrize(
+    ("kind", "white"), [(np.float32, 1), (np.float32, 255), (np.float32, 65_535), (np.int32, 255), (np.int32, 65_535)]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tiff_images_of_numbers_keep_their_brightness(tmp_path, kind, white, channels):
+    grey = np.asarray(picture(0, mode="L")).copy()
+    grey[0, 0] = 255
+    values = grey / 255 * white if kind == np.float32 else grey.astype(np.int64) * (white // 255)
+    Image.fromarray(values.astype(kind)).save(tmp_path / "1.tif")
+    pixels = to_uint8(Image.open(tmp_path / "1.tif"), channels)
+    assert (pixels.int() - torch.from_numpy(grey).int()).abs().max() <= 1
+
+
+def test_a_tiff_image_with_pixels_that_are_no_numbers_is_a_bad_image(tmp_path):
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "1.tif")
+    with pytest.raises(BadImageError, match="not finite"):
+        ImageDecoder(1).decode({"bytes": None, "path": str(tmp_path / "1.tif")})

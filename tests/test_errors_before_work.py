@@ -1,5 +1,6 @@
 """Promise: what cannot work is refused in one paragraph, with exit code 2, before anything is trained."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import pytest
 import yaml
 
 from hf_clars.errors import ConfigError, HfClarsError
+from hf_clars.image_classification.arguments import DataArguments, ModelArguments, OutputArguments
 from hf_clars.image_classification.run import parse_run, train_image_classifier
-from hf_clars.trainer import ClarsTrainer
+from hf_clars.trainer import ClarsTrainer, ClarsTrainingArguments
 from hf_clars.trainer import preflight as preflight_module
 from hf_clars.trainer.preflight import OutputError, claim_output_dir
 from tests.image_files import image_folder
@@ -112,14 +114,27 @@ def test_help_is_short_and_names_this_projects_settings(capsys):
         parse_run(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 90
+    assert len(text.splitlines()) < 120
     assert max(map(len, text.splitlines())) <= 120
+    in_one_line = " ".join(text.split())
+    for kind in (ModelArguments, DataArguments, OutputArguments, ClarsTrainingArguments):
+        for field in dataclasses.fields(kind):
+            if field.name in kind.__annotations__:  # ours: in full, to the last word
+                assert " ".join(field.metadata["help"].rstrip(".").split()) in in_one_line
     for name in ("--dataset", "--model", "--norm_samples", "--global_batch_size", "--output_dir", "--help_all"):
         assert name in text
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("a: [1, ", "not valid YAML"), ("- 1\n- 2", "key: value"), (None, "cannot be read")]
+    ("content", "message"),
+    [
+        ("a: [1, ", "not valid YAML"),
+        ("- 1\n- 2", "key: value"),
+        ("", "is empty"),
+        ("# nothing\n", "is empty"),
+        ("seed: 1\nseed: 2", "seed twice"),
+        (None, "cannot be read"),
+    ],
 )
 def test_a_config_file_that_is_none_is_refused(tmp_path, content, message):
     file = tmp_path / "broken.yaml"

@@ -94,6 +94,23 @@ def test_trackio_receives_them_too_in_its_local_store(tmp_path):
             np.testing.assert_allclose(values, log[quantity][step - 1], rtol=1e-6)
 
 
+def test_what_trackio_receives_lies_at_the_optimizer_step_that_it_belongs_to(tmp_path):
+    """Loss and layers of one step are at one place of its axis, also after a resume."""
+    pytest.importorskip("trackio")
+    options = {"report_to": "trackio", "layer_report_steps": 1, "project": tmp_path.name, "run_name": "one"}
+    train(tmp_path, **options, save_strategy="steps", save_steps=3)
+    resumed = ClarsTrainer(
+        Plain(), clars_args(tmp_path, **{**OPTIONS, **options, "max_steps": 8}), train_dataset=Images()
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    store = Path(os.environ["TRACKIO_DIR"]) / f"{tmp_path.name}.db"
+    with sqlite3.connect(store) as database:
+        rows = [(step, json.loads(text)) for step, text in database.execute("select step, metrics from metrics")]
+    assert {step for step, row in rows if "train/loss" in row} == set(range(1, 9))
+    assert {step for step, row in rows if any(key.startswith("train/rate/") for key in row)} == set(range(1, 9))
+    assert all(step == row["train/global_step"] for step, row in rows)
+
+
 class Recorder(TrainerCallback):
     def __init__(self):
         self.logs = []

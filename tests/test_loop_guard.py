@@ -1,14 +1,21 @@
 """Promise: a loop that would make the rates silently wrong raises instead."""
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from hf_clars.optim import CLARS, NoNormsError, OptimizerNotSteppedError
-from hf_clars.optim.loop_guard import version
-from tests.twin import batch, loss_on, small_model
+from hf_clars.grad_norms.errors import SecondBackwardError
+from hf_clars.grad_norms.torch_internals import version
+from hf_clars.optim import CLARS, LARS, NAG, NoNormsError, OptimizerNotSteppedError, SignalLARS
+from tests.twin import batch, loss_on, small_model, train
 
 
 def test_torch_still_counts_changes_in_place():
@@ -152,3 +159,204 @@ def test_a_dropped_optimizer_still_notices_that_another_trains():
     other.step()
     with pytest.raises(OptimizerNotSteppedError):
         loss_on(*batch(1))(model)
+
+
+# ---- weights that are moved and put back -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [CLARS, LARS, NAG])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_sharpness_aware_steps_are_no_other_optimizer(make, passes):
+    """Two backward passes, the second where the weights were moved to, and back again: once or more before a step."""
+    model = small_model()
+    optimizer = make(model, 0.1)
+    for step in range(3):
+        before = model[0].weight.detach().clone()
+        for part in range(passes):
+            optimizer.zero_grad()
+            loss_on(*batch(10 * step + part))(model).backward()
+            moves = [0.05 * p.grad for p in model.parameters()]
+            with torch.no_grad():
+                torch._foreach_add_(list(model.parameters()), moves)
+            optimizer.zero_grad()
+            loss_on(*batch(10 * step + part))(model).backward()
+            with torch.no_grad():
+                torch._foreach_sub_(list(model.parameters()), moves)
+        optimizer.step()
+        assert not torch.equal(model[0].weight, before)
+
+
+def test_a_trainer_that_is_no_optimizer_of_torchs_is_noticed_too():
+    model = small_model()
+    CLARS(model)
+
+    def steps():
+        for step in range(6):
+            loss_on(*batch(step))(model).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.sub_(0.01 * p.grad)
+
+    with pytest.raises(OptimizerNotSteppedError):
+        steps()
+
+
+# ---- gradients that are cleared in place -----------------------------------------------------------------------------
+
+
+def set_to_zero(model):
+    model.zero_grad(set_to_none=False)
+
+
+def by_hand_to_zero(model):
+    for p in model.parameters():
+        p.grad.zero_()
+
+
+@pytest.mark.parametrize("estimator", ["samples", "microbatch"])
+@pytest.mark.parametrize("between", [False, True], ids=["before forward", "between forward and backward"])
+@pytest.mark.parametrize("clear", [set_to_zero, by_hand_to_zero, lambda model: model.zero_grad()])
+def test_norms_of_a_pass_that_was_thrown_away_are_forgotten(clear, between, estimator):
+    model, other = small_model().eval(), small_model().eval()
+    skipping, fresh = CLARS(model, 0.1, estimator=estimator), CLARS(other, 0.1, estimator=estimator)
+    for step in range(3):
+        loss_on(*batch(10 + step))(model).backward()
+        if between:
+            loss = loss_on(*batch(step))(model)
+            clear(model)
+        else:
+            clear(model)
+            loss = loss_on(*batch(step))(model)
+        loss.backward()
+        skipping.step()
+        fresh.zero_grad(), skipping.zero_grad()
+        loss_on(*batch(step))(other).backward()
+        fresh.step()
+        assert torch.equal(skipping.last_step.mean_sample_norm, fresh.last_step.mean_sample_norm)
+
+
+def test_two_passes_with_one_backward_are_one_batch():
+    model, other = small_model().eval(), small_model().eval()
+    together, apart = CLARS(model), CLARS(other)
+    (loss_on(*batch(0))(model) + loss_on(*batch(1))(model)).backward()
+    loss_on(*batch(0))(other).backward(), loss_on(*batch(1))(other).backward()
+    together.step(), apart.step()
+    torch.testing.assert_close(together.last_step.mean_sample_norm, apart.last_step.mean_sample_norm)
+
+
+# ---- other scales ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [slice(-2, None), slice(0, 2)])
+def test_clipping_cancels_although_parts_of_the_model_have_no_gradient(frozen):
+    """Whatever tells the scale must not be a parameter that was frozen since."""
+    model, other = small_model().double(), small_model().double()
+    plain, clipped = CLARS(model), CLARS(other)
+    for step in range(3):
+        for net, optimizer, clip in ((model, plain, None), (other, clipped, 1e-3)):
+            for p in list(net.parameters())[frozen]:
+                p.requires_grad_(step == 0)
+            optimizer.zero_grad()
+            loss_on(*batch(step))(net).backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+            optimizer.step()
+        torch.testing.assert_close(clipped.last_step.ratio, plain.last_step.ratio, rtol=1e-9, atol=0)
+
+
+def test_with_weight_decay_a_clipped_gradient_is_what_the_decay_is_added_to():
+    """As the docstring says: gamma (c g + decay w), gamma with c n_k, c being what clipping multiplied with."""
+    model = small_model().double()
+    optimizer = CLARS(model, 0.5, weight_decay=0.1, momentum=0.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_on(*batch(step))(model).backward()
+        clean = optimizer.layer_measures()
+        total = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-2))
+        before, grad = model[6].weight.detach().clone(), model[6].weight.grad.clone()
+        optimizer.step()
+        row, c = optimizer.layer_names.index("6"), 1e-2 / total
+        n, w = clean.mean_sample_norm[row] * c, clean.weight_norm[row]
+        torch.testing.assert_close(optimizer.last_step.mean_sample_norm[row], n, rtol=1e-4, atol=0)
+        expected = before - 0.5 * 1e-2 * w / (n + 0.1 * w) * (grad + 0.1 * before)
+        torch.testing.assert_close(model[6].weight.detach(), expected, rtol=1e-4, atol=1e-9)
+
+
+# ---- a step that only makes the state --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [CLARS, SignalLARS, LARS, NAG])
+@pytest.mark.parametrize("momentum_form", ["nesterov", "heavy_ball"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_state_that_torch_makes_and_loads_goes_on_bit_for_bit(make, momentum_form, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    settings = {"momentum_form": momentum_form, "weight_decay": 0.01}
+    model, other = small_model(), small_model()
+    optimizer = make(model, 0.1, **settings)
+    start = [p.detach().clone() for p in model.parameters()]
+    get_optimizer_state_dict(model, optimizer, options=options)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True))
+    assert optimizer.last_step is None
+    assert not any(state["momentum_buffer"].any() for state in optimizer.state.values())
+    train(model, optimizer, 3)
+    other.load_state_dict(model.state_dict())
+    fresh = make(other, 0.7, **settings)
+    set_optimizer_state_dict(
+        other, fresh, copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options)), options=options
+    )
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    train(model, optimizer, 3, start=3), train(other, fresh, 3, start=3)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("make", [CLARS, LARS, NAG])
+def test_a_warmup_that_begins_at_zero_is_a_step(make):
+    model = small_model()
+    optimizer = make(model, 0.0)
+    train(model, optimizer, 1)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.grad_norm.min() > 0
+
+
+# ---- what the hooks have no part in ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [CLARS, LARS])
+def test_functions_of_torch_func_work_beside_the_hooks_and_change_no_norm(make):
+    model, other = small_model().eval(), small_model().eval()
+    beside, alone = make(model), make(other)
+    weights = dict(model.named_parameters())
+    for step in range(3):
+        x, y = batch(step)
+
+        def loss(given, x=x, y=y):
+            return torch.nn.functional.cross_entropy(torch.func.functional_call(model, given, (x,)), y)
+
+        for net, optimizer in ((model, beside), (other, alone)):
+            optimizer.zero_grad()
+            loss_on(x, y)(net).backward()
+        found = torch.func.grad(loss)(weights)
+        torch.func.vmap(lambda one: model(one[None]))(x)
+        torch.func.jvp(model, (x,), (x,))
+        torch.testing.assert_close(found["0.weight"], model[0].weight.grad)
+        beside.step(), alone.step()
+        assert torch.equal(beside.last_step.rate, alone.last_step.rate)
+
+
+def test_a_loss_with_a_gradient_of_its_own_is_refused_in_words_that_fit():
+    model = small_model()
+    CLARS(model)
+    x, y = batch(0)
+    x.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    (penalty,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(SecondBackwardError, match=r"gradient penalty with create_graph=True.*microbatch"):
+        (loss + penalty.square().sum()).backward()
+
+
+def test_processes_that_know_of_no_other_are_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = small_model()
+    optimizer = LARS(model)
+    with pytest.warns(UserWarning, match="2 processes were started"):
+        train(model, optimizer, 1)

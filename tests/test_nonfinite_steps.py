@@ -15,6 +15,8 @@ METHODS = {
     "CLARS, the authors' code": (CLARS.reference_code, {"eta": 1e-2}),
     "LARS, decay": (LARS, {"weight_decay": 1e-2}),
     "NAG": (NAG, {"measure": True, "weight_decay": 1e-2}),
+    "NAG, no weight norms": (NAG, {"weight_decay": 1e-2}),
+    "NAG, parameters": (lambda model, lr, **settings: NAG(model.parameters(), lr, **settings), {}),
 }
 PATHS = {"host": None, "multi-tensor": True, "single-tensor": False}
 POISONS = {
@@ -92,13 +94,19 @@ def test_a_gradient_whose_norm_overflows_is_held_too():
     assert not optimizer.last_step.applied
 
 
-def test_nag_that_measures_nothing_is_left_alone():
+def test_nag_knows_which_layer_was_not_finite_without_measuring_weights():
     model = make_model()
     optimizer = NAG(model, 0.1)
-    before = copy.deepcopy(model.state_dict())
-    step(model, optimizer, *batch(0, 8))
-    assert optimizer.last_step.applied is None
-    assert not same(before, model.state_dict())
+    for t in range(3):
+        before = copy.deepcopy(model.state_dict())
+        optimizer.zero_grad()
+        loss_on(*batch(t, 8))(model).backward()
+        if t == 1:
+            model[3].bias.grad[0] = float("nan")
+        optimizer.step()
+        assert optimizer.last_step.finite.tolist() == [True, True, t != 1]
+        assert optimizer.last_step.weight_norm.isnan().all()
+        assert same(before, model.state_dict()) == (t == 1)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.grad_norms.without_rule.fallback import Fallback
+from hf_clars.grad_norms.graph.measured_uses import Gate
 from tests.oracle import layer_norms, one_by_one, per_sample_grads
 
 B = 4
@@ -185,22 +185,22 @@ class ByFrequency(Positions):
 
 
 CASES = {
-    "tokens": (Embedder, (B, 3, 5), True),
-    "scales": (Scaled, (B, 3, 5, 5), True),
-    "indexed": (Table, (B, 5), True),
-    "coupled": (Coupled, (B, 5), True),
-    "shared": (Shared, (B, 3, 5, 5), True),
-    "as long as the batch": (BatchLike, (B, 5), True),
-    "positions [T]": (lambda: Positions(torch.tensor([4, 0, 4])), (B, 3, 5), True),
-    "positions [1, T]": (lambda: Positions(torch.tensor([[4, 0, 4]]), first=True), (B, 3, 5), True),
-    "a lookup used twice": (lambda: Twofold(torch.tensor([[4, 0, 4]])), (B, 3, 5), True),
-    "a lookup cut before it is used": (lambda: Twofold(torch.tensor([4, 0, 4]), end=1), (B, 3, 5), True),
-    "queries": (Queries, (B, 3, 5), True),
-    "one plus": (OnePlus, (B, 3, 5), True),
-    "windows": (Windows, (B, 4, 5), True),
-    "resized": (Resized, (B, 3, 5), True),
-    "a network of its own": (Network, (B, 3, 5), True),
-    "rows by frequency": (lambda: ByFrequency(torch.tensor([4, 0, 4])), (B, 3, 5), False),
+    "tokens": (Embedder, (B, 3, 5)),
+    "scales": (Scaled, (B, 3, 5, 5)),
+    "indexed": (Table, (B, 5)),
+    "coupled": (Coupled, (B, 5)),
+    "shared": (Shared, (B, 3, 5, 5)),
+    "as long as the batch": (BatchLike, (B, 5)),
+    "positions [T]": (lambda: Positions(torch.tensor([4, 0, 4])), (B, 3, 5)),
+    "positions [1, T]": (lambda: Positions(torch.tensor([[4, 0, 4]]), first=True), (B, 3, 5)),
+    "a lookup used twice": (lambda: Twofold(torch.tensor([[4, 0, 4]])), (B, 3, 5)),
+    "a lookup cut before it is used": (lambda: Twofold(torch.tensor([4, 0, 4]), end=1), (B, 3, 5)),
+    "queries": (Queries, (B, 3, 5)),
+    "one plus": (OnePlus, (B, 3, 5)),
+    "windows": (Windows, (B, 4, 5)),
+    "resized": (Resized, (B, 3, 5)),
+    "a network of its own": (Network, (B, 3, 5)),
+    "rows by frequency": (lambda: ByFrequency(torch.tensor([4, 0, 4])), (B, 3, 5)),
 }
 
 
@@ -211,23 +211,21 @@ def loss_of(model, x):
 
 @pytest.mark.parametrize("layers", ["module", "tensor"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_pass_is_exact_and_the_fallback_serves_only_the_first(case, layers, monkeypatch):
+def test_every_pass_is_exact_and_no_module_is_run_for_each_sample(case, layers, monkeypatch):
     torch.manual_seed(0)
-    build, shape, cheap = CASES[case]
+    build, shape = CASES[case]
     model, x = build(), torch.randn(shape)
     calls = []
-    real = Fallback.per_sample_grads
-    monkeypatch.setattr(Fallback, "per_sample_grads", lambda self, *a: calls.append(1) or real(self, *a))
+    monkeypatch.setattr(Gate, "parts", lambda self, *a: calls.append(1))
     if case == "coupled":
         expected = {n: B * g for n, g in per_sample_grads(model, lambda m: loss_of(m, x), B).items()}
     else:
         expected = one_by_one(model, lambda m, i: loss_of(m, x[i : i + 1]), B)
     with PerSampleGradNorms(model, layers=layers) as norms:
-        for passes in range(4):
+        for _ in range(4):
             model.zero_grad()
-            before = len(calls)
             loss_of(model, x).backward()
-            assert (len(calls) > before) == (passes == 0 or not cheap)
+            assert not calls  # no module is differentiated for each sample
             for name, want in layer_norms(expected, norms.layers).items():
                 torch.testing.assert_close(norms.per_sample[name].double(), want, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -286,9 +284,6 @@ def test_whole_vision_transformers():
             loss_of(model, x).backward()
             for name, want in layer_norms(expected, norms.layers).items():
                 torch.testing.assert_close(norms.per_sample[name].double(), want, rtol=1e-4, atol=1e-6, msg=name)
-        model(x)
-        own = {model.cls_token, model.pos_embed, model.reg_token, model.blocks[0].ls1.gamma}
-        assert not own & {p for call in norms._passes[-1].fallback_calls for p in call.params.values()}
 
 
 @pytest.mark.parametrize("differentiated", [True, False])

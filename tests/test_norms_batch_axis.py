@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_clars.grad_norms import BatchAxisError, MixedDevicesError, PerSampleGradNorms
+from hf_clars.grad_norms import MixedDevicesError, PerSampleGradNorms, UncoveredParameterError
 from tests.oracle import layer_norms, one_by_one
 
 
@@ -128,21 +128,17 @@ def test_it_is_exact(case):
 
 
 def test_what_was_proven_is_used():
-    """The fallback serves the first pass, the rule those after it."""
-    model, x = Windows(), torch.randn(3, 2, 5, 4)
-    with PerSampleGradNorms(model) as norms:
-        for uses_fallback in (True, False, False):
-            loss = model(x).sum()
-            assert bool(norms._passes[-1].fallback_calls) == uses_fallback
-            loss.backward()
-            norms.reset()
-        mixed = Windows(mixed=True)
-        with PerSampleGradNorms(mixed) as other:
-            for _ in range(2):
-                loss = mixed(x).sum()
-                assert other._passes[-1].fallback_calls
+    """Windows whose rows lie together are the rule's from the first pass on; others are measured in the graph."""
+    for mixed in (False, True):
+        model, x = Windows(mixed=mixed), torch.randn(3, 2, 5, 4)
+        with PerSampleGradNorms(model) as norms:
+            for _ in range(3):
+                loss = model(x).sum()
+                current = norms._passes[-1]
+                assert sum(not call.cancelled for call in current.rule_calls) == (1 if mixed else 2)
+                assert bool(current.open_uses) == mixed
                 loss.backward()
-                other.reset()
+                norms.reset()
 
 
 def test_changing_batch_sizes():
@@ -184,10 +180,12 @@ def test_a_module_that_returns_no_tensor_is_served_by_one_around_it():
     check(Unwraps(), torch.randn(3, 4))
 
 
-def test_a_module_that_returns_no_tensor_is_refused_by_name_if_there_is_none():
+def test_a_model_that_returns_no_tensor_is_refused_by_name():
     model = ReturnsAnObject()
-    with PerSampleGradNorms(model), pytest.raises(BatchAxisError, match=r"ReturnsAnObject.*\(3, 4\).*no tensor"):
-        model(torch.randn(3, 4))
+    with PerSampleGradNorms(model) as norms:
+        model(torch.randn(3, 4)).value.sum().backward()
+        with pytest.raises(UncoveredParameterError, match=r"gain: has a gradient.*forward"):
+            norms.per_sample  # noqa: B018
 
 
 def test_layers_on_two_devices_are_refused_by_name():
@@ -204,15 +202,29 @@ def test_layers_on_two_devices_are_refused_by_name():
         model(torch.randn(3, 4))
 
 
+class Routed(nn.Module):
+    """Rows go to two experts by what they are: no axis belongs to the samples there."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+        self.gains = nn.Parameter(torch.rand(2, 4))
+
+    def forward(self, x):  # [B, T, 4]
+        rows = x.flatten(0, 1)
+        out = torch.zeros_like(rows)
+        for k, expert in enumerate(self.experts):
+            where = (rows[:, 0] > 0).eq(k).nonzero()[:, 0]
+            out = out.index_add(0, where, torch.tanh(expert(rows[where])) * self.gains[k])
+        return out.view_as(x)
+
+
+def test_rows_routed_to_experts_are_exact():
+    torch.manual_seed(1)
+    check(nn.Sequential(nn.Linear(4, 4), Routed(), nn.Linear(4, 2), nn.Flatten()), torch.randn(3, 5, 4))
+
+
 def test_an_exact_but_slow_way_is_announced():
-    class Noisy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gain = nn.Parameter(torch.ones(4))
-
-        def forward(self, x):
-            return nn.functional.dropout(x, 0.5) * self.gain
-
-    model = nn.Sequential(Noisy())
-    with PerSampleGradNorms(model), pytest.warns(UserWarning, match=r"0 \(Noisy\).*gain.*every sample"):
-        model(torch.randn(3, 4)).sum().backward()
+    model = nn.Sequential(Routed(), nn.Flatten())
+    with PerSampleGradNorms(model), pytest.warns(UserWarning, match=r"0 \(Routed\).*every sample"):
+        model(torch.randn(3, 5, 4)).sum().backward()

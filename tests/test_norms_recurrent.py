@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.grad_norms.without_rule import fallback
+from hf_clars.grad_norms.graph import nodes
 from tests.oracle import layer_norms, one_by_one
 
 B = 4
@@ -49,11 +49,10 @@ def check(model, x, samples=None):
 
 @pytest.fixture
 def no_masks(monkeypatch):
-    def refuse(call, grads):
-        raise AssertionError(f"{call.path} was differentiated once for every sample")
+    def refuse(node, *_):
+        raise AssertionError(f"{node.name()} was differentiated once for every sample")
 
-    monkeypatch.setattr(fallback, "_by_masks", refuse)
-    monkeypatch.setattr(fallback, "_by_replay", refuse)
+    monkeypatch.setattr(nodes, "_one_by_one", refuse)
 
 
 @pytest.mark.parametrize("use", ["everything", "sequence", "state"])
@@ -72,6 +71,20 @@ def no_masks(monkeypatch):
 def test_exact(kind, values, use, no_masks):
     torch.manual_seed(0)
     check(Reader(kind, use=use, **values), torch.randn(B, 5, 3))
+
+
+def test_time_first(no_masks):
+    class TimeFirst(Reader):
+        def __init__(self):
+            super().__init__(nn.LSTM)
+            self.net.batch_first = False
+
+        def forward(self, x):
+            return self.net(x.transpose(0, 1))[0].transpose(0, 1).flatten(1)
+
+    torch.manual_seed(0)
+    check(TimeFirst(), torch.randn(B, 5, 3))
+    check(TimeFirst(), torch.randn(B, B, 3))
 
 
 @settings(max_examples=20, deadline=None)
@@ -102,15 +115,14 @@ def test_frozen_weights(no_masks):
 
 
 @pytest.mark.parametrize("values", [{"proj_size": 2}, {"num_layers": 2, "dropout": 0.5}])
-def test_nets_that_cannot_be_unrolled_are_exact_all_the_same(values):
+def test_projections_and_dropout_are_exact(values):
     torch.manual_seed(0)
     model = nn.LSTM(3, 4, batch_first=True, **values).double()
     x = torch.randn(B, 5, 3).double()
     with PerSampleGradNorms(model, layers="tensor") as norms:
         torch.manual_seed(1)
         loss = model(x)[0].sin().flatten(1).sum(1).mean()
-        with pytest.warns(UserWarning, match="every sample"):
-            loss.backward()
+        loss.backward()
         measured = norms.per_sample
     grads = {n: torch.zeros(B, *p.shape).double() for n, p in model.named_parameters()}
     for i in range(B):

@@ -223,7 +223,20 @@ def test_any_torch_scheduler_moves_the_rate(name, scheduler):
 
 @pytest.mark.parametrize(
     "settings_",
-    [{"lr": -1.0}, {"eta": 0.0}, {"momentum": 1.0}, {"weight_decay": -1e-4}, {"trust_clip": 0.0}, {"samples": 0}],
+    [
+        {"lr": -1.0},
+        {"eta": 0.0},
+        {"momentum": 1.0},
+        {"weight_decay": -1e-4},
+        {"trust_clip": 0.0},
+        {"samples": 0},
+        *(
+            {name: value}
+            for name in ("lr", "eta", "momentum", "weight_decay")
+            for value in (float("inf"), float("nan"))
+        ),
+        {"trust_clip": float("nan")},
+    ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(settings_):
     with pytest.raises(ValueError, match=next(iter(settings_))):

@@ -34,7 +34,7 @@ def test_no_text_overlaps_or_sticks_out_with_few_or_many_layers(tmp_path, layers
 def test_every_layer_is_named_up_to_40_and_evenly_chosen_ones_of_more(tmp_path):
     assert len(labels(plot_layer_rates(make_log(tmp_path / "a", layers=40)))) == 40
     figure = plot_layer_rates(make_log(tmp_path / "b", layers=161))
-    assert labels(figure) == [f"encoder.stages.{index}.convolution" for index in range(0, 161, 5)]
+    assert labels(figure) == [f"stages.{index}.convolution" for index in range(0, 161, 5)]
     assert "1 of 5 named" in texts(figure)
 
 

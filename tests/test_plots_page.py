@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from hf_clars.plots import PlotError, open_runs, write_page
-from hf_clars.plots.page_data import FIRST, page_data
+from hf_clars.plots.columns import common_prefix
+from hf_clars.plots.page_data import FIRST, PageRun, page_data
 from hf_clars.records import QUANTITIES, LayerRateLog
 from tests import browser
+
+CTRL = 2  # DevTools' number of the key
 
 HOSTILE = [
     "</script><script>window.hacked = 1</script>",
@@ -65,7 +68,7 @@ def test_ten_thousand_steps_of_161_layers_stay_under_three_megabytes_even_two_ru
 
 def test_a_short_log_is_in_the_page_to_the_last_bit(tmp_path):
     log = make_log(tmp_path)
-    (run,) = page_data([("r", log)])["runs"]
+    (run,) = page_data([PageRun("r", log)])["runs"]
     for quantity in QUANTITIES:
         stored = run["quantities"][quantity]
         values = np.frombuffer(base64.b64decode(stored["data"]), "<f4").reshape(6, 40).T
@@ -80,7 +83,7 @@ def test_a_long_log_is_within_the_error_that_the_page_states(tmp_path):
         values[::2, 1] *= 1e32
 
     log = make_log(tmp_path, steps=4000, layers=60, change=odd)
-    (run,) = page_data([("r", log)])["runs"]
+    (run,) = page_data([PageRun("r", log)])["runs"]
     width = run["last_steps"][0]
     assert width > 1
     for quantity in QUANTITIES:
@@ -193,7 +196,7 @@ def test_two_runs_stand_side_by_side_and_are_matched_by_the_layers_name(chromium
     point_at(chromium, 0.95, 0.5)
     assert chromium.text("#readout").endswith("two: has no such step")
     chromium.run("second.value = '-1', second.dispatchEvent(new Event('change'))")
-    assert chromium.run("[...document.querySelectorAll('main figure')].map((f) => f.hidden)") == [False, True]
+    assert chromium.run("[...document.querySelectorAll('figure:has(.map)')].map((f) => f.hidden)") == [False, True]
     chromium.run("first.value = '1', first.dispatchEvent(new Event('change'))")
     point_at(chromium, 0.01, 0.1)
     assert read(chromium) == ("c", [("two", pytest.approx(two["rate"][0, 0], rel=1e-6), 0, 1, 1)])
@@ -205,7 +208,7 @@ def test_wheel_drag_and_keys_zoom_and_the_zoomed_cell_still_reads_right(chromium
     chromium.open(write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html"))
     assert chromium.text("#range") == "steps 1 to 100, layers 1 to 6"
     x, y = point_at(chromium, 0.5, 0.5)
-    chromium.mouse("mouseWheel", x, y, deltaX=0, deltaY=-100)
+    chromium.mouse("mouseWheel", x, y, deltaX=0, deltaY=-100, modifiers=CTRL)
     assert chromium.text("#range") == "steps 11 to 90, layers 1 to 6"
     chromium.run("reset.click()")
     start, end = point_at(chromium, 0.2, 0.02), point_at(chromium, 0.4, 0.49)
@@ -232,6 +235,139 @@ def test_wheel_drag_and_keys_zoom_and_the_zoomed_cell_still_reads_right(chromium
     chromium.key("Escape")
     assert chromium.text("#range") == "steps 1 to 100, layers 1 to 6"
     assert not chromium.complaints()
+
+
+def test_wheel_and_finger_scroll_the_page_and_not_the_map(chromium, tmp_path):
+    make_log(tmp_path / "run", steps=100)
+    chromium.open(write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html"))
+    chromium.run("document.body.style.paddingBottom = '3000px'")
+    x, y = point_at(chromium, 0.5, 0.5)
+    chromium.mouse("mouseWheel", x, y, deltaX=0, deltaY=200)
+    chromium.wait_for("window.scrollY > 100")
+    chromium.run("window.scrollTo(0, 0)")
+    x, y = point_at(chromium, 0.5, 0.5)
+    chromium.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+    for moved in range(15, 165, 15):
+        chromium.call("Input.dispatchTouchEvent", type="touchMove", touchPoints=[{"x": x, "y": y - moved}])
+    chromium.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    chromium.wait_for("window.scrollY > 50")
+    assert chromium.text("#range") == "steps 1 to 100, layers 1 to 6"
+    chromium.run("window.scrollTo(0, 0)")
+    assert not chromium.complaints()
+
+
+def test_a_tap_reads_and_holds_a_cell_and_buttons_zoom_there(chromium, tmp_path):
+    log = make_log(tmp_path / "run", steps=100, layers=40)
+    chromium.open(write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html"))
+    x, y = point_at(chromium, 0.505, 0.51)
+    chromium.call("Input.synthesizeTapGesture", x=x, y=y, gestureSourceType="touch")
+    layer, ((_, value, _, step, _),) = read(chromium)
+    assert layer == log.layers[20]
+    assert value == pytest.approx(log["rate"][step - 1, 20], rel=1e-6)
+    assert "(held)" in chromium.text("#layer-caption")
+    chromium.run("nearer.click()")
+    assert chromium.text("#range") == "steps 26 to 75, layers 11 to 31"
+    chromium.run("farther.click()")
+    assert chromium.text("#range") == "steps 1 to 100, layers 1 to 40"
+    chromium.run("nearer.click(), reset.click()")
+    assert chromium.text("#range") == "steps 1 to 100, layers 1 to 40"
+    assert chromium.text("#reset") == "Reset zoom"
+
+
+# ---- the loss, and names ---------------------------------------------------------------------------------------------
+
+
+def with_losses(folder, losses, evaluations=()):
+    entries = [{"step": step, "epoch": 1.0, "loss": loss} for step, loss in losses]
+    entries += [{"step": step, "epoch": 1.0, "eval_loss": loss} for step, loss in evaluations]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+
+
+def test_the_losses_are_in_the_page_where_a_run_logged_them(tmp_path):
+    make_log(tmp_path / "run")
+    assert embedded(write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html"))["runs"][0]["loss"] == []
+    with_losses(tmp_path / "run", [(1, 2.5), (2, float("nan")), (3, 0.5)], [(3, 0.75)])
+    run = embedded(write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html"))["runs"][0]
+    assert (run["loss"], run["eval_loss"]) == ([[1, 2.5], [3, 0.5]], [[3, 0.75]])
+    with_losses(tmp_path / "run", [(step, 1 / step) for step in range(1, 100_000)])
+    run = embedded(write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html"))["runs"][0]
+    assert len(run["loss"]) <= 1000
+    assert run["loss"][-1][0] == 99_999
+
+
+def test_the_loss_stands_beside_the_map_and_is_hidden_where_there_is_none(chromium, tmp_path):
+    make_log(tmp_path / "run", steps=3)
+    chromium.open(write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html"))
+    assert chromium.run("losses.hidden")
+    with_losses(tmp_path / "run", [(1, 2.5), (3, 0.5)], [(3, 0.75)])
+    chromium.open(write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html"))
+    assert not chromium.run("losses.hidden")
+    loss, heat_map = chromium.box("#loss"), chromium.box("canvas.map")
+    assert loss["left"] >= heat_map["right"]
+    assert abs(loss["top"] - heat_map["top"]) < 30
+    assert chromium.text("#loss-caption") == "Loss (lines: training, dots: evaluation): run (solid)"
+    assert not chromium.complaints()
+
+
+NET = [f"resnet.encoder.stages.{i}.layers.{j}.convolution" for i in range(3) for j in range(3)] + ["classifier.1"]
+
+
+def test_labels_leave_out_what_names_have_in_common_and_the_reading_does_not(chromium, tmp_path):
+    make_log(tmp_path / "run", steps=3, names=NET)
+    page = write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html")
+    run = embedded(page)["runs"][0]
+    assert run["layers"] == NET
+    assert run["labels"] == [name.removeprefix("resnet.encoder.") for name in NET]
+    chromium.open(page)
+    point_at(chromium, 0.5, 0.05)
+    assert read(chromium)[0] == NET[0]
+    assert "names without resnet.encoder" in chromium.text("figcaption")
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix"),
+    [
+        (["module.a.w", "module.a.b", "module.c"], "module."),
+        (["encoder.0", "encoder.1"], ""),
+        (["net.layers.0.w", "net.layers.1.w"], "net."),
+        (["a", "b"], ""),
+        (["only.one"], ""),
+        (["m.a", "a"], ""),
+        (NET, "resnet.encoder."),
+        ([*NET, "embedder.x", "embedder.y"], ""),
+    ],
+)
+def test_the_common_beginning_of_names(names, prefix):
+    assert common_prefix(names) == prefix
+
+
+@pytest.mark.parametrize("width", [320, 375, 1400])
+def test_no_label_leaves_its_canvas_on_a_phone_or_a_screen(chromium, tmp_path, width):
+    make_log(tmp_path / "run", steps=3000, names=NET, change=lambda values: np.multiply(values, 1e-7, out=values))
+    page = write_page(open_runs([tmp_path / "run"]), tmp_path / "p.html")
+    phone = width < 500
+    chromium.call("Emulation.setDeviceMetricsOverride", width=width, height=700, deviceScaleFactor=2, mobile=phone)
+    try:
+        chromium.open(page)
+        chromium.run(SPY)
+        chromium.run("draw()")
+        texts = chromium.run("texts")
+        assert len(texts) > 15
+        assert [text for text, left, right, wide in texts if left < 0 or right > wide] == []
+        assert any(text.endswith("convolution") for text, *_ in texts)
+        assert chromium.run("document.documentElement.scrollWidth") <= width
+    finally:
+        chromium.call("Emulation.clearDeviceMetricsOverride")
+
+
+SPY = """
+var texts = [], plain = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+  const wide = this.measureText(text).width, left = { left: x, center: x - wide / 2, right: x - wide }[this.textAlign];
+  if (left !== undefined) texts.push([text, left, left + wide, this.canvas.clientWidth]);
+  return plain.call(this, text, x, y);
+};
+"""
 
 
 def test_hostile_names_are_shown_as_they_are_and_run_nothing(chromium, tmp_path):

@@ -289,3 +289,22 @@ def test_heat_maps_grow_lighter_with_the_value_for_every_eye(colours, sight):
     steps = [np.array(SIGHTS[sight]) @ linear(colour) for colour in colormaps[colours](np.linspace(0, 1, 24))[:, :3]]
     lightness = [lab(np.clip(step, 0, 1))[0] for step in steps]
     assert (np.diff(lightness) > 0).all()
+
+
+# ---- one axis of steps, and short names ------------------------------------------------------------------------------
+
+
+def test_all_panels_of_a_comparison_share_the_steps_of_the_longest_run(tmp_path):
+    make_log(tmp_path / "short", steps=10, layers=2)
+    make_log(tmp_path / "long", steps=40, layers=2)
+    figure = plot_comparison(open_runs([tmp_path / "short", tmp_path / "long"]))
+    over_steps = [axes for axes in figure.axes if axes.get_xlabel().startswith("optimizer step")]
+    assert len(over_steps) == 4
+    assert {axes.get_xlim() for axes in over_steps} == {(0.5, 40.5)}
+
+
+def test_names_leave_out_what_they_have_in_common_and_the_axis_says_so(tmp_path):
+    log = make_log(tmp_path / "run", names=["net.body.conv1", "net.body.conv2", "net.head"], steps=3)
+    figure = plot_layer_rates(log)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["body.conv1", "body.conv2", "head"]
+    assert "names without net" in figure.axes[0].get_ylabel()

@@ -1,5 +1,7 @@
 """Promise: ClarsTrainer, Trainer in two ways and a plain loop give the same weights; accumulation changes nothing."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -115,10 +117,11 @@ def test_an_uneven_last_pass_is_weighted_by_its_samples(tmp_path):
 
 def test_the_plain_trainer_refuses_a_head_that_ignores_accumulation_and_says_how_to_mend_it(tmp_path, data):
     settings = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
-    model = tiny_resnet()
-    trainer = Trainer(model, plain_args(tmp_path, **settings), train_dataset=data, optimizers=(LARS(model, 1.0), None))
-    with pytest.raises(AccumulationIgnoredError, match="accepts_loss_kwargs = False"):
-        trainer.train()
+    for make in (lambda m: NAG(m, 0.1), lambda m: LARS(m, 1.0, weight_decay=1e-3)):
+        model = tiny_resnet()
+        trainer = Trainer(model, plain_args(tmp_path, **settings), train_dataset=data, optimizers=(make(model), None))
+        with pytest.raises(AccumulationIgnoredError, match=r"4 times too large.*accepts_loss_kwargs = False"):
+            trainer.train()
 
     model = tiny_resnet()
     model.accepts_loss_kwargs = False
@@ -127,6 +130,22 @@ def test_the_plain_trainer_refuses_a_head_that_ignores_accumulation_and_says_how
     own = ClarsTrainer(tiny_resnet(), clars_args(tmp_path, **settings), train_dataset=data)
     own.train()
     assert_same_weights(own.model, trainer.model)
+
+
+@pytest.mark.parametrize("method", [CLARS, LARS])
+def test_it_only_warns_where_steps_do_not_depend_on_the_gradients_scale(tmp_path, data, method):
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    weights = []
+    for mended in (False, True):
+        model = tiny_resnet()
+        if mended:
+            model.accepts_loss_kwargs = False
+        args = plain_args(tmp_path, **settings)
+        trainer = Trainer(model, args, train_dataset=data, optimizers=(method(model, 1.0), None))
+        with nullcontext() if mended else pytest.warns(UserWarning, match="ignores it.* The steps are right"):
+            trainer.train()
+        weights.append(trainer.model)
+    assert_same_weights(*weights, tolerance=1e-5)
 
 
 def test_the_plain_trainer_is_not_disturbed_where_the_head_is_right(tmp_path, data):

@@ -33,6 +33,7 @@ COMMON = [
     "--use_cpu=true",
     "--disable_tqdm=true",
     "--license=apache-2.0",
+    "--batch_advice=true",
 ]
 
 

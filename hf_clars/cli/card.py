@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base-model", metavar="OWNER/NAME", help="model on the Hub that training started from")
     parser.add_argument("--dataset-id", metavar="OWNER/NAME", help="data set on the Hub that it was trained on")
     parser.add_argument("--eval-task", help="task in the eval.yaml of that data set, if it is a benchmark")
+    parser.add_argument("--batch-advice", action="store_true", help="say what batch size the run could have used")
     parser.add_argument("--overwrite", action="store_true", help="replace the card that is there")
     args = parser.parse_args(argv)
     card = Path(args.run).expanduser() / CARD
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset_id=args.dataset_id,
         eval_task=args.eval_task,
     )
-    print(f"Wrote {write_card(card.parent, facts)}")
+    print(f"Wrote {write_card(card.parent, facts, batch_advice=args.batch_advice)}")
     return 0
 
 

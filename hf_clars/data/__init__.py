@@ -5,10 +5,16 @@ from hf_clars.data.in_memory import ImageTensors, decode_images
 from hf_clars.data.loading import InMemoryImages, collate_images, trainable
 from hf_clars.data.pixel_settings import PixelSettings
 from hf_clars.data.pixels import PixelTransform
-from hf_clars.data.processor import GreyImageProcessor, build_image_processor
+from hf_clars.data.processor import (
+    CheckpointPixels,
+    GreyImageProcessor,
+    build_image_processor,
+    read_checkpoint_pixels,
+)
 from hf_clars.data.sources import ImageData, load_image_data
 
 __all__ = [
+    "CheckpointPixels",
     "DevicePixels",
     "GreyImageProcessor",
     "ImageData",
@@ -20,5 +26,6 @@ __all__ = [
     "collate_images",
     "decode_images",
     "load_image_data",
+    "read_checkpoint_pixels",
     "trainable",
 ]

@@ -18,7 +18,10 @@ _STRIP = 4_000_000  # pixels; nearly all photographs are smaller
 
 
 def to_uint8(image: Image.Image, num_channels: int) -> Tensor:
-    """A decoded image of any mode as uint8 [num_channels, H, W]; 16-bit greys keep their upper 8 bits.
+    """A decoded image of any mode as uint8 [num_channels, H, W].
+
+    16-bit greys keep their upper 8 bits. Greys of 32 bits, whole or fractional, do not say what white is: it is taken
+    to be the smallest of 1 (fractions only), 255, 65,535 and 2^32 - 1 that no pixel is above.
 
     Args:
         image: As PIL opens it: grey, RGB, palette, CMYK, with alpha, 16-bit.
@@ -26,23 +29,45 @@ def to_uint8(image: Image.Image, num_channels: int) -> Tensor:
 
     Returns:
         The tensor.
+
+    Raises:
+        ValueError: Pixels are not finite, or brighter than all that.
     """
+    white = _white(image)
     # Large images go strip by strip: converting one as a whole would hold it several times.
     rows = max(1, _STRIP // max(1, image.width))
     if image.height <= rows:
-        pixels = _converted(image, num_channels)
+        pixels = _converted(image, num_channels, white)
     else:
         pixels = np.empty((image.height, image.width, num_channels), np.uint8)
         for top in range(0, image.height, rows):
             bottom = min(image.height, top + rows)
-            pixels[top:bottom] = _converted(image.crop((0, top, image.width, bottom)), num_channels)
+            pixels[top:bottom] = _converted(image.crop((0, top, image.width, bottom)), num_channels, white)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _converted(image: Image.Image, num_channels: int) -> np.ndarray:
+def _white(image: Image.Image) -> int | None:
+    """The value of white in an image of more than 8 bits; None for other images."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return 65_535
+    if image.mode not in ("I", "F"):
+        return None
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ValueError("some pixels are not finite numbers")
+    brightest = max(float(value) for value in image.getextrema())  # type: ignore[arg-type]
+    for white in (1, 255, 65_535, 2**32 - 1):
+        if brightest <= white and (white > 1 or image.mode == "F"):
+            return white
+    raise ValueError(f"its brightest pixel is {brightest:g}")
+
+
+def _converted(image: Image.Image, num_channels: int, white: int | None) -> np.ndarray:
     """uint8 [H, W, num_channels]."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if white is not None and image.mode != "F":
+        eight = np.asarray(image).astype(np.int64).clip(0) >> (white.bit_length() - 8)
+        image = Image.fromarray(eight.clip(0, 255).astype(np.uint8))
+    elif white is not None:
+        image = Image.fromarray((np.asarray(image) * (255 / white)).clip(0, 255).round().astype(np.uint8))
     array = np.array(image.convert("L" if num_channels == 1 else "RGB"))
     return array[:, :, None] if num_channels == 1 else array
 

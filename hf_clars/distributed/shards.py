@@ -54,7 +54,7 @@ def local_norms(
     """Norms of the layers' weights and gradients, as far as this process holds them.
 
     Args:
-        weights: Tensors or DTensors of all layers.
+        weights: Tensors or DTensors of all layers; none where their norms are not asked for.
         weight_layers: Layer index of each.
         grads: Likewise; layers without gradients are absent and get 0.
         grad_layers: Layer index of each.
@@ -67,16 +67,22 @@ def local_norms(
     """
     held_weights, held_grads = [_held(t) for t in weights], [_held(t) for t in grads]
     partial = flat or any(h.copies is not None for h in (*held_weights, *held_grads))
-    if not partial:
-        return LocalNorms(
-            _per_layer([h.tensor for h in held_weights], weight_layers, layers, foreach),
-            _per_layer([h.tensor for h in held_grads], grad_layers, layers, foreach),
-        )
     whole = 1 if flat else world_size()
+
+    def norms(held: Sequence[_Held], of_layers: Sequence[int]) -> Tensor | None:
+        if not held:
+            return None
+        if partial:
+            return _partial_per_layer(held, of_layers, layers, whole, foreach)
+        return _per_layer([h.tensor for h in held], of_layers, layers, foreach)
+
+    of_weights, of_grads = norms(held_weights, weight_layers), norms(held_grads, grad_layers)
+    some = of_grads if of_weights is None else of_weights
+    if some is None:
+        raise ValueError("There are neither weights nor gradients to take norms of.")
+    none = torch.zeros_like(some)
     return LocalNorms(
-        _partial_per_layer(held_weights, weight_layers, layers, whole, foreach),
-        _partial_per_layer(held_grads, grad_layers, layers, whole, foreach),
-        partial=True,
+        none if of_weights is None else of_weights, none if of_grads is None else of_grads, partial=partial
     )
 
 
@@ -89,7 +95,7 @@ def tensor_norms(tensors: Sequence[Tensor], *, foreach: bool) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Host numbers on the device; copied there once, not at every step."""
     return torch.tensor(numbers, device=device)
 
@@ -98,7 +104,7 @@ def _per_layer(tensors: Sequence[Tensor], layer: Sequence[int], layers: int, for
     norms = tensor_norms(tensors, foreach=foreach)
     if list(layer) == list(range(layers)):
         return norms
-    return norms.new_zeros(layers).index_add_(0, _on_device(tuple(layer), norms.device), norms.square()).sqrt()
+    return norms.new_zeros(layers).index_add_(0, on_device(tuple(layer), norms.device), norms.square()).sqrt()
 
 
 def _partial_per_layer(held: Sequence[_Held], layer: Sequence[int], layers: int, whole: int, foreach: bool) -> Tensor:
@@ -106,8 +112,8 @@ def _partial_per_layer(held: Sequence[_Held], layer: Sequence[int], layers: int,
     copies = [whole if h.copies is None else h.copies for h in held]
     squares = norms.square()
     if any(count != 1 for count in copies):
-        squares = squares / _on_device(tuple(copies), norms.device)
-    return norms.new_zeros(layers).index_add_(0, _on_device(tuple(layer), norms.device), squares).sqrt()
+        squares = squares / on_device(tuple(copies), norms.device)
+    return norms.new_zeros(layers).index_add_(0, on_device(tuple(layer), norms.device), squares).sqrt()
 
 
 def _held(tensor: Any) -> _Held:

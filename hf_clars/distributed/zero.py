@@ -41,12 +41,22 @@ def trains_without(params: Sequence[nn.Parameter], groups: Sequence[dict[str, An
     return bool(partitioned) and any(t in partitioned for group in groups for t in group["params"])
 
 
-def zero_pieces(engine: Any, optimizer: torch.optim.Optimizer) -> ZeroPieces | None:
+def is_partitioned(engine: Any) -> bool:
+    """Whether an engine, or a wrapper inside it, makes flat pieces of parameter groups (ZeRO)."""
+    while engine is not None:
+        if any(hasattr(engine, name) for name in _STAGES):
+            return True
+        engine = getattr(engine, "optimizer", None)
+    return False
+
+
+def zero_pieces(engine: Any, optimizer: torch.optim.Optimizer, layer_of_group: Sequence[int]) -> ZeroPieces | None:
     """The pieces of a model under ZeRO; None for an engine that does not partition, or shows everything at once.
 
     Args:
         engine: DeepSpeed's engine.
         optimizer: The optimizer inside.
+        layer_of_group: The row of the one layer that trains in each parameter group.
 
     Returns:
         The pieces, or None.
@@ -73,7 +83,7 @@ def zero_pieces(engine: Any, optimizer: torch.optim.Optimizer) -> ZeroPieces | N
             "must not count: give attach_engine the engine itself, which is the first of what deepspeed.initialize "
             "returns, or the model that accelerator.prepare returns."
         )
-    return kind(zero, engine)
+    return kind(zero, engine, layer_of_group)
 
 
 class ZeroPieces:
@@ -82,13 +92,15 @@ class ZeroPieces:
     Args:
         zero: DeepSpeed's ZeRO optimizer.
         engine: The engine around it.
+        layer_of_group: The row of each parameter group's layer.
 
     Attributes:
         calls: How often `step()` is called for one update.
     """
 
-    def __init__(self, zero: Any, engine: Any) -> None:
+    def __init__(self, zero: Any, engine: Any, layer_of_group: Sequence[int]) -> None:
         self.zero = zero
+        self._layer_of_group = list(layer_of_group)
         self._engine, self._skipped = engine, engine.skipped_steps
         self.calls = len(self._weights())
         if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
@@ -98,8 +110,9 @@ class ZeroPieces:
             )
         if getattr(zero, "clip_grad", 0.0) > 0:
             raise UnsupportedEngineError(
-                f"DeepSpeed clips gradients at {zero.clip_grad} (1.0 where its configuration does not say), layer by "
-                'layer and after the norms that rates rest on were measured: set "gradient_clipping": 0 in the '
+                f"DeepSpeed clips gradients at {zero.clip_grad} (1.0 where its configuration does not say, or says "
+                '"auto" in an accelerate loop), layer by layer and after the norms that rates rest on were measured: '
+                'set "gradient_clipping": 0 in the '
                 "DeepSpeed configuration."
             )
 
@@ -122,7 +135,7 @@ class ZeroPieces:
         """Norms [K] of the local pieces; call it in the first `step()` of an update.
 
         Args:
-            layers: Number of layers K, which must be the optimizer's parameter groups in their order.
+            layers: Number of layers K.
             foreach: Take all norms in one multi-tensor operation.
         """
         weights, weight_layers = self._flattened(self._weights())
@@ -133,12 +146,12 @@ class ZeroPieces:
             pieces = self._waiting_gradients(number) if grad is None else self._parts_of(number, grad)
             scale = self.gradient_scale if grad is None else 1.0  # the engine has unscaled what it hands over
             grads += [piece if scale == 1.0 else piece.float() * scale for piece in pieces]
-            grad_layers += [self._layer(number)] * len(pieces)
+            grad_layers += [self._layer_of_group[self._group(number)]] * len(pieces)
         return local_norms(weights, weight_layers, grads, grad_layers, layers, flat=True, foreach=foreach)
 
     def _flattened(self, pieces: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[int]]:
         flat = [tensor for group in pieces for tensor in group]
-        return flat, [self._layer(number) for number, group in enumerate(pieces) for _ in group]
+        return flat, [self._layer_of_group[self._group(number)] for number, group in enumerate(pieces) for _ in group]
 
     def _weights(self) -> list[list[Tensor]]:
         """The real parts of each flat piece: padding is not always zero."""
@@ -148,8 +161,8 @@ class ZeroPieces:
         """The flat pieces, in the order of the calls."""
         raise NotImplementedError
 
-    def _layer(self, number: int) -> int:
-        """The layer (parameter group) of a call."""
+    def _group(self, number: int) -> int:
+        """The parameter group of a call."""
         raise NotImplementedError
 
     def _parts_of(self, number: int, flat: Tensor) -> list[Tensor]:
@@ -164,8 +177,8 @@ class ZeroPieces:
 class _Zero2Pieces(ZeroPieces):
     """ZeRO 1 and 2: one flat partition a group, padded with zeros at the end."""
 
-    def __init__(self, zero: Any, engine: Any) -> None:
-        super().__init__(zero, engine)
+    def __init__(self, zero: Any, engine: Any, layer_of_group: Sequence[int]) -> None:
+        super().__init__(zero, engine, layer_of_group)
         if any(dist.get_world_size(group) != world_size() for group in zero.real_dp_process_group):
             raise UnsupportedEngineError(
                 "DeepSpeed partitions this model over a part of the processes (experts, pipeline or tensor "
@@ -175,7 +188,7 @@ class _Zero2Pieces(ZeroPieces):
     def _flat(self) -> list[Tensor]:
         return self.zero.single_partition_of_fp32_groups
 
-    def _layer(self, number: int) -> int:
+    def _group(self, number: int) -> int:
         return number
 
     def _parts_of(self, number: int, flat: Tensor) -> list[Tensor]:
@@ -191,7 +204,7 @@ class _Zero3Pieces(ZeroPieces):
     def _flat(self) -> list[Tensor]:
         return self.zero.fp32_partitioned_groups_flat
 
-    def _layer(self, number: int) -> int:
+    def _group(self, number: int) -> int:
         return self.zero.sub_group_to_group_id[number]
 
     def _parts_of(self, number: int, flat: Tensor) -> list[Tensor]:

@@ -1,9 +1,15 @@
 """Per-sample gradient norms by layer, out of an ordinary backward pass. Needs torch only."""
 
 from hf_clars.grad_norms import rules  # noqa: F401  registers them
-from hf_clars.grad_norms.errors import BatchAxisError, MixedDevicesError, SecondBackwardError, UncoveredParameterError
+from hf_clars.grad_norms.errors import (
+    BatchAxisError,
+    MixedDevicesError,
+    SecondBackwardError,
+    SumCheckError,
+    UncoveredParameterError,
+)
+from hf_clars.grad_norms.forward_pass import NormTotals
 from hf_clars.grad_norms.microbatch import MicroBatchGradNorms
-from hf_clars.grad_norms.passes import NormTotals
 from hf_clars.grad_norms.registry import LayerRule, find_rule, register_rule, registered_rules
 from hf_clars.grad_norms.tracker import PerSampleGradNorms
 
@@ -15,6 +21,7 @@ __all__ = [
     "NormTotals",
     "PerSampleGradNorms",
     "SecondBackwardError",
+    "SumCheckError",
     "UncoveredParameterError",
     "find_rule",
     "register_rule",

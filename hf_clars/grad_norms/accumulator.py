@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_clars.distributed import keeps_gradients_elsewhere
+from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals, differentiating
+from hf_clars.grad_norms.gradient_watch import GradientWatch
 from hf_clars.grad_norms.hooks import BoundHook
-from hf_clars.grad_norms.passes import ForwardPass, NormTotals
-from hf_clars.grad_norms.torch_internals import inside_backward
+from hf_clars.grad_norms.torch_internals import NO_BACKWARD, backward_number, inside_backward, inside_function_transform
 from hf_clars.grad_norms.trees import tensors_in
 from hf_clars.layers import ParamLayer
 
@@ -30,6 +31,7 @@ class NormAccumulator:
         keep_per_sample: Keep every sample's norms, not only their sums.
 
     Attributes:
+        paused: While True, hooks do nothing: no pass begins, and nothing is kept.
         engine_dropped_a_batch: For engines that hold the gradients: whether one was dropped since this was last called.
     """
 
@@ -46,6 +48,7 @@ class NormAccumulator:
         self.model = model
         self.layers = list(layers)
         self.samples = samples
+        self.paused = False
         self._layer_of = {p: k for k, layer in enumerate(self.layers) for p in layer.params}
         self._keep = keep_per_sample
         self.engine_dropped_a_batch: Callable[[], bool] = lambda: False
@@ -54,6 +57,8 @@ class NormAccumulator:
         self._kept: list[tuple[ForwardPass, Tensor]] = []
         self._norms: Tensor | None = None
         self._squares: Tensor | None = None
+        self._watch = GradientWatch(list(self._layer_of))
+        self._last_backward = NO_BACKWARD
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(BoundHook(self._on_model_call), with_kwargs=True)
         ]
@@ -66,15 +71,20 @@ class NormAccumulator:
 
     @property
     def active(self) -> bool:
-        """False where a call of the model begins no pass: without gradients, and when checkpointing repeats one."""
-        return torch.is_grad_enabled() and not inside_backward()
+        """False where a call of the model begins no pass: without gradients, under torch.func, in recomputation."""
+        return torch.is_grad_enabled() and not inside_backward() and not inside_function_transform()
 
     def _on_model_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active:
             return
         batched = next((t for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
         if batched is not None:
-            self._open(batched.shape[0]).note_given(tensors_in((args, kwargs)))
+            current = self._open(batched.shape[0])
+            current.note_given(tensors_in((args, kwargs)))
+            self._begin(current, args, kwargs)
+
+    def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Subclasses may prepare a pass here."""
 
     def _on_model_result(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.active or not self._passes:
@@ -83,7 +93,7 @@ class NormAccumulator:
         outputs = [t for t in tensors_in(output) if t.requires_grad]
         self._check_result(current, outputs)
         for tensor in outputs:
-            tensor.register_hook(lambda _, p=current: self._mark(p))
+            tensor.register_hook(lambda _, p=current: None if differentiating() else self._mark(p))
 
     def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
         """Subclasses may verify a pass here."""
@@ -91,25 +101,29 @@ class NormAccumulator:
     def _mark(self, current: ForwardPass) -> None:
         """A gradient has reached this pass: it counts, also if gradients were cleared between forward and backward."""
         if not current.backward_seen:
+            number = backward_number()
+            if number != self._last_backward:
+                self._drop_if_cleared()
+            self._last_backward = number
             current.backward_seen = True
             if current not in self._passes:
                 self._passes.append(current)
 
     def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
-        self._let_go_of_dropped()
+        self._free_dropped()
         self._close()
         self._drop_if_cleared()
         kept = batch_size
         if self.samples is not None:
             held = sum(p.kept for p in self._passes)
             kept = max(0, min(batch_size, self.samples - held))
-        opened = ForwardPass(batch_size, kept, implicit)
+        opened = ForwardPass(batch_size, kept, implicit, mark=self._mark)
         self._passes.append(opened)
         return opened
 
-    def _let_go_of_dropped(self) -> None:
+    def _free_dropped(self) -> None:
         for current in self._dropped:
-            current.let_go()
+            current.free_graph()
         self._dropped.clear()
 
     def _current(self, batch_size: int | None) -> ForwardPass | None:
@@ -125,7 +139,7 @@ class NormAccumulator:
         return None if batch_size is None else self._open(batch_size, implicit=True)
 
     def _drop_if_cleared(self) -> None:
-        """Forget a batch whose gradients are gone (a skipped step, `zero_grad()` by hand).
+        """Forget a batch whose gradients are gone, or zero (a skipped step, `zero_grad()` by hand, `p.grad.zero_()`).
 
         Sharded engines keep gradients elsewhere while they accumulate, so `p.grad is None` says nothing there, and the
         engine is asked.
@@ -133,9 +147,10 @@ class NormAccumulator:
         if self.engine_dropped_a_batch():
             self.reset()
             return
-        if not any(p.backward_seen for p in self._passes) or any(p.grad is not None for p in self._layer_of):
+        if not any(p.backward_seen for p in self._passes):
             return
-        if not self._engine_holds_gradients():
+        gone = all(p.grad is None for p in self._layer_of) and not self._engine_holds_gradients()
+        if gone or self._watch.cleared():
             self.reset()
 
     def _engine_holds_gradients(self) -> bool:
@@ -179,14 +194,36 @@ class NormAccumulator:
         self._passes.clear()
         self._kept.clear()
         self._norms = self._squares = None
+        self._watch.forget()
+
+    def cover(self, layers: Sequence[ParamLayer]) -> None:
+        """Measure other layers from now on.
+
+        Args:
+            layers: The partition; between two batches.
+        """
+        self.reset()
+        self._free_dropped()
+        self.layers = list(layers)
+        self._layer_of.clear()
+        self._layer_of.update((p, k) for k, layer in enumerate(self.layers) for p in layer.params)
+        self._watch.remove()
+        self._watch = GradientWatch(list(self._layer_of))
+
+    @property
+    def attached(self) -> bool:
+        """Whether hooks are on the model."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""
         self._close()
-        _remove_all(self._handles)
+        self._watch.remove()
+        remove_all(self._handles)
 
 
-def _remove_all(handles: list[RemovableHandle]) -> None:
+def remove_all(handles: list[RemovableHandle]) -> None:
+    """Take hooks off, once."""
     for handle in handles:
         handle.remove()
     handles.clear()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hf_clars.errors import HfClarsError
 
+WITHOUT_SAMPLES = "use CLARS(model, estimator='microbatch'), which takes norms of whole passes"
+
 
 class UncoveredParameterError(HfClarsError, RuntimeError):
     """A trainable parameter gets a gradient by a way that no layer rule sees."""
@@ -23,3 +25,7 @@ class SharedStatisticsError(HfClarsError, RuntimeError):
 
 class MixedDevicesError(HfClarsError, ValueError):
     """The model's layers are on different devices."""
+
+
+class SumCheckError(HfClarsError, RuntimeError):
+    """The samples' gradients of a parameter do not add up to its batch gradient."""

@@ -1,7 +1,8 @@
 """Hooks that stay with the model they were placed on.
 
 A copied or unpickled model (an EMA, a saved module) takes its hooks along, and they would feed the original's norms.
-These become inert in the copy instead.
+These become inert in the copy instead. A hook whose owner is paused does nothing either, so that a model can be looked
+at between two steps (evaluated, differentiated, mapped) as if it had no hooks.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ class BoundHook:
         self.first = first
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method, if its owner is there."""
+        """Call the method, if its owner is there and not paused (has no true attribute `paused`)."""
         return self._outside(args, kwargs) if torch.compiler.is_compiling() else self._call(args, kwargs)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         method = self.method()
-        return None if method is None else method(*self.first, *args, **kwargs)
+        if method is None or getattr(method.__self__, "paused", False):  # type: ignore[attr-defined]
+            return None
+        return method(*self.first, *args, **kwargs)
 
     @torch.compiler.disable
     def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

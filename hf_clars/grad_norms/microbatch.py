@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.accumulator import NormAccumulator
+from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals
 from hf_clars.grad_norms.hooks import BoundHook
-from hf_clars.grad_norms.passes import ForwardPass, NormTotals
 from hf_clars.layers import ParamLayer
 
 
@@ -50,9 +50,23 @@ class MicroBatchGradNorms(NormAccumulator):
         self._products: list[_Products] = []
         self._dots: dict[int, Tensor] = {}
         self._latest: ForwardPass | None = None
-        for param in self._layer_of:
-            self._handles.append(param.register_hook(BoundHook(self._arrived, param)))
+        self._watched: set[nn.Parameter] = set()
+        self._watch_params()
         self._watch_results()
+
+    def _watch_params(self) -> None:
+        for param in self._layer_of.keys() - self._watched:
+            self._handles.append(param.register_hook(BoundHook(self._arrived, param)))
+            self._watched.add(param)
+
+    def cover(self, layers: Sequence[ParamLayer]) -> None:
+        """Measure other layers from now on; they must hold the parameters of the old ones.
+
+        Args:
+            layers: The partition; between two batches.
+        """
+        super().cover(layers)
+        self._watch_params()
 
     def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
         self._close()

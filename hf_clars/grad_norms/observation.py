@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,25 @@ def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> Tensor
 
     watched.register_hook(on_gradient)
     return watched if view else None
+
+
+def observe_several(call: RuleCall, saved: tuple[Tensor, ...], results: Sequence[Tensor], axes: Sequence[int]) -> None:
+    """Measure a call of a module with several results when their gradients come.
+
+    Args:
+        call: The call.
+        saved: What the rule needs of the forward pass.
+        results: Differentiable results, in places of their own in the graph.
+        axes: The batch axis of each.
+    """
+    held = [hold(saved)]
+
+    def on_gradients(grads: Sequence[Tensor | None]) -> None:
+        if call.arrived():
+            first = tuple(None if g is None else g.detach().movedim(a, 0) for g, a in zip(grads, axes, strict=True))
+            call.measure(held.pop()(), first)
+
+    torch.autograd.graph.register_multi_grad_hook(list(results), on_gradients, mode="all")
 
 
 def hold(tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:

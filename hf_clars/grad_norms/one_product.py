@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_clars.grad_norms.rule_call import RuleCall, no_autocast
+from hf_clars.grad_norms.forward_pass import differentiating
+from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.torch_internals import no_autocast
 
 
 def take_over(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def replace_backward(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
 
 def is_taken_over(output: Tensor) -> bool:
     """Whether another tracker has taken this output's weight gradient over: a second one would cut the first off."""
-    return output.grad_fn is not None and output.grad_fn.name() in _OWN
+    return output.grad_fn is not None and output.grad_fn.name() in OWN_NODES
 
 
 class _OneProduct(torch.autograd.Function):
@@ -64,8 +66,8 @@ class _OneProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         call: RuleCall = ctx.call
         with no_autocast(g.device.type):
-            sums = call.summed_grads(x, g)
-            grads = [_as(sums.pop(n), dtype) for n, dtype in zip(ctx.names, ctx.param_dtypes, strict=True)]
+            sums = {} if differentiating() else call.summed_grads(x, g)
+            grads = [_as(sums[n], d) if sums else None for n, d in zip(ctx.names, ctx.param_dtypes, strict=True)]
             x_grad = None
             if ctx.needs_input_grad[3]:
                 x_grad = _as(call.rule.input_grad(call.module, x, _as(weight, ctx.dtype), g), ctx.x_dtype)
@@ -98,7 +100,12 @@ class _WholeBackward(torch.autograd.Function):
         call: RuleCall = ctx.call
         weight, *saved = ctx.saved_tensors
         with no_autocast(g.device.type):
-            if call.shared:  # several uses add up before they are squared: that takes the samples' gradients
+            if differentiating():  # only the input's gradient leads on
+                sums, x_grad = {}, None
+                if ctx.needs_input_grad[4]:
+                    done = call.rule.whole_backward(call.module, tuple(saved), weight, g, input_wanted=True)
+                    x_grad = done.input_grad
+            elif call.shared:  # several uses add up before they are squared: that takes the samples' gradients
                 sums = call.summed_grads(saved[0], g)
                 x_grad = None
                 if ctx.needs_input_grad[4]:
@@ -107,13 +114,14 @@ class _WholeBackward(torch.autograd.Function):
                 done = call.rule.whole_backward(
                     call.module, tuple(saved), weight, g, input_wanted=ctx.needs_input_grad[4]
                 )
-                call.add_squares(done.squares)
+                call.add_squares(done.squares, done.grads, g.dtype)
                 sums, x_grad = done.grads, done.input_grad
-            grads = [_as(sums[n], dtype) for n, dtype in zip(ctx.names, ctx.param_dtypes, strict=True)]
+            grads = [_as(sums[n], d) if sums else None for n, d in zip(ctx.names, ctx.param_dtypes, strict=True)]
         return None, None, None, None, None if x_grad is None else _as(x_grad, ctx.x_dtype), None, *grads
 
 
-_OWN = {f"{function.__name__}Backward" for function in (_OneProduct, _WholeBackward)}
+OWN_NODES = tuple(f"{function.__name__}Backward" for function in (_OneProduct, _WholeBackward))
+"""Names of these functions' places in the graph."""
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

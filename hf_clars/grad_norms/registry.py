@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.norm_math import slices_of, squared_sum
 from hf_clars.grad_norms.torch_internals import operand_of
+from hf_clars.grad_norms.trees import first_tensor
 
 
 class LayerRule(ABC):
@@ -28,9 +30,12 @@ class LayerRule(ABC):
     #: module that is called on [B * windows, ...] is then measured as [B, windows, ...].
     positions_in_the_middle: bool = False
 
-    #: False when the input's first axis may have the batch's length by chance, as positions that an embedding looks up
-    #: once for all samples: it is then proven at the first call (see `adoption.py`).
-    batch_axis_is_certain: bool = True
+    #: True when the module returns several tensors: `per_sample_grads` then gets a tuple of gradients as `g`, None for
+    #: results without one.
+    several_results: bool = False
+
+    #: True when the rule is a Linear layer's: its weight may be a table that is looked up elsewhere too.
+    is_dense_weight: bool = False
 
     def applies(self, module: nn.Module) -> bool:
         """Whether the rule is right for this very module; if not, the general fallback serves. Default: yes."""
@@ -45,19 +50,31 @@ class LayerRule(ABC):
         """
         return True
 
-    def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
-        """What to keep from the forward pass for the backward pass. Default: the input.
+    def save(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, wanted: Collection[str]
+    ) -> tuple[Tensor, ...]:
+        """What to keep from the forward pass for the backward pass. Default: the first tensor of the arguments.
 
         Args:
             module: The module that has just run.
-            x: Its detached input tensor, batch axis first.
+            args: What it was called with, tensors detached, batch axis first.
+            kwargs: The same of its keyword arguments.
             output: What it returned.
             wanted: Local names of the parameters that will be asked for.
 
         Returns:
-            Tensors; handed to the other methods as `saved`.
+            Tensors, batch axis first; handed to the other methods as `saved`.
         """
-        return (x,)
+        return (first_tensor(args, kwargs),)
+
+    def batch_axes(self, module: nn.Module, results: Sequence[Tensor]) -> list[int]:
+        """The batch axis of each result, for rules with several results; the first is the input's too. Default: 0.
+
+        Args:
+            module: The module.
+            results: What it returned.
+        """
+        return [0] * len(results)
 
     def take(self, saved: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
         """Keep the first `count` samples of what `save` returned. Default: of every tensor."""
@@ -84,6 +101,37 @@ class LayerRule(ABC):
     ) -> dict[str, Tensor]:
         """Each sample's squared gradient norm, {local parameter name: Tensor [B]}. Arguments as above."""
         return {n: squared_sum(grads) for n, grads in self.per_sample_grads(module, saved, g, wanted).items()}
+
+    def lookup_tokens(self, saved: tuple[Tensor, ...]) -> Tensor | None:
+        """The rows of its weight [B, T] that a call looked up, if the weight is a table. Default: it is not.
+
+        Args:
+            saved: What `save` returned.
+        """
+        return None
+
+    def row_grads(self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor) -> Tensor:
+        """What each lookup adds to its row, [B, T, width]; only for rules with `lookup_tokens`."""
+        raise NotImplementedError
+
+    def summed_grad(
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, name: str, *, elements: int
+    ) -> Tensor:
+        """The sum of one parameter's per-sample gradients, for the sum check. Default: made in slices of the batch.
+
+        Args:
+            module: The module.
+            saved: What `save` returned.
+            g: Gradient of the output, [B, ...].
+            name: Local name of the parameter.
+            elements: How many numbers it has.
+        """
+        total: Tensor | None = None
+        for part in slices_of(*saved, g, elements_per_sample=elements):
+            found = self.per_sample_grads(module, part[:-1], part[-1], {name})[name].sum(0)
+            total = found if total is None else total + found
+        assert total is not None
+        return total
 
     @property
     def squares_without_grads(self) -> bool:

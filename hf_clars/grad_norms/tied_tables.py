@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
-from hf_clars.grad_norms.rules.embedding import EmbeddingRule
-from hf_clars.grad_norms.rules.linear import LinearRule, positions
+from hf_clars.grad_norms.rules.linear import positions
 
 if TYPE_CHECKING:
-    from hf_clars.grad_norms.passes import ForwardPass
+    from hf_clars.grad_norms.forward_pass import ForwardPass
     from hf_clars.grad_norms.rule_call import RuleCall
 
 
@@ -48,7 +47,6 @@ class TiedTable:
             g: Gradient of the module's output, of the measured samples.
         """
         if call in self._lookups:
-            assert isinstance(call.rule, EmbeddingRule)
             self._found[self._lookups.index(call)] = call.rule.row_grads(call.module, saved, g)
             return
         x, g = positions(saved[0]), positions(g)
@@ -91,11 +89,9 @@ def tied_table(current: ForwardPass, param: nn.Parameter) -> TiedTable | None:
         param: A parameter with several uses.
     """
     if param not in current.tables:
-        calls = [
-            (c, n) for c in current.rule_calls for n, p in c.wanted.items() if p is param and n not in c.superseded
-        ]
+        calls = [(c, n) for c in current.rule_calls if not c.cancelled for n, p in c.wanted.items() if p is param]
         lookups = [c for c, _ in calls if c.tokens is not None and c.rows == 1]
-        dense = [c for c, n in calls if type(c.rule) is LinearRule and n == "weight" and c.rows == 1]
+        dense = [c for c, n in calls if c.rule.is_dense_weight and n == "weight" and c.rows == 1]
         known = lookups and len(dense) <= 1 and len(lookups) + len(dense) == current.uses[param]
         current.tables[param] = TiedTable(lookups, current.kept) if known else None
     return current.tables[param]

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+NO_BACKWARD = -1
 
 _BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
 _LAYER_NORM_NODES = ("NativeLayerNormBackward",)
@@ -22,12 +26,53 @@ _NODES_TO_SEARCH = 4
 
 def inside_backward() -> bool:
     """Whether a backward pass is running in this thread: a forward now is activation checkpointing's recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_number() != NO_BACKWARD
+
+
+def backward_number() -> int:
+    """Tells one backward pass in this thread from another; `NO_BACKWARD` outside of them."""
+    return torch._C._current_graph_task_id()
+
+
+def inside_function_transform() -> bool:
+    """Whether torch.func (`grad`, `vmap`, `jvp`) is at work, whose gradients never come to `p.grad`."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place."""
+    return tensor._version
 
 
 def saved_tensors_are_packed() -> bool:
     """Whether saved tensors go through hooks now (checkpointing, offload): then a graph's tensors must not be read."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+class StorageReference(StorageWeakRef):
+    """A tensor's memory, by a key that is not given away while the reference lives. The memory may go all the same."""
+
+    @property
+    def key(self) -> int:
+        """The same for all tensors on this memory."""
+        return int(self.cdata)
+
+
+def storage_of(t: Tensor) -> StorageReference | None:
+    """Where a tensor's values are; None if it has no memory of its own (it stands in for others)."""
+    try:
+        return StorageReference(t.untyped_storage())
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+_NOTHING = nullcontext()
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else _NOTHING
 
 
 def is_view(t: Tensor) -> bool:
@@ -208,6 +253,12 @@ def _convolution_backward(
     return torch.ops.aten.convolution_backward(
         g, x, weight, None, stride, padding, dilation, False, no_output_padding, groups, which
     )
+
+
+def saved(node: torch.autograd.graph.Node, name: str) -> Any:
+    """What an operation saved for its backward pass under a name; None if it did not, or has freed it."""
+    value = getattr(node, f"_saved_{name}", None)
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def may_spread(node: torch.autograd.graph.Node) -> bool:

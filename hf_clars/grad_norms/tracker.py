@@ -8,20 +8,29 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from hf_clars.grad_norms.accumulator import NormAccumulator
-from hf_clars.grad_norms.adoption import NO_INPUT
-from hf_clars.grad_norms.coverage import check_coverage
-from hf_clars.grad_norms.errors import MixedDevicesError, SecondBackwardError, UncoveredParameterError
+from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
+from hf_clars.grad_norms.errors import UncoveredParameterError
+from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
+from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
+from hf_clars.grad_norms.graph.measured_uses import watch
+from hf_clars.grad_norms.graph.taint import DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook
-from hf_clars.grad_norms.own_inputs import OwnInputs
-from hf_clars.grad_norms.passes import ForwardPass
-from hf_clars.grad_norms.torch_internals import inside_backward
+from hf_clars.grad_norms.sum_check import SumCheck
+from hf_clars.grad_norms.torch_internals import (
+    inside_backward,
+    inside_function_transform,
+    saved_tensors_are_packed,
+    version,
+)
 from hf_clars.grad_norms.trees import tensors_in
-from hf_clars.grad_norms.with_rule import CallsWithRule
-from hf_clars.grad_norms.without_rule.calls import CallsWithoutRule
+from hf_clars.grad_norms.with_rule import capture, repeat
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
+
+CHECK_EVERY = 1000
+"""In how many batches one is checked, after the first three."""
 
 
 class PerSampleGradNorms(NormAccumulator):
@@ -50,12 +59,15 @@ class PerSampleGradNorms(NormAccumulator):
         loss_reduction: `"mean"` (default): the loss is a mean over the samples of each backward pass, and norms are
             those of grad_k f_i itself. `"sum"`: norms are of each sample's contribution to the loss as it is.
         keep_per_sample: Keep the [B] tensors. False keeps sums only, in constant memory.
+        check: How often it is checked that the samples' gradients add up to the batch gradient: in the first three
+            passes, whenever a parameter is used in a new way, and in every `check`-th pass after that (default 1,000).
+            True: in every pass; False: never. Only passes of which every sample is measured can be checked.
 
     Raises:
         ValueError: For an unknown `layers` or `loss_reduction`, or `samples` below 1.
-        UncoveredParameterError: In the first forward pass (or when a module without a rule gets its gradient), naming a
-            trainable parameter whose use no hook sees.
-        BatchAxisError: When a module's tensors do not have the batch axis first.
+        UncoveredParameterError: When results are read, naming a parameter with a gradient whose use was not seen.
+        BatchAxisError: When rows of a tensor cannot be told apart by sample.
+        SumCheckError: When results are read, if the samples' gradients do not add up to the batch gradient.
         SecondBackwardError: When `backward()` runs twice through one forward pass.
     """
 
@@ -67,91 +79,157 @@ class PerSampleGradNorms(NormAccumulator):
         samples: int | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         keep_per_sample: bool = True,
+        check: bool | int = CHECK_EVERY,
     ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction={loss_reduction!r}: use 'mean' or 'sum', as the loss does.")
         partition = param_layers(model, layers=layers) if isinstance(layers, str) else layers
         super().__init__(model, partition, samples=samples, keep_per_sample=keep_per_sample)
         self.loss_reduction = loss_reduction
-        self._unchecked = set(self._layer_of)
+        self._check_every = 1 if check is True else int(check)
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
-        self._own_inputs = OwnInputs(model)
-        self._without_rule = CallsWithoutRule(self._layer_of, self._own_inputs, self._captured, self._arrived)
-        self._with_rule = CallsWithRule(self._own_inputs, self._captured, self._arrived)
         self._ever_captured: set[nn.Parameter] = set()
-        self._in_use: dict[nn.Parameter, nn.Parameter] = {}
-        self._hooked = find_hooked_modules(model, self._layer_of)
+        self._in_use: dict[Tensor, nn.Parameter] = {}
+        self._own_params: set[nn.Parameter] = set()
+        self._finder = GraphFinder(self._param_of, self._name_of)
+        self._taint: DataTaint | None = None
+        self._containers: list[ContainerCall] = []
+        self._learned = False
+        self._check: SumCheck | None = None
+        self._batches = 0
+        self._new_ways = False
+        self._known_ways: set[object] = set()
+        self._module_handles: list[RemovableHandle] = []
+        self._hook_modules()
+        self._watch_results()
+        self._handles.append(model.register_forward_hook(BoundHook(self._on_model_end), always_call=True))
+
+    def _hook_modules(self) -> None:
+        self._hooked = find_hooked_modules(self.model, self._layer_of)
         for hooked in self._hooked:
             # Before the user's own hooks: they shall see the output that goes on.
             handle = hooked.module.register_forward_hook(
-                BoundHook(self._on_call if hooked.params else self._on_container_call, hooked),
+                BoundHook(self._on_call if hooked.rule is not None else self._on_container_call, hooked),
                 with_kwargs=True,
                 prepend=True,
             )
-            self._handles.append(handle)
-        self._watch_results()
+            self._module_handles.append(handle)
 
-    def follow(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    def cover(self, layers: Sequence[ParamLayer]) -> None:
+        """Measure other layers from now on; also as a pass begins.
+
+        Args:
+            layers: The partition; between two batches.
+        """
+        super().cover(layers)
+        remove_all(self._module_handles)
+        self._hook_modules()
+        self._ever_captured.clear()
+        self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
+        self._in_use.clear()
+        self._finder.forget()
+
+    def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Know parameters by those that an engine has put in their place, and let go of the old ones.
 
         Args:
             swapped: {old: new}; between two batches.
         """
-        self.reset()
-        self._let_go_of_dropped()
-        self.layers = [layer.with_params(swapped) for layer in self.layers]
-        self._layer_of.clear()
-        self._layer_of.update((p, k) for k, layer in enumerate(self.layers) for p in layer.params)
+        super().cover([layer.with_params(swapped) for layer in self.layers])
         for hooked in self._hooked:
-            hooked.follow(swapped)
-        self._unchecked = {swapped.get(p, p) for p in self._unchecked}
+            hooked.rebind(swapped)
         self._ever_captured = {swapped.get(p, p) for p in self._ever_captured}
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
         self._in_use = {used: swapped.get(p, p) for used, p in self._in_use.items()}
+        self._finder.forget()
 
     # ---- forward ---------------------------------------------------------------------------------------------
 
     @property
     def active(self) -> bool:
-        """As the accumulator's; False also while a module is run or differentiated once more by the fallback."""
-        return not self._without_rule.busy and super().active
+        """As the accumulator's; False also while the graph is differentiated for the norms' sake."""
+        return not differentiating() and super().active
+
+    def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._end_taint()
+        self._containers.clear()
+        self._own_params = set(self.model.parameters())
+        mixed = any(h.own_dims & h.data_dims for h in self._hooked)
+        if not self._learned or self._finder.asks_for_data or self._finder.always_asks_for_data or mixed:
+            self._taint = DataTaint()
+            self._taint.mark(tensors_in((args, kwargs)))
+            self._taint.__enter__()
+
+    def _on_model_end(self, *_: Any) -> None:
+        """Also when the forward pass failed: a mode that follows the data must not outlive it."""
+        self._end_taint()
+
+    def _end_taint(self) -> DataTaint | None:
+        taint, self._taint = self._taint, None
+        if taint is not None:
+            taint.__exit__(None, None, None)
+        return taint
 
     def _on_container_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        """A module without parameters of its own matters only for what is used inside without the batch first."""
-        if self._unchecked:
+    ) -> None:
+        """A module without a rule may be a gate for what is used inside."""
+        if not self._passes or differentiating() or inside_function_transform():
+            return
+        if not torch.is_grad_enabled():
+            self._passes[-1].without_grad[hooked] += bool(hooked.params)
+            return
+        if inside_backward():
+            self._on_repeated_container_call(hooked, output)
+            return
+        current = self._passes[-1]
+        current.packed = current.packed or saved_tensors_are_packed()
+        if hooked.params:
             self._learn_what_is_in_use(hooked)
-        if self._passes and (self._passes[-1].orphans or self._unchecked or hooked.strays):
-            return self._on_call(hooked, module, args, kwargs, output)
-        return None
+        if self._taint is None and hooked not in self._finder.gated:
+            return
+        edges = [torch.autograd.graph.get_gradient_edge(t) for t in tensors_in(output) if t.requires_grad]
+        inputs = {t.grad_fn for t in tensors_in((args, kwargs)) if t.grad_fn is not None}
+        self._containers.append(ContainerCall(hooked, edges, inputs))
+
+    def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
+        """Reentrant checkpointing makes the graph of a module only now."""
+        current = next((p for p in reversed(self._passes) if p.recomputed[hooked]), None)
+        if current is not None:
+            current.recomputed[hooked] -= 1
+            self._watch_uses(current, [t for t in tensors_in(output) if t.requires_grad], None, [], count=False)
 
     def _on_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """After a module's forward. What is returned takes the output's place."""
+        """After the forward of a module with a rule. What is returned takes the output's place."""
         last = self._passes[-1] if self._passes else None
-        if self._without_rule.replaying or (last is not None and not last.kept and not last.implicit):
+        if last is not None and not last.kept and not last.implicit:
             return None  # also the cheapest way out when enough samples are measured
         x = args[0] if args and isinstance(args[0], Tensor) else next(tensors_in((args, kwargs)), None)
-        if x is None or x.dim() == 0:
-            x = NO_INPUT
-        if self._unchecked:
-            self._learn_what_is_in_use(hooked)
+        if x is None or x.dim() == 0 or differentiating() or inside_function_transform():
+            return None
+        self._learn_what_is_in_use(hooked)
         if not torch.is_grad_enabled():
             if last is not None:
                 last.without_grad[hooked] += 1
             return None
         if inside_backward():
             return self._on_repeated_call(hooked, x, (args, kwargs), output)
-        current = self._current(None if x is NO_INPUT else x.shape[0])
-        if current is None:
+        current = self._current(x.shape[0])
+        if current is None or not current.kept:
             return None
-        return self._capture(hooked, current, x, (args, kwargs), output) if current.kept else None
+        current.packed = current.packed or saved_tensors_are_packed()
+        replaced = capture(hooked, current, x, (args, kwargs), output, self._taint)
+        if self._taint is not None and replaced is not None and self._taint.holds(x):
+            self._taint.mark(tensors_in(replaced))
+        if current.implicit:
+            self._ever_captured.update(hooked.params.values())
+        return replaced
 
     def _learn_what_is_in_use(self, hooked: HookedModule) -> None:
         """FSDP lets a module compute with a gathered tensor that is not the parameter which was recorded."""
-        for name, param in {**hooked.params, **hooked.inner}.items():
+        for name, param in hooked.params.items():
             used = hooked.in_use(name)
             if used is not param:
                 self._in_use[used] = param
@@ -165,95 +243,157 @@ class PerSampleGradNorms(NormAccumulator):
         it, and only wants the same tensors to be saved in the same order.
         """
         for current in reversed(self._passes):
-            if current.without_grad[hooked]:
-                current.without_grad[hooked] -= 1
-                return self._capture(hooked, current, x, call, output)
-            if hooked in current.captured and hooked.rule is not None:
-                return self._with_rule.repeat(hooked, current, x, output)
+            if current.recomputed[hooked]:
+                current.recomputed[hooked] -= 1
+                self._ever_captured.update(hooked.trainable().values())
+                return capture(hooked, current, x, call, output, None, recomputed=True)
+            if any(c.hooked is hooked for c in current.rule_calls):
+                return repeat(hooked, current, x, call, output)
         return None
 
-    def _capture(
-        self,
-        hooked: HookedModule,
-        current: ForwardPass,
-        x: Tensor,
-        call: tuple[tuple[Any, ...], dict[str, Any]],
-        output: Any,
-    ) -> Any:
-        """Arrange for the norms of one call."""
-        if hooked.rule is None:
-            return self._without_rule.capture(hooked, current, x, call, output, prove=bool(self._unchecked))
-        return self._with_rule.capture(hooked, current, x, output)
-
-    def _captured(self, hooked: HookedModule, current: ForwardPass, wanted: dict[str, nn.Parameter], x: Tensor) -> int:
-        """Take note of a call that will be measured; returns its number in the pass."""
-        if current.device is None and x is not NO_INPUT:
-            current.device = x.device
-        elif x is not NO_INPUT and current.device != x.device:
-            raise MixedDevicesError(
-                f"{hooked} runs on {x.device}, but layers before it on {current.device}: the norms of a model that is "
-                f"split over devices are not supported. Move it to one device (no device_map), or freeze the part on "
-                f"the other."
-            )
-        current.captured.add(hooked)
-        for param in wanted.values():
-            current.add_use(param)
-        for name in hooked.tied & wanted.keys() if hooked.tied else ():
-            current.tied_uses.setdefault(wanted[name], []).append(hooked)
-        if hooked.rule is None or not hooked.ever_captured:
-            hooked.ever_captured = True
-            self._ever_captured.update(wanted.values())
-        return current.next_call()
-
-    # ---- backward --------------------------------------------------------------------------------------------
-
-    def _arrived(self, hooked: HookedModule, current: ForwardPass, call: int) -> bool:
-        """Note that a call's gradient has come; False while the fallback differentiates for itself."""
-        if self._without_rule.busy:
-            return False
-        self._mark(current)
-        if call in current.fired:
-            raise SecondBackwardError(
-                f"A second backward pass reached {hooked} through the same forward pass. A sample's gradient norm is "
-                "that of all its losses together: add the losses and call backward() once."
-            )
-        current.fired.add(call)
-        return True
-
-    # ---- coverage --------------------------------------------------------------------------------------------
+    # ---- the end of the forward pass -------------------------------------------------------------------------
 
     def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
-        current.check_adopted()
-        if current.open_calls:
-            self._without_rule.check_batch_axis(current, outputs)
-        if not self._unchecked or not current.kept:
+        taint = self._end_taint()
+        containers, self._containers = self._containers, []
+        if not current.kept:
+            self._stop_check()
             return
-        names = {
-            param: hooked.full_name(name)
-            for hooked in self._hooked
-            for name, param in hooked.params.items()
-            if param in self._unchecked
-        }
-        check_coverage(outputs, current.captured_uses(), names, self._in_use, current.uses_by_fallback)
-        current.uses_by_fallback.clear()
-        self._unchecked.clear()
+        for hooked, times in current.without_grad.items():
+            current.recomputed[hooked] += times
+            for param in list(hooked.trainable().values()) * times:
+                current.add_use(param)
+        try:
+            self._watch_uses(current, outputs, taint, containers)
+        finally:
+            for call in current.rule_calls:
+                call.leave_graph()
+        if taint is not None and current.batch_size > 1:
+            self._learned, self._finder.asks_for_data = True, False
+        self._choose_check(current)
+
+    def _watch_uses(
+        self,
+        current: ForwardPass,
+        outputs: list[Tensor],
+        taint: DataTaint | None,
+        containers: list[ContainerCall],
+        *,
+        count: bool = True,
+    ) -> None:
+        found, gates = self._finder.find(current, outputs, taint, containers)
+        uses = [m.use for m in found] + [use for gate in gates for use in gate.uses for _ in gate.edges]
+        for param in (p for use in uses for p in use.leaves.values()):
+            if count:
+                current.add_use(param)
+            self._ever_captured.add(param)
+        for measured in found:
+            watch(current, measured, self._deliver)
+        for gate in gates:
+            current.gates.append(gate)
+            gate.watch(current, self._deliver)
+        for call in current.rule_calls:
+            if not call.cancelled:
+                self._ever_captured.update(call.wanted.values())
+        ways = {use.key for use in uses} | {(c.hooked, c.taken_over, c.key[0]) for c in current.rule_calls}
+        if not ways <= self._known_ways:
+            self._known_ways |= ways
+            self._new_ways = True
+
+    # ---- the sum check ---------------------------------------------------------------------------------------
+
+    def _choose_check(self, current: ForwardPass) -> None:
+        """Check this batch, if it is due and can be."""
+        whole = current.kept == current.batch_size and not current.implicit
+        if not whole or not self._check_every:
+            self._stop_check()
+            return
+        due = self._batches < 3 or self._new_ways or self._batches % self._check_every == 0
+        if self._check is None and due and not any(p.backward_seen or p.rule_calls for p in self._passes[:-1]):
+            self._check = SumCheck({p: self._name_of(p) for p in self._layer_of}, self._leaves())
+        current.check = self._check
+
+    def _leaves(self) -> dict[nn.Parameter, Tensor]:
+        """The tensor that is computed with in each parameter's place."""
+        used = {p: leaf for leaf, p in self._in_use.items()}
+        leaves = {p: used.get(p, p) for p in self._layer_of}
+        return {p: leaf for p, leaf in leaves.items() if leaf.requires_grad and leaf.is_leaf}
+
+    def _stop_check(self) -> None:
+        if self._check is not None:
+            self._check.stop()
+            self._check = None
+            for current in self._passes:
+                current.check = None
+
+    def _close(self) -> None:
+        try:
+            super()._close()
+        except BaseException:
+            self._stop_check()
+            raise
+        check = self._check
+        if check is not None and check.delivered and all(p.closed for p in self._passes):
+            self._stop_check()
+            self._batches, self._new_ways = self._batches + 1, False
+            check.raise_if_wrong()
+
+    def reset(self) -> None:
+        """Forget the batch accumulated so far."""
+        self._stop_check()
+        super().reset()
+
+    def remove(self) -> None:
+        """Take every hook off the model. Values read so far stay readable."""
+        self._end_taint()
+        super().remove()
+        remove_all(self._module_handles)
+        self._stop_check()
+        for current in self._passes:
+            current.free_graph()
+        self._free_dropped()
+
+    # ---- uses ------------------------------------------------------------------------------------------------
+
+    def _deliver(self, current: ForwardPass, param: nn.Parameter, grads: Tensor, dtype: torch.dtype) -> None:
+        if current.check is not None:
+            current.check.add_grads(param, grads, dtype)
+        current.add_grads(param, self._layer_of[param], grads)
+
+    def _param_of(self, leaf: Tensor) -> nn.Parameter | None:
+        """See `GraphWalk`."""
+        param = self._in_use.get(leaf, leaf)
+        if param in self._layer_of:
+            return param  # type: ignore[return-value]
+        if param in self._own_params or isinstance(param, nn.Parameter):
+            return None
+        raise KeyError(leaf)
+
+    def _name_of(self, param: nn.Parameter) -> str:
+        for layer in self.layers:
+            for p, name in zip(layer.params, layer.param_names, strict=True):
+                if p is param:
+                    return name
+        return "a parameter"
 
     def check_all_captured(self) -> None:
-        """Raise if a parameter has a gradient that no hook has ever seen.
+        """Raise if a parameter has a gradient, but no use of it was ever seen.
 
         Raises:
             UncoveredParameterError: Naming the parameters.
         """
         if not self._ever_captured and any(p.batch_size == 0 for p in self._passes):
             return  # a process without samples so far: nothing of its passes is looked at
+        if len(self._ever_captured) == len(self._layer_of):
+            return
         names = {p: n for layer in self.layers for p, n in zip(layer.params, layer.param_names, strict=True)}
         unseen = (p for p in names if p.grad is not None and p not in self._ever_captured)
         missed = [names[p] for p in unseen if _state_of_grad(p) != self._old_grads[p]]
         if missed:
             raise UncoveredParameterError(
-                f"{', '.join(missed)}: has a gradient, but its module was never called with gradients enabled since "
-                "the norm hooks were attached. Attach them before the first (compiled) call of the model, and call the "
-                "modules that own the weights."
+                f"{', '.join(missed)}: has a gradient, but no use of it was seen since the norm hooks were attached. "
+                "Attach them before the first (compiled) call of the model, call the model as a whole, and use the "
+                "parameter inside its forward, so that what the model returns depends on it."
             )
 
     # ---- results ---------------------------------------------------------------------------------------------
@@ -264,8 +404,8 @@ class PerSampleGradNorms(NormAccumulator):
         if not self._keep:
             raise RuntimeError("per_sample was not kept: create PerSampleGradNorms with keep_per_sample=True.")
         self._close()
+        self.check_all_captured()
         if not any(p.backward_seen for p in self._passes):
-            self.check_all_captured()
             return {}
         # An empty batch leaves no norms, but a value of length 0 for each layer.
         parts = [norms * self._unit(p) for p, norms in self._kept] or [torch.empty(len(self.layers), 0)]
@@ -286,9 +426,11 @@ class PerSampleGradNorms(NormAccumulator):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._stop_check()  # what went wrong first is what matters
         self.remove()
 
 
 def _state_of_grad(param: nn.Parameter) -> tuple[int, int] | None:
     """Changes whenever the gradient does: what was there before the hooks is none of their business."""
-    return None if param.grad is None else (id(param.grad), param.grad._version)
+    return None if param.grad is None else (id(param.grad), version(param.grad))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -19,6 +20,23 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, list | tuple):
         for value in tree:
             yield from tensors_in(value)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for field in dataclasses.fields(tree):
+            yield from tensors_in(getattr(tree, field.name, None))
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The first tensor that a module was called with.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    found = next(tensors_in((args, kwargs)), None)
+    if found is None:
+        raise ValueError("The module was called without a tensor.")
+    return found
 
 
 def memory_of(t: Tensor) -> int | None:

@@ -2,101 +2,176 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_clars.grad_norms.adoption import orphan_of
-from hf_clars.grad_norms.hooked_modules import HookedModule
-from hf_clars.grad_norms.observation import observe
+from hf_clars.grad_norms.errors import BatchAxisError, MixedDevicesError
+from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.graph.layout import Layout, is_open
+from hf_clars.grad_norms.graph.taint import DataTaint
+from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
+from hf_clars.grad_norms.observation import observe, observe_several
 from hf_clars.grad_norms.one_product import is_taken_over, replace_backward, take_over
-from hf_clars.grad_norms.own_inputs import OwnInputs
-from hf_clars.grad_norms.passes import ForwardPass
+from hf_clars.grad_norms.own_place import own_place
 from hf_clars.grad_norms.rule_call import RuleCall
-from hf_clars.grad_norms.rules.embedding import EmbeddingRule
+from hf_clars.grad_norms.trees import map_tensors, tensors_in
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class CallsWithRule:
-    """Hands calls to their rules.
+def capture(
+    hooked: HookedModule,
+    current: ForwardPass,
+    x: Tensor,
+    call: Call,
+    output: Any,
+    taint: DataTaint | None,
+    *,
+    recomputed: bool = False,
+) -> Any:
+    """Arrange for the norms of a call by its rule, if its tensors may tell samples apart; else leave it to the graph.
 
     Args:
-        own_inputs: Tells calls on the model's own tensors.
-        captured: Takes note of a call that will be measured, and returns its number in the pass.
-        arrived: Takes note that its gradient has come.
+        hooked: The module.
+        current: The pass.
+        x: Its first tensor.
+        call: Arguments and keyword arguments.
+        output: What it returned.
+        taint: Tells what depends on the data, in passes that follow it.
+        recomputed: Whether reentrant activation checkpointing makes the call, in the backward pass.
+
+    Returns:
+        What takes the output's place; None to leave it.
     """
-
-    def __init__(
-        self,
-        own_inputs: OwnInputs,
-        captured: Callable[[HookedModule, ForwardPass, dict[str, nn.Parameter], Tensor], int],
-        arrived: Callable[[HookedModule, ForwardPass, int], bool],
-    ) -> None:
-        self._own_inputs, self._captured, self._arrived = own_inputs, captured, arrived
-
-    def capture(self, hooked: HookedModule, current: ForwardPass, x: Tensor, output: object) -> Tensor | None:
-        """Arrange for the norms of a call, by its rule or, if it does not tell samples apart, by a module around it.
-
-        Args:
-            hooked: The module.
-            current: The pass.
-            x: Its first tensor, or `NO_INPUT`.
-            output: What it returned.
-
-        Returns:
-            What takes the output's place; None to leave it.
-        """
-        wanted = hooked.trainable()
-        if not wanted or not isinstance(output, Tensor) or not output.requires_grad:
-            return None
-        rule, rows = hooked.rule, _rows_of(hooked, current, x, output)
-        assert rule is not None
-        if rows == 1 and self._own_inputs.holds(hooked, current, [x]):
-            current.own_results.add(torch.autograd.graph.get_gradient_edge(output).node)
-            rows = None
-        if rows is None:
-            current.orphans.append(orphan_of(hooked, current.batch_size, wanted.values(), x, [output]))
-            return None
-        ticket = self._captured(hooked, current, wanted, x)
-        call = RuleCall(hooked, rule, current, wanted, rows, lambda: self._arrived(hooked, current, ticket))
-        current.rule_calls.append(call)
-        replaced = _follow(call, x, output)
-        if rows == 1 and rule.positions_in_the_middle:
-            current.note_if_open(hooked, output if replaced is None else replaced)
-        return replaced
-
-    def repeat(self, hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> Tensor | None:
-        """Checkpointing makes a captured call again: save the same tensors in the same order, and measure nothing.
-
-        Args:
-            hooked: The module.
-            current: The pass.
-            x: Its first tensor.
-            output: What it returned.
-
-        Returns:
-            What takes the output's place; None to leave it.
-        """
-        rows, wanted = _rows_of(hooked, current, x, output), hooked.trainable()
-        if rows is None or not wanted or hooked.rule is None:
-            return None
-        return _follow(RuleCall(hooked, hooked.rule, current, wanted, rows, lambda: False), x, output)
+    wanted = hooked.trainable()
+    rule = hooked.rule
+    assert rule is not None
+    results = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
+    if not wanted or not results or not (rule.several_results or isinstance(output, Tensor)):
+        return None
+    tainted = None if taint is None else taint.holds(x) or current.was_given(x)
+    if tainted is not None and current.batch_size > 1:
+        (hooked.data_dims if tainted else hooked.own_dims).add(x.dim())
+    axes = rule.batch_axes(hooked.module, results)
+    rows = _rows(hooked, current, x, results[0], axes[0])
+    if recomputed and (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed":
+        current.error = current.error or _unknown_rows(hooked, current, x, results[0])
+        return None
+    if rows is None or (x.dim() in hooked.own_dims and tainted is not True and current.batch_size > 1):
+        return None
+    key = _key(x, rows)
+    known = hooked.calls.get(key)
+    if known == "graph":
+        return None
+    simple = current.implicit or not hooked.path or current.was_given(x) or current.batch_size == 1
+    sure = simple or (tainted is True and not _open(hooked, results[0], current))
+    if known is None and rows == 1 and sure:
+        known = "certain"
+        if current.batch_size > 1 and tainted is not None:
+            hooked.calls[key] = known
+    _check_device(hooked, current, x)
+    measured = RuleCall(hooked, rule, current, wanted, rows, key=key, layout=Layout(axes[0]))
+    measured.on_given, measured.x_depends_on_data = current.was_given(x), tainted is not False
+    measured.proven = known is not None or current.implicit or recomputed or current.batch_size == 1
+    for param in () if recomputed else wanted.values():
+        current.add_use(param)
+    current.rule_calls.append(measured)
+    replaced = _follow(measured, x, call, output, axes, may_take_over=known == "certain")
+    if not current.implicit and not recomputed:
+        placed = tensors_in(output if replaced is None else replaced)
+        measured.edges = [torch.autograd.graph.get_gradient_edge(t) for t in placed if t.requires_grad]
+        measured.input_node = x.grad_fn
+    return replaced
 
 
-def _rows_of(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> int | None:
-    alone = current.implicit or not hooked.path or current.was_given(x)
-    return hooked.rows_of(x, output, current.batch_size, alone=alone)
+def _unknown_rows(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> BatchAxisError:
+    return BatchAxisError(
+        f"{hooked} takes {tuple(x.shape)} and returns {tuple(output.shape)}, but the batch has {current.batch_size} "
+        "samples. It was called by reentrant activation checkpointing, which hides the graph around it: checkpoint "
+        "with use_reentrant=False (Trainer: gradient_checkpointing_kwargs={'use_reentrant': False}), or freeze its "
+        "parameters."
+    )
 
 
-def _follow(call: RuleCall, x: Tensor, output: Tensor) -> Tensor | None:
+def _key(x: Tensor, rows: int) -> tuple[int, ...]:
+    """What calls must have in common to be laid out alike: tokens of any length, but windows of one size."""
+    return (rows, x.dim()) if rows == 1 else (rows, *x.shape[1:])
+
+
+def repeat(hooked: HookedModule, current: ForwardPass, x: Tensor, call: Call, output: Any) -> Any:
+    """Checkpointing makes a captured call again: save the same tensors in the same order, and measure nothing.
+
+    Args:
+        hooked: The module.
+        current: The pass.
+        x: Its first tensor.
+        call: Arguments and keyword arguments.
+        output: What it returned.
+
+    Returns:
+        What takes the output's place; None to leave it.
+    """
+    rule, wanted = hooked.rule, hooked.trainable()
+    assert rule is not None
+    results = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
+    if not wanted or not results:
+        return None
+    axes = rule.batch_axes(hooked.module, results)
+    rows = _rows(hooked, current, x, results[0], axes[0])
+    first = next((c for c in current.rule_calls if c.hooked is hooked and rows and c.key == _key(x, rows)), None)
+    if first is None or rows is None:
+        return None
+    again = RuleCall(hooked, rule, current, wanted, rows, repeats=True)
+    return _follow(again, x, call, output, axes, may_take_over=first.taken_over)
+
+
+def _rows(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor, axis: int) -> int | None:
+    assert hooked.rule is not None
+    if not hooked.rule.has_batch_axis(hooked.module, x):
+        return None
+    if axis:
+        return 1 if x.dim() > axis and x.shape[axis] == output.shape[axis] == current.batch_size else None
+    return folded_rows(x, output, current.batch_size)
+
+
+def _open(hooked: HookedModule, output: Tensor, current: ForwardPass) -> bool:
+    rule = hooked.rule
+    return rule is not None and rule.positions_in_the_middle and is_open(output.shape, current.batch_size)
+
+
+def _check_device(hooked: HookedModule, current: ForwardPass, x: Tensor) -> None:
+    if current.device is None:
+        current.device = x.device
+    elif current.device != x.device:
+        raise MixedDevicesError(
+            f"{hooked} runs on {x.device}, but layers before it on {current.device}: the norms of a model that is "
+            f"split over devices are not supported. Move it to one device (no device_map), or freeze the part on "
+            f"the other."
+        )
+
+
+def _follow(call: RuleCall, x: Tensor, given: Call, output: Any, axes: Sequence[int], *, may_take_over: bool) -> Any:
     """Take the weight gradient over, or watch the ordinary one."""
-    if call.current.kept == call.current.batch_size and call.rows == 1:
+    rule = call.rule
+    if may_take_over and call.current.kept == call.current.batch_size and call.rows == 1 and not rule.several_results:
         way = _way(call, x, output)
         if way is not None:
+            call.taken_over = True
             return way(call, x, output)
-    saved = call.rule.save(call.module, x.detach(), output, call.wanted.keys())
-    call.tokens = saved[0] if isinstance(call.rule, EmbeddingRule) else None
-    return observe(call, saved, output)
+    args, kwargs = given
+    plain = isinstance(args, tuple) and len(args) == 1 and args[0] is x and not kwargs
+    args, kwargs = ((x.detach(),), {}) if plain else map_tensors(lambda t: t.detach(), given)
+    saved = rule.save(call.module, args, kwargs, output, call.wanted.keys())
+    call.tokens = rule.lookup_tokens(saved)
+    if not rule.several_results:
+        return observe(call, saved, output)
+    placed = map_tensors(lambda t: own_place(t) if t.requires_grad and t.is_floating_point() else t, output)
+    results = [t for t in tensors_in(placed) if t.requires_grad and t.is_floating_point()]
+    observe_several(call, saved, results, axes)
+    return placed
 
 
 def _way(call: RuleCall, x: Tensor, output: Tensor) -> Callable[[RuleCall, Tensor, Tensor], Tensor] | None:

@@ -18,12 +18,13 @@ from hf_clars.theory import BatchAdvice, advise
 FACTS = "run_summary.json"
 
 
-def write_card(folder: str | Path, summary: RunSummary) -> Path:
+def write_card(folder: str | Path, summary: RunSummary, *, batch_advice: bool = False) -> Path:
     """Write the card with the folder's pictures, `.eval_results`, and the facts themselves (`run_summary.json`).
 
     Args:
         folder: The run's folder.
         summary: The facts.
+        batch_advice: Whether the card says what batch size the log speaks for. Default False.
 
     Returns:
         Path of the card, `README.md`.
@@ -32,7 +33,8 @@ def write_card(folder: str | Path, summary: RunSummary) -> Path:
         HubError: See `build_model_card`.
     """
     root = Path(folder)
-    shown = replace(summary, batch_advice=summary.batch_advice or _batch_advice(root, summary))
+    advice = summary.batch_advice or (_batch_advice(root, summary) if batch_advice else None)
+    shown = replace(summary, batch_advice=advice)
     card = build_model_card(shown, pictures=find_pictures(root), pages=find_pages(root))
     card.save(root / CARD)
     write_eval_results(root, summary)

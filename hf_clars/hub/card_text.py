@@ -83,16 +83,21 @@ def card_body(summary: RunSummary, pictures: Sequence[str], pages: Sequence[str]
 
 
 def _introduction(summary: RunSummary) -> str:
-    origin = "from scratch" if summary.base_model is None else f"from {plain(summary.base_model)}"
+    known = {"scratch": " from scratch", "checkpoint": " from the weights of a checkpoint that is not on the Hub"}
+    origin = f" from {plain(summary.base_model)}" if summary.base_model else known.get(summary.origin or "", "")
     size = summary.recipe.get("global_batch")
     batch = "" if size is None else f" in batches of {shown(size)}"
-    known = METHODS.get(summary.method.lower())
-    method = f"{plain(summary.method)}." if known is None else known.words
+    optimizer = METHODS.get(summary.method.lower())
+    method = f"{plain(summary.method)}." if optimizer is None else optimizer.words
     licence = "" if summary.license else "\n\nNo licence was chosen for these weights: ask their author before use."
     return (
-        f"An image classifier ({plain(summary.architecture)}, {shown(summary.parameters)} parameters), trained "
+        f"{_kind(summary)} ({plain(summary.architecture)}, {shown(summary.parameters)} parameters), trained"
         f"{origin} on {plain(summary.dataset)} with `hf_clars`{batch}. The optimizer is {method}{licence}"
     )
+
+
+def _kind(summary: RunSummary) -> str:
+    return "An image classifier" if summary.task == "image-classification" else "A network"
 
 
 def _results(summary: RunSummary) -> str:
@@ -152,6 +157,11 @@ def _pictures(links: Sequence[str], pages: Sequence[str]) -> list[str]:
 
 
 def _loading(summary: RunSummary) -> str:
+    if summary.library is None:
+        return (
+            f"The weights are those of a plain PyTorch module. Build it (`{plain(summary.architecture)}`), and read "
+            '`model.safetensors` into it: `safetensors.torch.load_model(model, "model.safetensors")`.'
+        )
     # A checked id holds no quotes: it can stand in code as it is.
     place = f'"{summary.repo_id}"' if summary.repo_id else REPO_PLACEHOLDER
     first = ["import hf_clars  # registers the architecture"] if summary.needs_import else []
@@ -161,16 +171,20 @@ def _loading(summary: RunSummary) -> str:
         f"processor = AutoImageProcessor.from_pretrained({place})",
         f"model = AutoModelForImageClassification.from_pretrained({place})",
     ]
+    if summary.task != "image-classification":
+        lines = [*first, "from transformers import AutoModel", f"model = AutoModel.from_pretrained({place})"]
     note = "\n\nThe architecture is one of hf_clars' own: install `hf_clars` first." if summary.needs_import else ""
     return "```python\n" + "\n".join(lines) + f"\n```{note}"
 
 
 def _limits(summary: RunSummary) -> str:
-    return (
-        f"- It knows the classes of {plain(summary.dataset)} and no others; it answers for any image all the same.\n"
-        "- The results are of one run with one seed, on the split named above; a few tenths of a percent are noise.\n"
-        "- Bias, robustness and calibration were not examined: do not use it for decisions about people."
-    )
+    classes = f"It knows the classes of {plain(summary.dataset)} and no others; it answers for any image all the same."
+    limits = [classes] if summary.task == "image-classification" else []
+    limits += [
+        "The results are of one run with one seed, on the split named above; a few tenths of a percent are noise.",
+        "Bias, robustness and calibration were not examined: do not use it for decisions about people.",
+    ]
+    return "\n".join(f"- {limit}" for limit in limits)
 
 
 def _environment(summary: RunSummary) -> str:

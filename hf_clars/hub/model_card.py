@@ -10,6 +10,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_clars.hub.card_text import card_body
 from hf_clars.hub.errors import HubError
+from hf_clars.hub.licences import licence_identifier
 from hf_clars.hub.markdown import one_line
 from hf_clars.hub.summary import RunSummary
 
@@ -36,8 +37,8 @@ def build_model_card(
         pages: Interactive pages (html) to link to, likewise.
 
     Raises:
-        HubError: There is no name, a Hub id is no such id, a file's path leaves the card's folder, or a result
-            is no number.
+        HubError: There is no name, a Hub id is no such id, the Hub knows no such licence, a file's path leaves the
+            card's folder, or a result is no number.
     """
     for role, hub_id in (
         ("dataset_id", summary.dataset_id),
@@ -51,13 +52,18 @@ def build_model_card(
     page_links = [_relative_link(page) for page in pages]
     data = ModelCardData(
         model_name=one_line(summary.model_name),
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        license=_optional_line(summary.license),
+        library_name=summary.library,
+        pipeline_tag=summary.task,
+        license=None if summary.license is None else licence_identifier(summary.license),
         base_model=summary.base_model,
         datasets=None if summary.dataset_id is None else [summary.dataset_id],
-        metrics=["accuracy"],
-        tags=["image-classification", "hf_clars", one_line(summary.method).lower(), "large-batch-training"],
+        metrics=["accuracy"] if any("accuracy" in key for key in summary.results) else None,
+        tags=[
+            *([summary.task] if summary.task else []),
+            "hf_clars",
+            one_line(summary.method).lower(),
+            "large-batch-training",
+        ],
         eval_results=_eval_results(summary) or None,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_body(summary, links, page_links)}")
@@ -65,6 +71,8 @@ def build_model_card(
 
 def _eval_results(summary: RunSummary) -> list[EvalResult]:
     """Return the results that the Hub has words for; NaN and infinities are no results."""
+    if summary.task is None:  # a result there is one of a task
+        return []
     name = one_line(summary.dataset)
     # The Hub wants some identifier even of data that it does not have.
     identifier = summary.dataset_id or re.sub(r"[^\w.-]+", "-", name.lower()).strip("-") or "unknown"
@@ -76,8 +84,8 @@ def _eval_results(summary: RunSummary) -> list[EvalResult]:
         if math.isfinite(value):
             found.append(
                 EvalResult(
-                    task_type="image-classification",
-                    task_name="Image classification",
+                    task_type=summary.task,
+                    task_name=summary.task.replace("-", " ").capitalize(),
                     dataset_type=identifier,
                     dataset_name=name,
                     dataset_config=_optional_line(summary.dataset_config),

@@ -31,11 +31,17 @@ class RunSummary:
         hardware: The machine in words.
         versions: Library versions by name.
         history: One mapping per epoch ("epoch", "eval_accuracy", "eval_loss", "train_loss" ...; any may lack).
-        base_model: Hub id of the model that training started from; default None: from scratch.
-        license: An SPDX-like id as the Hub lists them; default None: the card says that none was chosen. Which
+        base_model: Hub id of the model that training started from; default None: none, or none is known.
+        origin: What training started from where `base_model` does not say it: "scratch" (new weights) or "checkpoint"
+            (weights that are not on the Hub). Default None: not known, and the card says nothing of it.
+        license: An identifier of `hf_clars.hub.licences`; default None: the card says that none was chosen. Which
             licence weights have is for those to say who trained them (and for their data); code does not guess it.
         repo_id: Where the model will be on the Hub; default None: the card tells the reader to put the name in.
         batch_advice: What the layer-rate log says of the batch size; default None: the card does not mention it.
+        task: The Hub's word for what the model does. Default "image-classification"; None: the card says only that it
+            is a network.
+        library: The Hub's word for the library that loads it. Default "transformers"; None: it is a bare module, whose
+            class the reader must have.
         needs_import: Whether `import hf_clars` must come before loading (the project's own architectures).
     """
 
@@ -55,7 +61,10 @@ class RunSummary:
     versions: Mapping[str, str] = field(default_factory=dict)
     history: Sequence[Mapping[str, float]] = ()
     base_model: str | None = None
+    origin: str | None = None
     license: str | None = None
     repo_id: str | None = None
     batch_advice: BatchAdvice | None = None
+    task: str | None = "image-classification"
+    library: str | None = "transformers"
     needs_import: bool = False

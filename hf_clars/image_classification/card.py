@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers import Trainer
@@ -10,6 +10,7 @@ from transformers import Trainer
 from hf_clars.data import ImageData
 from hf_clars.hub import write_card
 from hf_clars.image_classification.arguments import DataArguments, ModelArguments, OutputArguments
+from hf_clars.models import model_names
 from hf_clars.trainer.card import gather_facts
 
 
@@ -48,17 +49,27 @@ def write_model_card(
         eval_task=output.eval_task,
         splits=_splits(data_args, data),
         base_model=_base_model(model_args),
+        origin=_origin(model_args),
         license=output.license,
     )
     recipe = {**facts.recipe, "augmentation": data_args.augment, "image_size": data_args.image_size}
+    strong = asdict(data_args.strong_augment()) | {"label_smoothing": trainer.args.label_smoothing_factor}
+    recipe |= {name: value for name, value in strong.items() if value}
     needs_import = facts.needs_import or data_args.num_channels == 1  # the grey image processor is hf_clars' own
-    return write_card(str(trainer.args.output_dir), replace(facts, recipe=recipe, needs_import=needs_import))
+    facts = replace(facts, recipe=recipe, needs_import=needs_import)
+    return write_card(str(trainer.args.output_dir), facts, batch_advice=output.batch_advice)
 
 
 def _base_model(args: ModelArguments) -> str | None:
-    """The Hub name that weights came from; short names and architectures alone have none."""
-    named = "/" in args.model and not Path(args.model).exists()
-    return args.model if named and not args.from_scratch else None
+    """The Hub name that weights came from, if they came from there."""
+    return args.model if _origin(args) is None else None
+
+
+def _origin(args: ModelArguments) -> str | None:
+    """Where the first weights came from; None: from the Hub."""
+    if args.model in model_names() or args.from_scratch:
+        return "scratch"
+    return "checkpoint" if Path(args.model).expanduser().exists() else None
 
 
 def _splits(args: DataArguments, data: ImageData) -> dict[str, int]:

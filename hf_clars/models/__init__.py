@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from hf_clars.models.build import build_model, model_names
+from hf_clars.models.build import build_model, model_names, pretrained_classes
 from hf_clars.models.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from hf_clars.models.densenet import DenseNetBCConfig, DenseNetBCForImageClassification
 from hf_clars.models.fully_connected import FullyConnectedConfig, FullyConnectedForImageClassification
@@ -40,4 +40,5 @@ __all__ = [
     "Vgg11ForImageClassification",
     "build_model",
     "model_names",
+    "pretrained_classes",
 ]

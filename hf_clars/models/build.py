@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -16,7 +18,7 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from hf_clars.errors import ConfigError
+from hf_clars.errors import ConfigError, name_list
 from hf_clars.models.cifar_resnet import CifarResNetConfig
 from hf_clars.models.densenet import DenseNetBCConfig
 from hf_clars.models.fully_connected import FullyConnectedConfig
@@ -85,6 +87,7 @@ def build_model(
     label_names: list[str] | None = None,
     from_scratch: bool = False,
     replace_head: bool = False,
+    keep_numbers: bool = False,
     model_kwargs: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Build or load an image classifier.
@@ -97,8 +100,10 @@ def build_model(
         num_channels: Channels of the images.
         label_names: Names of the classes; None: their numbers.
         from_scratch: Take only the configuration of a folder or Hub name. Default False: its weights too.
-        replace_head: Give pretrained weights a new classifier when the classes differ in number, or when they come
-            without one. Default False. A classifier for the same number of classes is kept either way.
+        replace_head: Give pretrained weights a new classifier when the classes differ in number or name, or when they
+            come without one. Default False. A classifier for the same classes is kept either way.
+        keep_numbers: Keep a classifier whose class names differ from the data's, because the numbers mean the same.
+            Default False.
         model_kwargs: Settings of the model's configuration; for pretrained weights also options of `from_pretrained`
             such as `revision`. timm's arguments for `densenet121` go under `model_args`.
 
@@ -122,7 +127,36 @@ def build_model(
         return _new(name_or_path, config)
     config, _ = _fetch_config(name_or_path, more)
     _check_fit(name_or_path, config, num_labels, num_channels, replace_head=replace_head)
-    return _pretrained(name_or_path, {"num_labels": num_labels, **labels, **more}, replace_head=replace_head)
+    theirs = _class_names(config)
+    other = label_names is not None and theirs is not None and theirs != label_names and not keep_numbers
+    if other and not replace_head:
+        assert theirs is not None
+        raise _other_names(name_or_path, theirs, label_names or [])
+    model = _pretrained(name_or_path, {"num_labels": num_labels, **labels, **more}, replace_head=replace_head)
+    if other and config.num_labels == num_labels:
+        _renew_classifier(model)
+    return model
+
+
+def pretrained_classes(
+    name_or_path: str, *, from_scratch: bool = False, model_kwargs: dict[str, Any] | None = None
+) -> list[str] | None:
+    """The classes that pretrained weights tell apart, in the order of their outputs.
+
+    Args:
+        name_or_path: As in `build_model`.
+        from_scratch: Likewise.
+        model_kwargs: Likewise.
+
+    Returns:
+        Their names; None for new weights, and where the checkpoint only numbers its classes.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    if name_or_path in _RECIPES or from_scratch:
+        return None
+    return _class_names(_fetch_config(name_or_path, _checked_kwargs(model_kwargs))[0])
 
 
 def _labels(num_labels: int, names: list[str] | None) -> dict[str, Any]:
@@ -211,6 +245,35 @@ def _check_fit(name: str, config: PreTrainedConfig, num_labels: int, num_channel
             f"{name} was trained on images of {config.num_channels} channels, but num_channels is {num_channels}. Set "
             f"num_channels to {config.num_channels}, or from_scratch to true to take its architecture only."
         )
+
+
+def _class_names(config: PreTrainedConfig) -> list[str] | None:
+    """One name an output; None where they are numbers only."""
+    named = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    names = [named.get(number, "") for number in range(config.num_labels or 0)]
+    return None if all(name in (f"LABEL_{i}", str(i), "") for i, name in enumerate(names)) else names
+
+
+def _other_names(name: str, theirs: list[str], data: list[str]) -> ConfigError:
+    new = [repr(label) for label in data if label not in theirs]
+    unknown = f" ({name_list(new, 3)} not among the former)" if new else " (another order)"
+    return ConfigError(
+        f"{name} tells apart {name_list(theirs)}, but the classes of the data are {name_list(data)}{unknown}. Set "
+        "replace_head to true to give it a new classifier for the data's classes. Set keep_numbers to true if the "
+        "numbers mean the same and only the names differ."
+    )
+
+
+def _renew_classifier(model: PreTrainedModel) -> None:
+    """Give the classifier new weights. It is whatever has another shape in a network with one class more."""
+    config = copy.deepcopy(model.config)
+    fresh = AutoModelForImageClassification.from_config(config, trust_remote_code=False).state_dict()
+    config.num_labels = (config.num_labels or 0) + 1
+    wider = AutoModelForImageClassification.from_config(config, trust_remote_code=False).state_dict()
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if value.shape != wider[key].shape:
+                value.copy_(fresh[key])
 
 
 def _pretrained(name: str, settings: dict[str, Any], *, replace_head: bool) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""What NAG, LARS and CLARS share: one parameter group a layer, layer norms, and the update."""
+"""What NAG, LARS and CLARS share: the step, the layers' norms in it, and the update."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from hf_clars.distributed import LocalNorms, ZeroPieces, local_norms, sum_over_ranks, zero_pieces
-from hf_clars.distributed.zero import UnsupportedEngineError, is_flat_piece
+from hf_clars.distributed import LocalNorms, ZeroPieces, local_norms, on_device, sum_over_ranks, zero_pieces
+from hf_clars.distributed.zero import UnsupportedEngineError, is_flat_piece, is_partitioned
 from hf_clars.layers import LayerMode
-from hf_clars.optim.groups import ADAPTIVE, FROZEN, LAYER, layer_groups, validate_settings
+from hf_clars.optim.gradient_scale import all_zero
+from hf_clars.optim.grouped import GroupedOptimizer
 from hf_clars.optim.loop_guard import LoopGuard
 from hf_clars.optim.measures import LayerMeasures, StepTensors
 from hf_clars.optim.nonfinite import hold_unless_finite
+from hf_clars.optim.process_checks import check_gradients_are_shared
 from hf_clars.optim.update import MomentumForm, multi_tensor_update, single_tensor_update
 
 BUFFER = "momentum_buffer"
 
 
-class LayerwiseOptimizer(Optimizer):
+class LayerwiseOptimizer(GroupedOptimizer):
     """Base class; see `NAG`, `LARS` and `CLARS`.
 
     Works on whole tensors, on the DTensors of FSDP2 and on the flat pieces of DeepSpeed's ZeRO: the update is
@@ -35,48 +36,41 @@ class LayerwiseOptimizer(Optimizer):
         defaults: dict[str, Any],
         *,
         layers: LayerMode,
-        params: Iterable[dict[str, Any]] | None,
+        params: Iterable[Any] | None,
         scale_norm_and_bias: bool,
         momentum_form: MomentumForm,
         foreach: bool | None,
     ) -> None:
-        validate_settings(defaults)
-        self.partition, groups = layer_groups(
-            model, layers=layers, params=params, scale_norm_and_bias=scale_norm_and_bias
-        )
         self.momentum_form = momentum_form
         self.foreach = foreach
         self.last_step: LayerMeasures | None = None
+        self._step: LayerMeasures | None = None
         self._zero: ZeroPieces | None = None
         self._calls_left = 0
-        super().__init__(groups, {ADAPTIVE: True, FROZEN: False, **defaults})
-        for group in self.param_groups:
-            validate_settings(group)
-        # ZeRO shows `step()` one group at a time; the rates need the settings of all.
-        self._all_groups = self.param_groups
-        trained = [p for layer in self.partition for p in layer.params]
-        self._guard = LoopGuard(model, trained, self.param_groups) if isinstance(model, nn.Module) else None
+        self._makes_state = False
+        self._guard: LoopGuard | None = None
+        super().__init__(model, defaults, layers=layers, params=params, scale_norm_and_bias=scale_norm_and_bias)
+        if self._model is not None:
+            self._guard = LoopGuard(
+                self._model,
+                self._training(),
+                self.param_groups,
+                before_forward=self._before_forward,
+                minds_scale=self._minds_scale,
+            )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Layers are fixed when the optimizer is created, with the hooks that measure them.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, see `GroupedOptimizer.load_state_dict`.
 
         Args:
-            param_group: As torch passes it while the optimizer is created.
+            state_dict: As there.
 
         Raises:
-            ValueError: Afterwards.
+            ValueError: As there.
         """
-        if getattr(self, "_guard", None) is not None:
-            raise ValueError(
-                "Parameters cannot be added to a layer-wise optimizer: its layers were fixed when it was created. "
-                "Create a new one; load_state_dict of the old one's state works only for the same layers."
-            )
-        super().add_param_group(param_group)
-
-    @property
-    def layer_names(self) -> list[str]:
-        """Name of each layer, in the order of `param_groups` and of every measured vector."""
-        return [layer.name for layer in self.partition]
+        super().load_state_dict(state_dict)
+        if self._guard is not None:
+            self._guard.groups = self.param_groups
 
     # ---- the step ------------------------------------------------------------------------------------------
 
@@ -103,24 +97,63 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._zero is None and self._book.asleep and self._book.wake():
+            self._new_partition()
+        untouched = self._is_untouched()
         tensors = self._gather()
+        if untouched and all_zero(tensors.grads):
+            self._make_state(tensors)
+            return loss
         if self._calls_left == 0:
             self._calls_left = self._calls()
             if tensors.params or self._zero is not None:
+                if self.last_step is None:
+                    self._check_processes()
                 measures = self._measure(tensors)
-                self.last_step = hold_unless_finite(measures) if self.measures_norms else measures
-                self._keep(self.last_step)
-        if tensors.params and self.last_step is not None:
-            self._update(tensors, self.last_step.rate, self.last_step.applied)
+                self._step = hold_unless_finite(measures)
+                self._keep(self._step)
+                self.last_step = self._shown(self._step)
+        if tensors.params and self._step is not None:
+            self._update(tensors, self._step.rate, self._step.applied)
         self._calls_left = max(0, self._calls_left - 1)
         if self._calls_left == 0:
             self._after_step()
         return loss
 
+    def _check_processes(self) -> None:
+        """At the first step, where nothing else has been asked: are the gradients shared?"""
+        if self._guard is not None and self._zero is None:
+            check_gradients_are_shared(self._guard.scale, None)
+
+    def _is_untouched(self) -> bool:
+        """Whether this may be the step by which `torch.distributed.checkpoint` makes an optimizer create its state.
+
+        It is taken with gradients of zero at a rate of zero, before any other. So may be the first of a warmup, but
+        not with such gradients.
+        """
+        return not self.state and self._zero is None and all(float(g["lr"]) == 0.0 for g in self.param_groups)
+
+    def _make_state(self, tensors: StepTensors) -> None:
+        """The state is there; nothing moves. Processes with parts of the weights must reduce together all the same."""
+        self._makes_state = True
+        try:
+            if any(hasattr(p, "device_mesh") for p in tensors.params):
+                self._measure(tensors)
+        finally:
+            self._makes_state = False
+
     @torch.no_grad()
     def layer_measures(self) -> LayerMeasures:
         """What a step would measure now, without taking it: the layers' norms and rates."""
-        return self._measure(self._gather())
+        self._before_forward()
+        return self._shown(self._measure(self._gather()))
+
+    def _shown(self, measures: LayerMeasures) -> LayerMeasures:
+        """The same of the layers that train."""
+        return measures.of(self._rows(measures.rate.device)) if self._book.shows_other_rows else measures
+
+    def _rows(self, device: torch.device) -> Tensor:
+        return on_device(tuple(self._book.shown), device)
 
     def attach_engine(self, engine: Any) -> None:
         """Tell the optimizer which DeepSpeed engine it is inside; `ClarsTrainer` does this by itself.
@@ -133,13 +166,22 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             UnsupportedEngineError: If it is no engine or this optimizer is not inside it, or under optimizer offload.
         """
-        self._zero = zero_pieces(engine, self)
+        several = [g for g in range(len(self._book.rows)) if len({*self._book.rows_in(g)} & {*self._book.shown}) > 1]
+        if several and self._model is not None and is_partitioned(engine):
+            raise UnsupportedEngineError(
+                f"Group {several[0]} holds more than one layer, and DeepSpeed makes one flat piece of it, of which "
+                "layers cannot be told apart: leave params= out, or give a group for each layer."
+            )
+        self._zero = zero_pieces(engine, self, self._book.leading_rows())
 
     def _calls(self) -> int:
         """How often `step()` is called for the update that begins now."""
         if self._zero is not None:
             return self._zero.calls
-        if len(self.param_groups) < len(self._all_groups) or any(not group["params"] for group in self._all_groups):
+        emptied = any(
+            rows and not group["params"] for rows, group in zip(self._book.rows, self._all_groups, strict=True)
+        )
+        if emptied or len(self.param_groups) < len(self._all_groups):
             raise UnsupportedEngineError(
                 "step() was called with a part of the layers, as DeepSpeed's ZeRO does, but this optimizer does not "
                 "know its engine: call optimizer.attach_engine(engine) after deepspeed.initialize or "
@@ -154,50 +196,82 @@ class LayerwiseOptimizer(Optimizer):
         """Subclasses also clear what they accumulated for this step."""
         if self._guard is not None:
             self._guard.stepped()
-        swapped = {
-            old: new
-            for layer, group in zip(self.partition, self._all_groups, strict=True)
-            for old, new in zip(layer.params, group["params"], strict=False)
-            if hasattr(new, "device_mesh") and old is not new
-        }
-        if swapped:
-            self._follow(swapped)
+        self._follow()
 
-    def _follow(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
-        """FSDP2 has put its own parameters in the place of those that were recorded.
+    def _before_forward(self) -> None:
+        """A pass begins: know the parameters that take part in it."""
+        if self._zero is None and self.last_step is None:
+            self._follow()
+        if self._book.asleep and self._book.wake():
+            self._new_partition()
+        elif self._guard is not None and self._guard.scale.stale:
+            self._watch_again()
+
+    def _follow(self) -> None:
+        """FSDP2 may have put its own parameters in the place of those that were recorded.
 
         The recorded ones are let go: they would keep a whole copy of the weights alive.
         """
-        self.partition = [layer.with_params(swapped) for layer in self.partition]
+        swapped = self._book.swapped(self._all_groups)
+        if swapped:
+            self._on_swap(swapped)
+
+    def _on_swap(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
+        """Parameters were swapped: {old: new}."""
+        self._watch_again()
+
+    def _new_partition(self) -> None:
+        """Other parameters train than did before."""
+        self._watch_again()
+
+    def _watch_again(self) -> None:
         if self._guard is not None:
-            self._guard.follow([p for layer in self.partition for p in layer.params])
+            self._guard.follow(self._training())
+
+    def _minds_scale(self) -> bool:
+        """Whether gradients that are all too large by one factor make another step."""
+        settings = zip(self._adaptive(), self._layer_settings(), strict=True)
+        return any(not adaptive or group["weight_decay"] for adaptive, group in settings)
 
     def remove_hooks(self) -> None:
-        """Take all hooks off the model."""
+        """Take all hooks off the model; `attach_hooks` places them again."""
         if self._guard is not None:
             self._guard.remove()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as torch's optimizers do.
+    def attach_hooks(self, model: nn.Module) -> None:
+        """Place the hooks again, after `remove_hooks`; does nothing while they are in place.
 
         Args:
-            state_dict: From `state_dict()` of an optimizer for the same layers.
+            model: The module that this optimizer was created with; wrapped or sharded in place since, if so.
         """
-        super().load_state_dict(state_dict)
-        self._all_groups = self.param_groups
+        if self._guard is not None and not self._guard.attached:
+            self._guard.attach(model)
+
+    def pause_hooks(self, paused: bool = True) -> None:
+        """Let the hooks do nothing, or work again, while they stay in place.
+
+        In between, the model can be evaluated and differentiated as if it had none.
+
+        Args:
+            paused: Default True.
+        """
         if self._guard is not None:
-            self._guard.groups = self.param_groups
+            self._guard.paused = paused
 
     def _gather(self) -> StepTensors:
         tensors = StepTensors([], [], [], [])
-        for k, group in self._groups_shown():
-            for p in group["params"]:
-                if p.grad is None:
+        seen: set[Tensor] = set()
+        for g, group in self._groups_shown():
+            rows = self._book.rows[g]
+            for place, p in enumerate(group["params"]):
+                if p.grad is None or p in seen:
                     continue
+                seen.add(p)
+                row = rows[place]
                 if p.grad.is_sparse:
                     raise RuntimeError(
-                        f"Layer {group[LAYER]} has a sparse gradient, whose norm {type(self).__name__} cannot use: "
-                        "create the module with sparse=False."
+                        f"Layer {self._book.layers[row].name} has a sparse gradient, whose norm {type(self).__name__} "
+                        "cannot use: create the module with sparse=False."
                     )
                 state = self.state[p]
                 if BUFFER not in state:
@@ -205,28 +279,29 @@ class LayerwiseOptimizer(Optimizer):
                 tensors.params.append(p)
                 tensors.grads.append(p.grad)
                 tensors.buffers.append(state[BUFFER])
-                tensors.layer.append(k)
+                tensors.layer.append(row)
         return tensors
 
     def _groups_shown(self) -> Iterable[tuple[int, dict[str, Any]]]:
-        """The groups that this call of `step()` is for, with their layer index."""
+        """The groups that this call of `step()` is for, with their number."""
         if len(self.param_groups) == len(self._all_groups):
             return enumerate(self.param_groups)
         shown = {id(group) for group in self.param_groups}
-        return ((k, group) for k, group in enumerate(self._all_groups) if id(group) in shown)
+        return ((g, group) for g, group in enumerate(self._all_groups) if id(group) in shown)
 
     def _update(self, tensors: StepTensors, rates: Tensor, applied: Tensor | None) -> None:
         """Apply the update, once for each pair of (momentum, weight decay) among the groups."""
         # On the CPU each weight is updated at one go, while it is in cache; a rate is read there without waiting.
         on_host = self.foreach is None and rates.device.type == "cpu"
-        per_layer: Sequence[Any] = rates.tolist() if on_host else rates.unbind()
+        per_row: Sequence[Any] = rates.tolist() if on_host else rates.unbind()
         if on_host and applied is not None:
             if not applied:
                 return
             applied = None
         buckets: dict[tuple[float, float], list[int]] = {}
+        settings = self._layer_settings()
         for i, k in enumerate(tensors.layer):
-            group = self._all_groups[k]
+            group = settings[k]
             buckets.setdefault((group["momentum"], group["weight_decay"]), []).append(i)
         update: Callable[..., None] = single_tensor_update if on_host or self.foreach is False else multi_tensor_update
         for (momentum, weight_decay), members in buckets.items():
@@ -234,7 +309,7 @@ class LayerwiseOptimizer(Optimizer):
                 [tensors.params[i] for i in members],
                 [tensors.grads[i] for i in members],
                 [tensors.buffers[i] for i in members],
-                [per_layer[tensors.layer[i]] for i in members],
+                [per_row[tensors.layer[i]] for i in members],
                 momentum=momentum,
                 weight_decay=weight_decay,
                 form=self.momentum_form,
@@ -250,7 +325,7 @@ class LayerwiseOptimizer(Optimizer):
 
     @property
     def measures_norms(self) -> bool:
-        """Whether steps measure the layers' norms, and so are held when one is not finite."""
+        """Whether steps measure norms of the gradient, and so are held when one is not finite: all methods do."""
         return True
 
     @abstractmethod
@@ -268,7 +343,7 @@ class LayerwiseOptimizer(Optimizer):
             (||w_k||, ||g_k||), each [K], a layer without gradients having ||g_k|| = 0; and the sum [n].
         """
         local = self._local_norms(tensors)
-        layers = len(self.partition)
+        layers = len(self._book.layers)
         parts = [local.weights.square(), local.grads.square()] if local.partial else []
         if beside is not None:
             parts.append(beside.to(local.weights))
@@ -281,11 +356,12 @@ class LayerwiseOptimizer(Optimizer):
         return weights, grads, None if beside is None else summed[2 * layers :]
 
     def _local_norms(self, tensors: StepTensors) -> LocalNorms:
-        layers, foreach = len(self.partition), self.foreach is not False
+        layers, foreach = len(self._book.layers), self.foreach is not False
         if self._zero is not None:
             return self._zero.local_norms(layers, foreach=foreach)
-        weights = [(p, k) for k, group in enumerate(self._all_groups) for p in group["params"]]
-        flat = is_flat_piece(weights[0][0], self.partition[0].params) and weights[0][0].dim() == 1
+        weights = self._weights()
+        own = self._book.layers[0].params
+        flat = bool(weights) and is_flat_piece(weights[0][0], own) and weights[0][0].dim() == 1
         return local_norms(
             [p for p, _ in weights],
             [k for _, k in weights],
@@ -296,25 +372,9 @@ class LayerwiseOptimizer(Optimizer):
             foreach=foreach,
         )
 
-    def _per_group(self, values: Sequence[float], like: Tensor) -> Tensor | float:
-        """A K-vector of host numbers; one number when they are all equal, which costs no copy to the device."""
-        return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=like.dtype).to(like.device)
-
-    def _rates(self, ratio: Tensor) -> Tensor:
-        """gamma_k = lr * eta * ratio_k; lr alone for layers that are not scaled, 0 for frozen ones."""
-        groups = self._all_groups
-        if not all(group[ADAPTIVE] for group in groups):
-            adaptive = self._per_group([float(group[ADAPTIVE]) for group in groups], ratio)
-            ratio = torch.where(torch.as_tensor(adaptive, device=ratio.device) > 0, ratio, 1.0)
-        scales = [0.0 if g[FROZEN] else float(g["lr"]) * (g.get("eta", 1.0) if g[ADAPTIVE] else 1.0) for g in groups]
-        return ratio * self._per_group(scales, ratio)
-
-    def _clips(self, like: Tensor) -> Tensor | float | None:
-        """The groups' bounds on the trust ratio; None when no layer has one."""
-        clips = [group["trust_clip"] for group in self._all_groups]
-        if all(clip is None for clip in clips):
-            return None
-        return self._per_group([float("inf") if clip is None else clip for clip in clips], like)
-
-    def _weight_decays(self, like: Tensor) -> Tensor | float:
-        return self._per_group([group["weight_decay"] for group in self._all_groups], like)
+    def _weights(self) -> list[tuple[Tensor, int]]:
+        """The tensors that train now, each once, with their layer."""
+        found: dict[Tensor, int] = {}
+        for rows, group in zip(self._book.rows, self._all_groups, strict=True):
+            found.update({p: row for p, row in zip(group["params"], rows, strict=False) if p.requires_grad})
+        return list(found.items())

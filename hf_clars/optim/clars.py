@@ -14,6 +14,7 @@ from hf_clars.grad_norms import MicroBatchGradNorms, NormTotals, PerSampleGradNo
 from hf_clars.layers import LayerMode
 from hf_clars.optim.lars import LARS, TRUST_CLIP
 from hf_clars.optim.measures import LayerMeasures, StepTensors
+from hf_clars.optim.process_checks import check_gradients_are_shared
 from hf_clars.optim.rates import mean_sample_norm, trust_ratio
 from hf_clars.optim.update import MomentumForm
 
@@ -34,7 +35,9 @@ class CLARS(LARS):
     step: no second pass, no wrapped model, `p.grad` untouched. Equal to LARS times R_k = ||g_k|| / n_k <= 1.
 
     The norms are in the units of `p.grad`, whatever scaled the loss (means, accumulation, a loss scale) or, afterwards,
-    the gradients (unscaling, clipping by the global norm): both cancel in the rate, so clipping has no effect.
+    the gradients (unscaling, clipping by the global norm): both cancel in the rate. So clipping has no effect without
+    weight decay. That is added to the gradient that the step finds, as everywhere in torch: beside a gradient that was
+    clipped it counts for more.
 
     Args:
         model: The module to train, as it will be called.
@@ -112,13 +115,16 @@ class CLARS(LARS):
         )
         self.norm = norm
         self.decay_in_norm = decay_in_norm
-        local = None if samples is None else max(1, samples // world_size())
-        self.norms: PerSampleGradNorms | MicroBatchGradNorms
-        if estimator == "samples":
-            self.norms = PerSampleGradNorms(model, layers=self.partition, samples=local, keep_per_sample=False)
-        else:
-            decay = weight_decay if decay_in_norm else 0.0
-            self.norms = MicroBatchGradNorms(model, self.partition, samples=local, weight_decay=decay)
+        self._local_samples = None if samples is None else max(1, samples // world_size())
+        self._micro_batches = estimator == "microbatch"
+        self.norms = self._new_norms(model)
+
+    def _new_norms(self, model: nn.Module) -> PerSampleGradNorms | MicroBatchGradNorms:
+        samples = self._local_samples
+        if not self._micro_batches:
+            return PerSampleGradNorms(model, layers=self.partition, samples=samples, keep_per_sample=False)
+        decay = self.defaults["weight_decay"] if self.decay_in_norm else 0.0
+        return MicroBatchGradNorms(model, self.partition, samples=samples, weight_decay=decay)
 
     @classmethod
     def reference_code(cls, model: nn.Module, lr: float, **overrides: Any) -> CLARS:
@@ -165,10 +171,11 @@ class CLARS(LARS):
 
     def _measured_norms(self, tensors: StepTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(||w_k||, ||g_k||, n_k), each [K], the latter two in the units of `p.grad`; and the batch size B, 0-dim."""
-        if isinstance(self.norms, PerSampleGradNorms):
+        asked = not self._makes_state
+        if asked and isinstance(self.norms, PerSampleGradNorms):
             self.norms.check_all_captured()
         totals = self.norms.totals()
-        if totals is None and world_size() == 1:
+        if asked and totals is None and world_size() == 1:
             raise NoNormsError(
                 "There are gradients to step with, but no backward pass through the model was seen since the last "
                 f"step. {type(self).__name__} measures norms while backward() runs through the module it was created "
@@ -176,17 +183,22 @@ class CLARS(LARS):
             )
         weight_norm, grad_norm, sums = self._layer_norms(tensors, self._sample_sums(totals))
         assert sums is not None
-        return weight_norm, grad_norm, self._mean_sample_norm(sums, grad_norm), sums[len(self.partition) + 1]
+        return weight_norm, grad_norm, self._mean_sample_norm(sums, grad_norm), sums[len(self._book.layers) + 1]
+
+    def _check_processes(self) -> None:
+        """Asked with the mean over processes, which a step has to take anyway."""
 
     def _sample_sums(self, totals: NormTotals | None) -> Tensor:
         """This rank's share of n_k, [K + 2 + m]: K sums, samples measured, samples in all, and the guard's sample."""
         assert self._guard is not None
-        sample = self._guard.local_sample()
+        sample = self._guard.scale.local_sample()
         if totals is None:  # a rank without samples
-            nothing = sample.new_zeros(len(self.partition))
+            nothing = sample.new_zeros(len(self._book.shown))
             totals = NormTotals(nothing, nothing, 0, 0)
         ranks = world_size()  # data parallelism averages gradients over them
         own = totals.norms / ranks if self.norm == "mean" else totals.squares / ranks**2
+        if self._book.shows_other_rows:
+            own = own.new_zeros(len(self._book.layers)).index_copy(0, self._rows(own.device), own)
         counts = torch.stack([own.new_full((), float(count)) for count in (totals.captured, totals.total)])
         return torch.cat([own, counts, sample.to(own) / ranks])
 
@@ -198,18 +210,30 @@ class CLARS(LARS):
     def _mean_sample_norm(self, sums: Tensor, grad_norm: Tensor) -> Tensor:
         """n_k over all ranks, in the units of the final `p.grad`."""
         assert self._guard is not None
-        layers = len(self.partition)
+        layers = len(self._book.layers)
         own, captured, total, sample = sums[:layers], sums[layers], sums[layers + 1], sums[layers + 2 :]
-        scale = self._guard.scale_since(sample)
+        if self.last_step is None and not self._makes_state:
+            check_gradients_are_shared(self._guard.scale, sample)
+        scale = self._guard.scale.scale_since(sample)
         if self._zero is not None:
             scale = scale * self._zero.gradient_scale
         own = own * (scale if self.norm == "mean" else scale.square())
         return mean_sample_norm(own, own, grad_norm, captured=captured.clamp(min=1), total=total, norm=self.norm)
 
-    def _follow(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
-        super()._follow(swapped)
+    def _on_swap(self, swapped: dict[nn.Parameter, nn.Parameter]) -> None:
+        super()._on_swap(swapped)
         if isinstance(self.norms, PerSampleGradNorms):
-            self.norms.follow(swapped)
+            self.norms.rebind(swapped)
+
+    def _new_partition(self) -> None:
+        super()._new_partition()
+        late = self.norms.totals() is not None
+        self.norms.cover(self.partition)
+        if late:
+            raise NoNormsError(
+                "Parameters were unfrozen, or added, after a backward pass of the batch that is being measured, or in "
+                "a model that is not called as a whole: do it after step() or zero_grad(), and call the model itself."
+            )
 
     def attach_engine(self, engine: Any) -> None:
         """As `LayerwiseOptimizer.attach_engine`; the norms of a batch whose step the engine skips are dropped too.
@@ -234,9 +258,30 @@ class CLARS(LARS):
         self.norms.reset()
 
     def remove_hooks(self) -> None:
-        """Take all hooks off the model; the optimizer cannot step with new gradients after that."""
+        """Take all hooks off the model; until `attach_hooks` the optimizer cannot step with new gradients."""
         super().remove_hooks()
         self.norms.remove()
+
+    def attach_hooks(self, model: nn.Module) -> None:
+        """Place the hooks again, after `remove_hooks`; does nothing while they are in place.
+
+        Args:
+            model: As in `LayerwiseOptimizer.attach_hooks`.
+        """
+        super().attach_hooks(model)
+        if not self.norms.attached:
+            self.norms = self._new_norms(model)
+            if self._zero is not None:
+                self.norms.engine_dropped_a_batch = self._zero.dropped_a_batch
+
+    def pause_hooks(self, paused: bool = True) -> None:
+        """As `LayerwiseOptimizer.pause_hooks`.
+
+        Args:
+            paused: Default True.
+        """
+        super().pause_hooks(paused)
+        self.norms.paused = paused
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

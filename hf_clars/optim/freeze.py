@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from hf_clars.optim.base import LayerwiseOptimizer
-from hf_clars.optim.groups import FROZEN, LAYER
+from hf_clars.optim.groups import FROZEN, HELD, LAYER
 
 
 def head_layer_names(model: nn.Module, optimizer: LayerwiseOptimizer) -> list[str]:
@@ -41,6 +41,9 @@ def set_frozen(optimizer: LayerwiseOptimizer, names: list[str], frozen: bool) ->
     Raises:
         KeyError: If a name is no layer.
     """
-    groups = {group[LAYER]: group for group in optimizer.param_groups}
     for name in names:
-        groups[name][FROZEN] = frozen
+        group = optimizer.layer_group(name)
+        if group.get(LAYER) == name and optimizer.layers_of(group) == [name]:
+            group[FROZEN] = frozen
+        else:
+            group[HELD] = sorted({*group.get(HELD, ())} - {name} | ({name} if frozen else set()))

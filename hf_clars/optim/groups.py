@@ -1,110 +1,138 @@
-"""Parameter groups: one for every layer, so that launchers which flatten or shard a group keep its rate apart.
+"""Parameter groups as torch takes them, and the layers that their tensors belong to.
 
+`param_groups` shows what a caller gave. A model given without groups makes one group for every layer that trains, so
+that launchers which flatten or shard a group keep its rate apart; what is frozen then rides along in the last of them.
 The names of group entries beyond torch's own are constants here; they survive `state_dict` and DeepSpeed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
+from hf_clars.optim.layer_book import LayerBook
 
-LAYER = "layer"  # str: the layer's name
-ADAPTIVE = "adaptive"  # bool: False trains the layer at lr itself, without eta and trust ratio
-FROZEN = "frozen"  # bool: True holds the layer's rate at zero (FC freeze)
+LAYER = "layer"  # str: the layer's name, in groups that were made for one layer
+ADAPTIVE = "adaptive"  # bool: False trains the group at lr itself, without eta and trust ratio
+FROZEN = "frozen"  # bool: True holds the group's rate at zero
+HELD = "held_layers"  # list of str: layers of the group whose rate is held at zero (FC freeze)
+
+Named = tuple[str, nn.Parameter]
 
 
-def layer_groups(
-    model: nn.Module | Iterable[Any],
+def model_groups(
+    model: nn.Module,
     *,
     layers: LayerMode,
-    params: Iterable[dict[str, Any]] | None,
+    params: Iterable[Any] | None,
     scale_norm_and_bias: bool,
-) -> tuple[list[ParamLayer], list[dict[str, Any]]]:
-    """Build one parameter group a layer.
+) -> tuple[LayerBook, list[dict[str, Any]]]:
+    """A model's layers, and its parameter groups.
 
     Args:
-        model: A module; or, for methods that need no hooks, parameters, (name, parameter) pairs or groups as torch
-            takes them: every tensor is then a layer.
+        model: The module. Its frozen parameters are taken too: they may be unfrozen later.
         layers: See `param_layers`.
-        params: Groups of the model's parameters with settings of their own. A layer that two groups share is split.
+        params: Groups of the model's parameters with settings of their own, or parameters. They are kept as they are;
+            a layer that two groups share is split.
         scale_norm_and_bias: False marks layers of biases and normalisation weights as not adaptive.
 
     Returns:
-        (the layers, their groups), in the same order.
+        The layers, and the groups as `torch.optim.Optimizer` takes them.
 
     Raises:
-        ValueError: If nothing is trainable, or a group holds a parameter that is not the model's, or twice.
+        ValueError: If nothing is trainable, or a group holds a parameter that is not the model's, or is another's.
         TypeError: For complex parameters.
     """
-    if isinstance(model, nn.Module):
-        partition = param_layers(model, layers=layers, split_norm_and_bias=not scale_norm_and_bias)
-        paired = _split_by_groups(partition, params) if params is not None else [(p, {}) for p in partition]
+    partition = param_layers(model, layers=layers, split_norm_and_bias=not scale_norm_and_bias, frozen=True)
+    if params is None:
+        groups = _one_a_layer(partition, scale_norm_and_bias)
+        book = LayerBook.of(partition, [[p for _, p in group["params"]] for group in groups])
     else:
-        paired = _layers_of_tensors(model)
-    if not paired:
+        groups = _named_groups(model, params)
+        members = [[p for _, p in group["params"]] for group in groups]
+        book = LayerBook.of(_split_by_groups(partition, members), members)
+        book.adaptive = [scale_norm_and_bias or not layer.norm_or_bias for layer in book.layers]
+    if groups and not book.shown:
         raise ValueError("There is nothing to train: no parameter has requires_grad=True.")
+    return book, groups
+
+
+def tensor_layers(group: dict[str, Any], first: int, scale_norm_and_bias: bool) -> tuple[list[ParamLayer], list[bool]]:
+    """Layers of a group without a model: every tensor is one.
+
+    Args:
+        group: As torch keeps it.
+        first: How many tensors came before; those without a name are numbered.
+        scale_norm_and_bias: False marks vectors as not adaptive.
+
+    Returns:
+        (the layers, whether each is adaptive), in the order of the group's tensors.
+    """
+    names = group.get("param_names") or [f"param_{first + i}" for i in range(len(group["params"]))]
+    # Without the module only the shape tells: a vector is a bias or a normalisation weight.
+    layers = [ParamLayer(n, (p,), (n,), p.dim() <= 1) for n, p in zip(names, group["params"], strict=True)]
+    return layers, [scale_norm_and_bias or not layer.norm_or_bias for layer in layers]
+
+
+def _one_a_layer(partition: list[ParamLayer], scale_norm_and_bias: bool) -> list[dict[str, Any]]:
+    """One group for each layer that trains; DeepSpeed refuses a group in which nothing does."""
+    groups: list[dict[str, Any]] = []
+    frozen: list[Named] = []
+    for layer in partition:
+        members = list(zip(layer.param_names, layer.params, strict=True))
+        if any(p.requires_grad for _, p in members):
+            adaptive = scale_norm_and_bias or not layer.norm_or_bias
+            groups.append({"params": members, LAYER: layer.name, ADAPTIVE: adaptive})
+        else:
+            frozen += members
+    if groups:
+        groups[-1]["params"] += frozen
+    return groups
+
+
+def _named_groups(model: nn.Module, params: Iterable[Any]) -> list[dict[str, Any]]:
+    """The caller's groups, each tensor with the name that it has in the model."""
+    name_of = {p: name for name, p in model.named_parameters()}
+    entries = list(params)
+    if entries and not isinstance(entries[0], dict):
+        entries = [{"params": entries}]
+    group_of: dict[Tensor, int] = {}
     groups = []
-    for layer, settings in paired:
-        _check_real(layer)
-        adaptive = scale_norm_and_bias or not layer.norm_or_bias
-        groups.append({"params": list(layer.params), LAYER: layer.name, ADAPTIVE: adaptive, **settings})
-    return [layer for layer, _ in paired], groups
+    for i, group in enumerate(entries):
+        members: list[Named] = []
+        for p in (m[1] if isinstance(m, tuple) else m for m in members_of(group)):
+            if p not in name_of:
+                raise ValueError(f"Group {i} holds a parameter of shape {tuple(p.shape)} that is not in the model.")
+            if group_of.setdefault(p, i) != i:
+                raise ValueError(f"The parameter {name_of[p]} is in group {group_of[p]} and in group {i}.")
+            members.append((name_of[p], p))
+        groups.append({**group, "params": members, "param_names": [name for name, _ in members]})
+    return groups
 
 
-def _check_real(layer: ParamLayer) -> None:
-    for name, param in zip(layer.param_names, layer.params, strict=True):
-        if param.is_complex():
-            raise TypeError(
-                f"The parameter {name} is complex ({param.dtype}), and layer rates are for real ones: keep its real "
-                "and imaginary part as a real parameter [..., 2], and use torch.view_as_complex(...) of it."
-            )
+def members_of(group: dict[str, Any]) -> list[Any]:
+    """What a group holds: torch takes one tensor in the place of a list of one."""
+    params = group["params"]
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
-def _split_by_groups(
-    partition: list[ParamLayer], params: Iterable[dict[str, Any]]
-) -> list[tuple[ParamLayer, dict[str, Any]]]:
-    known = {p for layer in partition for p in layer.params}
-    group_of: dict[nn.Parameter, int] = {}
-    settings: list[dict[str, Any]] = []
-    for i, group in enumerate(params):
-        members = list(group["params"])
-        for p in (m[1] if isinstance(m, tuple) else m for m in members):
-            if p.requires_grad and p not in known:
-                raise ValueError(
-                    f"Group {i} holds a trainable parameter of shape {tuple(p.shape)} that is not in the model."
-                )
-            if p in group_of:
-                raise ValueError(f"A parameter of shape {tuple(p.shape)} is in group {group_of[p]} and in group {i}.")
-            group_of[p] = i
-        settings.append({key: value for key, value in group.items() if key != "params"})
-    paired = []
+def _split_by_groups(partition: list[ParamLayer], groups: list[list[nn.Parameter]]) -> list[ParamLayer]:
+    """Layers of which each is in one group; what no group holds is left out."""
+    group_of = {p: i for i, members in enumerate(groups) for p in members}
+    found = []
     for layer in partition:
         used = sorted({group_of[p] for p in layer.params if p in group_of})
         for i in used:
-            members = [(p, n) for p, n in zip(layer.params, layer.param_names, strict=True) if group_of.get(p) == i]
+            members = [(n, p) for n, p in zip(layer.param_names, layer.params, strict=True) if group_of.get(p) == i]
             name = layer.name if len(used) == 1 else f"{layer.name} (group {i})"
-            part = ParamLayer(name, tuple(p for p, _ in members), tuple(n for _, n in members), layer.norm_or_bias)
-            paired.append((part, settings[i]))
-    return paired
-
-
-def _layers_of_tensors(params: Iterable[Any]) -> list[tuple[ParamLayer, dict[str, Any]]]:
-    """Layers from what torch's optimizers take: tensors, named tensors, or groups of either."""
-    entries = list(params)
-    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
-    paired: list[tuple[ParamLayer, dict[str, Any]]] = []
-    for group in groups:
-        settings = {key: value for key, value in group.items() if key != "params"}
-        for member in group["params"]:
-            name, p = member if isinstance(member, tuple) else (f"param_{len(paired)}", member)
-            if p.requires_grad:
-                # Without the module only the shape tells: a vector is a bias or a normalisation weight.
-                paired.append((ParamLayer(name, (p,), (name,), norm_or_bias=p.dim() <= 1), settings))
-    return paired
+            names, params = zip(*members, strict=True)
+            found.append(replace(layer, name=name, params=params, param_names=names))
+    return found
 
 
 def validate_settings(group: dict[str, Any]) -> None:
@@ -117,10 +145,10 @@ def validate_settings(group: dict[str, Any]) -> None:
         ValueError: Naming the setting and what is allowed.
     """
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "lr": (lambda v: v >= 0, "at least 0"),
-        "eta": (lambda v: v > 0, "above 0"),
+        "lr": (lambda v: math.isfinite(v) and v >= 0, "a finite number, at least 0"),
+        "eta": (lambda v: math.isfinite(v) and v > 0, "a finite number above 0"),
         "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
-        "weight_decay": (lambda v: v >= 0, "at least 0"),
+        "weight_decay": (lambda v: math.isfinite(v) and v >= 0, "a finite number, at least 0"),
         "trust_clip": (lambda v: v is None or v > 0, "above 0, or None for no bound"),
     }
     for name, (valid, allowed) in rules.items():

@@ -31,6 +31,7 @@ class LARS(LayerwiseOptimizer):
         layers: `"module"` (default) or `"tensor"`.
         scale_norm_and_bias: False trains biases and normalisation weights at `lr` itself. Default True.
         params: Groups of the model's parameters with their own `lr`, `eta`, `momentum`, `weight_decay`, `trust_clip`.
+            `param_groups` shows them as they are. Default: one group for every layer.
         momentum_form: `"nesterov"` (default) or `"heavy_ball"`.
         foreach: Use the multi-tensor path. Default: on the CPU no, elsewhere yes, whichever is faster.
 

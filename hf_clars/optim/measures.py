@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -36,6 +36,16 @@ class LayerMeasures:
     damping: Tensor | None = None
     moments: Tensor | None = None
 
+    def of(self, rows: Tensor) -> LayerMeasures:
+        """The same of some layers, by their places."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        return LayerMeasures(
+            **{
+                name: value if value is None or value.dim() == 0 else value.index_select(-1, rows)
+                for name, value in kept.items()
+            }
+        )
+
     def stacked(self) -> Tensor:
         """[5, K], or [7, K] with `signal` and `damping` where a signal was measured; NaN where another was not.
 
@@ -49,7 +59,7 @@ class LayerMeasures:
 
 @dataclass
 class StepTensors:
-    """The tensors that a step works on, and the layer (group) of each."""
+    """The tensors that a step works on, and the layer (row) of each."""
 
     params: list[Tensor]
     grads: list[Tensor]

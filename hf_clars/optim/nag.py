@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_clars.layers import LayerMode
 from hf_clars.optim.base import LayerwiseOptimizer
@@ -28,7 +28,8 @@ class NAG(LayerwiseOptimizer):
         weight_decay: Coupled: lr * weight_decay * w is part of the step. Default 0.
         layers: Partition for param groups and measures, `"module"` (default) or `"tensor"`.
         params: Groups of the model's parameters with their own `lr`, `momentum` or `weight_decay`.
-        measure: Measure ||w_k|| and ||g_k|| at every step (`last_step`). Default False: only the rate.
+        measure: Measure ||w_k|| at every step too (`last_step`). Default False: only the rate and ||g_k||, whose being
+            finite decides whether the step is taken.
         momentum_form: `"nesterov"` (default) or `"heavy_ball"`, see `hf_clars.optim.update`.
         foreach: Use the multi-tensor path. Default: on the CPU no, elsewhere yes, whichever is faster.
 
@@ -60,16 +61,16 @@ class NAG(LayerwiseOptimizer):
             foreach=foreach,
         )
 
-    @property
-    def measures_norms(self) -> bool:
-        """Whether `measure` was set."""
-        return self.measure
-
     def _measure(self, tensors: StepTensors) -> LayerMeasures:
-        if self.measure:
-            weight_norm, grad_norm, _ = self._layer_norms(tensors)
-        else:
-            like = tensors.params[0]
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            weight_norm = grad_norm = torch.full((len(self.partition),), float("nan"), device=like.device, dtype=dtype)
-        return LayerMeasures(self._rates(torch.ones_like(weight_norm)), weight_norm, grad_norm)
+        weight_norm, grad_norm, _ = self._layer_norms(tensors)
+        if not self.measure:
+            weight_norm = torch.full_like(grad_norm, float("nan"))
+        return LayerMeasures(self._rates(torch.ones_like(grad_norm)), weight_norm, grad_norm)
+
+    def _weights(self) -> list[tuple[Tensor, int]]:
+        """None where their norms are not asked for."""
+        return super()._weights() if self.measure else []
+
+    def _minds_scale(self) -> bool:
+        """They do: a step is as long as the gradient."""
+        return True

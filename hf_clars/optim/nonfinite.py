@@ -18,8 +18,7 @@ def hold_unless_finite(measures: LayerMeasures) -> LayerMeasures:
     """Note which layers' norms are finite and, if any are not, set all rates to 0.
 
     Args:
-        measures: Of one step. A method that measures no norms (NaN weight norms) is left alone: its steps are all
-            taken.
+        measures: Of one step.
 
     Returns:
         The same with `finite` [K] and `applied` (0-dim) filled in, both bool on the device of the norms.

@@ -7,20 +7,21 @@ the start of training is the finding of Kosson, Messmer and Jaggi (NeurIPS 2024,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_clars.distributed import on_device
 from hf_clars.layers import LayerMode
 from hf_clars.optim.clars import CLARS
 from hf_clars.optim.lars import TRUST_CLIP
 from hf_clars.optim.measures import LayerMeasures, StepTensors
 from hf_clars.optim.rates import signal_damping, signal_moments, signal_share, trust_ratio
+from hf_clars.optim.state_names import MOMENTS
 from hf_clars.optim.update import MomentumForm
-
-MOMENTS = "signal_moments"  # [2] in each group: the layer's running moments; they survive `state_dict`
 
 
 class SignalLARS(CLARS):
@@ -75,8 +76,10 @@ class SignalLARS(CLARS):
         momentum_form: MomentumForm = "nesterov",
         foreach: bool | None = None,
     ) -> None:
-        if not n >= 1:
-            raise ValueError(f"n={n}: a step of pure signal is n times shorter than one of noise; give at least 1.")
+        if not 1 <= n < math.inf:
+            raise ValueError(
+                f"n={n}: a step of pure signal is n times shorter than one of noise; give a finite number, at least 1."
+            )
         if not 0 <= signal_decay < 1:
             raise ValueError(f"signal_decay={signal_decay} cannot work: it must be in [0, 1).")
         self.n = float(n)
@@ -109,26 +112,23 @@ class SignalLARS(CLARS):
         trust = trust_ratio(
             weight_norm, grad_norm, weight_decay=self._weight_decays(weight_norm), clip=self._clips(weight_norm)
         )
-        damping = self._damping(share)
+        damping = self._where_adaptive(signal_damping(share, self.n))
         rate = self._rates(trust) * damping
         ratio = torch.where(sample_norm > 0, grad_norm / sample_norm, 1.0)
         return LayerMeasures(
             rate, weight_norm, grad_norm, sample_norm, ratio, signal=share, damping=damping, moments=moments
         )
 
-    def _damping(self, share: Tensor) -> Tensor:
-        """f_k; 1 for layers that train at `lr` itself."""
-        damping = signal_damping(share, self.n)
-        if all(group["adaptive"] for group in self._all_groups):
-            return damping
-        adaptive = self._per_group([float(group["adaptive"]) for group in self._all_groups], damping)
-        return torch.where(torch.as_tensor(adaptive, device=damping.device) > 0, damping, 1.0)
-
     def _running(self, like: Tensor) -> Tensor:
         """[2, K], the running moments before this step; 0 before the first, whose small weight cancels in the share."""
-        if MOMENTS not in self._all_groups[0]:
+        if not any(MOMENTS in group for group in self._all_groups):
             return torch.zeros_like(like)
-        return torch.stack([group[MOMENTS].to(like) for group in self._all_groups], dim=1)
+        parts, rows = [], []
+        for g, group in enumerate(self._all_groups):
+            if MOMENTS in group:
+                parts.append(group[MOMENTS].to(like).reshape(2, -1))
+                rows += self._book.rows_in(g)
+        return torch.zeros_like(like).index_copy(1, on_device(tuple(rows), like.device), torch.cat(parts, dim=1))
 
     def _averaged(self, now: Tensor) -> Tensor:
         """The running moments with this step's."""
@@ -139,6 +139,19 @@ class SignalLARS(CLARS):
         moments, applied = measures.moments, measures.applied
         assert moments is not None
         assert applied is not None
-        kept = torch.where(applied, moments, self._running(moments))
-        for group, of_layer in zip(self._all_groups, kept.unbind(1), strict=True):
-            group[MOMENTS] = of_layer
+        self._store(torch.where(applied, moments, self._running(moments)))
+
+    def _store(self, moments: Tensor) -> None:
+        """Put the moments [2, K] into the groups: [2] where a group is one layer, else [2, layers of the group]."""
+        for g, group in enumerate(self._all_groups):
+            rows = self._book.rows_in(g)
+            if len(rows) == 1:
+                group[MOMENTS] = moments[:, rows[0]]
+            elif rows:
+                group[MOMENTS] = moments.index_select(1, on_device(tuple(rows), moments.device))
+
+    def _make_state(self, tensors: StepTensors) -> None:
+        super()._make_state(tensors)
+        like = tensors.params[0]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self._store(torch.zeros(2, len(self._book.layers), dtype=dtype, device=like.device))

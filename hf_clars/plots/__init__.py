@@ -3,6 +3,7 @@
 from hf_clars.plots.comparison import plot_comparison
 from hf_clars.plots.gradient_variance import plot_gradient_variance
 from hf_clars.plots.layer_rates import plot_layer_rates
+from hf_clars.plots.noise_scale import plot_noise_scale
 from hf_clars.plots.page import write_page
 from hf_clars.plots.runs import Run, open_runs
 from hf_clars.plots.style import PlotError
@@ -15,6 +16,7 @@ __all__ = [
     "plot_comparison",
     "plot_gradient_variance",
     "plot_layer_rates",
+    "plot_noise_scale",
     "plot_training_curves",
     "write_page",
 ]

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,27 @@ def log_range(values: Values, upper: float | None = None) -> tuple[float, float]
         middle = math.sqrt(low * high)
         low, high = (middle / 2, middle * 2) if upper is None else (high / 4, high)
     return low, high
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """Return the words that layer names have in common at their beginning, with the last dot; "" if there are none.
+
+    A few names may lack them (a classifier beside a backbone): these keep all their words. What is left of each name
+    still tells it from all the others, and does not begin with a number.
+    """
+    prefix = ""
+    while True:
+        inside = [name[len(prefix) :] for name in names if name.startswith(prefix)]
+        words = Counter(name.split(".")[0] for name in inside if "." in name)
+        if len(names) < 2 or not words:
+            return prefix
+        word, count = words.most_common(1)[0]
+        longer = f"{prefix}{word}."
+        left = [name.removeprefix(longer) for name in names]
+        numbered = any(short[:1].isdigit() for short, name in zip(left, names, strict=True) if short != name)
+        if count < 0.8 * len(names) or numbered or len(set(left)) < len(left):
+            return prefix
+        prefix = longer
 
 
 def shortened(name: str, limit: int = 40) -> str:

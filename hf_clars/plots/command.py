@@ -15,6 +15,7 @@ Draw what each layer did during training. Each RUN gets, in its own folder:
   layer_rates          rates of all layers over steps, and how much the samples agree (R_k)
   gradient_variance    R_k and 1 / R_k^2, the estimate of M_k, over steps and layers (CLARS only)
   training_curves      loss and accuracy over steps and epochs
+  noise_scale          gradient noise scale with its band and share of signal, by layer (per-sample norms only)
 and with --html the page layer_rates.html: point at a cell to read its value, choose the quantity, zoom.
 With --compare the runs are drawn against each other instead, as ..._compared files in --output.
 """

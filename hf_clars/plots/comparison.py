@@ -95,11 +95,19 @@ def plot_comparison(
         left, right = below.subplots(1, 2)
         _draw_medians(left, look, "Rate of the median layer", columns, rates)
         _draw_medians(right, look, f"{RATIO} of the median layer", columns, ratios)
+        _share_steps([*maps, left, right], list(columns.values()))
         legend = below.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
         counted = f"{len(runs)} runs" + (f", the first {MOST_MAPS} as maps" if len(runs) > MOST_MAPS else "")
         return finish(figure, look, shortened(title or f"Layer-wise rates · {counted}", 110), target, dpi)
+
+
+def _share_steps(panels: Sequence[Axes], columns: Sequence[Columns]) -> None:
+    """Give all panels one axis of steps, from the first step of any run to the last: a shorter run ends earlier."""
+    first, last = min(c.edges[0] for c in columns), max(c.edges[-1] for c in columns)
+    for axes in panels:
+        axes.set_xlim(first, last)
 
 
 def shared_norm(quantities: Sequence[Quantity]) -> LogNorm | None:

@@ -4,16 +4,18 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from hf_clars.plots.layer_rates import opened
-from hf_clars.plots.page_data import page_data
+from hf_clars.plots.page_data import PageRun, page_data
 from hf_clars.plots.runs import Run
 from hf_clars.plots.style import MARK, NothingToShowError, PlotError
 
+LOSS, EVAL_LOSS = "loss", "eval_loss"
 SCRIPTS = ("runs.js", "draw.js", "page.js")
 
 
@@ -21,8 +23,9 @@ def write_page(runs: Sequence[Run], path: str | Path, *, title: str | None = Non
     """Write a page that shows the layer-rate logs of runs in a browser.
 
     The reader points at a cell to read layer, step and value, chooses the quantity, zooms, and sets two runs side by
-    side. Logs are reduced to what fits 3 MB (see `page_data`); the page says how exact a value is. Names and settings
-    of runs are data, never markup or code, and the page's own policy forbids any other script and any connection.
+    side; a chart has the losses over the same steps. Logs are reduced to what fits 3 MB (see `page_data`); the page
+    says how exact a value is. Names and settings of runs are data, never markup or code, and the page's own policy
+    forbids any other script and any connection.
 
     Args:
         runs: From `open_runs`, each with a log.
@@ -39,7 +42,7 @@ def write_page(runs: Sequence[Run], path: str | Path, *, title: str | None = Non
     for run in runs:
         if run.log is None:
             raise NothingToShowError(f"The run {run.name} kept no layer-rate log for a page to show.")
-        logs.append((run.name, opened(run.log)))
+        logs.append(PageRun(run.name, opened(run.log), *(_drawable(run, key) for key in (LOSS, EVAL_LOSS))))
     script, style = "\n".join(_part(name) for name in SCRIPTS), _part("page.css")
     parts = {
         "mark": MARK,
@@ -58,6 +61,11 @@ def write_page(runs: Sequence[Run], path: str | Path, *, title: str | None = Non
     except OSError as error:
         raise PlotError(f"The page could not be saved to {target}: {error}.") from error
     return target
+
+
+def _drawable(run: Run, key: str) -> list[tuple[int, float]]:
+    """The points of a loss that a logarithmic scale has a place for."""
+    return [(step, value) for step, _, value in run.points(key) if 0 < value < math.inf]
 
 
 def _part(name: str) -> str:

@@ -8,18 +8,20 @@ and quantised to 16 bits at equal distances on a logarithmic scale, as `page/run
 import base64
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 
-from hf_clars.plots.columns import Columns, Values, log_range, on_log_scale, shortened
+from hf_clars.plots.columns import Columns, Values, common_prefix, log_range, on_log_scale, shortened
 from hf_clars.records import LayerRateLog
 
 BUDGET = 2_600_000
 """Bytes of base64 for all values of a page; what is left of 3 MB is for names, steps and the page itself."""
 
 MOST_COLUMNS = 1000
+MOST_POINTS = 1000
 
 NO_VALUE, ZERO, INFINITE, FIRST, LAST = 0, 1, 2, 3, 65535
 
@@ -38,14 +40,31 @@ SHARES = ("ratio", "signal", "damping")
 """Quantities whose scale ends at 1."""
 
 
-def page_data(runs: Sequence[tuple[str, LayerRateLog]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PageRun:
+    """One run of a page.
+
+    Attributes:
+        name: What tells it from the others.
+        log: With at least one step.
+        loss: (step, training loss), finite and above zero.
+        eval_loss: (step, evaluation loss), likewise.
+    """
+
+    name: str
+    log: LayerRateLog
+    loss: Sequence[tuple[int, float]] = ()
+    eval_loss: Sequence[tuple[int, float]] = ()
+
+
+def page_data(runs: Sequence[PageRun]) -> dict[str, Any]:
     """Return what the page shows of some runs, JSON-able.
 
     Args:
-        runs: Name and log of each; every log has at least one step.
+        runs: At least one.
     """
-    values = sum(len(log) * len(log.layers) * len(log.quantities) for _, log in runs)
-    layers = sum(len(log.layers) * len(log.quantities) for _, log in runs)
+    values = sum(len(run.log) * len(run.log.layers) * len(run.log.quantities) for run in runs)
+    layers = sum(len(run.log.layers) * len(run.log.quantities) for run in runs)
     exact = values * 4 * 4 / 3 <= BUDGET
     columns = max(1, min(MOST_COLUMNS, int(BUDGET / (layers * 2 * 4 / 3))))
     names = [
@@ -57,12 +76,12 @@ def page_data(runs: Sequence[tuple[str, LayerRateLog]]) -> dict[str, Any]:
     return {
         "quantities": names,
         "palettes": palettes,
-        "runs": [_run_data(name, log, exact, columns) for name, log in runs],
+        "runs": [_run_data(run, exact, columns) for run in runs],
     }
 
 
-def _run_data(name: str, log: LayerRateLog, exact: bool, most_columns: int) -> dict[str, Any]:
-    steps = log.steps
+def _run_data(run: PageRun, exact: bool, most_columns: int) -> dict[str, Any]:
+    log, steps, prefix = run.log, run.log.steps, common_prefix(run.log.layers)
     columns = Columns(steps, len(steps) if exact else most_columns)
     firsts = steps[:: columns.width]
     lasts = steps[np.minimum(np.arange(1, columns.count + 1) * columns.width, len(steps)) - 1]
@@ -76,15 +95,24 @@ def _run_data(name: str, log: LayerRateLog, exact: bool, most_columns: int) -> d
         cells = values if columns.width == 1 else columns.reduce(values, np.nanmedian)
         quantities[quantity] = {"shown_low": low, "shown_high": high} | (_float32(cells) if exact else _log16(cells))
     return {
-        "name": name,
+        "name": run.name,
         "layers": log.layers,
-        "labels": [shortened(layer, 36) for layer in log.layers],
+        "labels": [shortened(layer.removeprefix(prefix), 36) for layer in log.layers],
+        "prefix": shortened(prefix.removesuffix(".")),
+        "loss": _thinned(run.loss),
+        "eval_loss": _thinned(run.eval_loss),
         "settings": {key: _text(value) for key, value in log.settings.items()},
         "first_steps": firsts.tolist(),
         "last_steps": lasts.tolist(),
         "edges": columns.edges.tolist(),
         "quantities": quantities,
     }
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Every so many points of a long curve, to seven digits; the last one is always among them."""
+    every = math.ceil(len(points) / MOST_POINTS) if points else 1
+    return [(step, float(f"{value:.7g}")) for step, value in points[::-1][::every][::-1]]
 
 
 def _float32(cells: Values) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from hf_clars.plots.columns import Columns, Values, log_range, on_log_scale, quietly, shortened
+from hf_clars.plots.columns import Columns, Values, common_prefix, log_range, on_log_scale, quietly, shortened
 from hf_clars.plots.style import DASHES, Look, say
 
 NO_VALUE, ZERO, INFINITE = "0.78", "white", "#d55e00"
@@ -108,15 +108,21 @@ def draw_heat_map(
 
 
 def name_layers(axes: Axes, layers: Sequence[str], limit: int) -> None:
-    """Write the layer names on the y axis of a heat map: all, or evenly chosen ones if more than `limit`."""
+    """Write the layer names on the y axis of a heat map: all, or evenly chosen ones if more than `limit`.
+
+    Words that the names have in common at their beginning are left out, and named beside the axis.
+    """
+    prefix = common_prefix(layers)
     every = math.ceil(len(layers) / limit)
     chosen = range(0, len(layers), every)
-    labels = [shortened(layers[index]) for index in chosen]
+    labels = [shortened(layers[index].removeprefix(prefix)) for index in chosen]
     axes.set_yticks([index + 0.5 for index in chosen], labels, fontsize=7.5)
     for tick_label in axes.get_yticklabels():
         tick_label.set_parse_math(False)  # a "$" in a name is a "$"
     counted = f"{len(layers)} layers" if len(layers) != 1 else "1 layer"
-    axes.set_ylabel(f"{counted}, in the model's order" + (f" (1 of {every} named)" if every > 1 else ""))
+    named = f" (1 of {every} named)" if every > 1 else ""
+    without = f"\nnames without {shortened(prefix.removesuffix('.'))}" if prefix else ""
+    axes.set_ylabel(f"{counted}, in the model's order{named}{without}", parse_math=False)
 
 
 def draw_summary(axes: Axes, look: Look, columns: Columns, quantity: Quantity, norm: Normalize) -> None:

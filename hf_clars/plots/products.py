@@ -4,16 +4,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_clars.per_sample.log import PerSampleLog
 from hf_clars.plots.comparison import plot_comparison
 from hf_clars.plots.gradient_variance import plot_gradient_variance
 from hf_clars.plots.layer_rates import plot_layer_rates
+from hf_clars.plots.noise_scale import plot_noise_scale
 from hf_clars.plots.page import write_page
 from hf_clars.plots.runs import Run
 from hf_clars.plots.style import NothingToShowError, PlotError, is_own_product
 from hf_clars.plots.training_curves import plot_training_curves
 from hf_clars.records import LayerRateLog
 
-RATES, VARIANCE, CURVES = "layer_rates", "gradient_variance", "training_curves"
+RATES, VARIANCE, CURVES, NOISE = "layer_rates", "gradient_variance", "training_curves", "noise_scale"
 COMPARED = "_compared"
 
 
@@ -33,7 +35,7 @@ def draw_run(
     run: Run,
     folder: Path,
     *,
-    pictures: Iterable[str] = (RATES, VARIANCE, CURVES),
+    pictures: Iterable[str] = (RATES, VARIANCE, CURVES, NOISE),
     formats: Sequence[str] = ("png",),
     theme: str = "light",
     page: bool = False,
@@ -44,7 +46,7 @@ def draw_run(
     Args:
         run: From `open_runs`.
         folder: Where to; it must exist.
-        pictures: Of "layer_rates", "gradient_variance" and "training_curves"; default: all.
+        pictures: Of "layer_rates", "gradient_variance", "training_curves" and "noise_scale"; default: all.
         formats: "png", "svg" or both.
         theme: "light" (default) or "dark"; the names of dark pictures end in "_dark".
         page: Write the interactive page `layer_rates.html` too.
@@ -57,6 +59,7 @@ def draw_run(
         RATES: lambda path: plot_layer_rates(_log_of(run), path, theme=theme),
         VARIANCE: lambda path: plot_gradient_variance(_log_of(run), path, theme=theme),
         CURVES: lambda path: plot_training_curves([run], path, theme=theme),
+        NOISE: lambda path: plot_noise_scale(_samples_of(run), path, theme=theme),
     }
     wanted = {name: draw[name] for name in pictures}
     return _make(folder, wanted, [run] if page else [], f"{RATES}.html", formats, theme, overwrite)
@@ -115,6 +118,12 @@ def _product(path: Path, make: Callable[[Path], object], overwrite: bool) -> Pro
     except (PlotError, OSError) as error:
         return Product(path, str(error), missing=isinstance(error, NothingToShowError))
     return Product(path)
+
+
+def _samples_of(run: Run) -> PerSampleLog:
+    if run.samples is None:
+        raise NothingToShowError(f"The run {run.name} kept no log of per-sample norms.")
+    return run.samples
 
 
 def _log_of(run: Run) -> LayerRateLog:

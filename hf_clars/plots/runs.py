@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_clars.per_sample.log import PerSampleLog
 from hf_clars.plots.style import PlotError
 from hf_clars.records import LayerRateLog, RecordError
 
@@ -20,11 +21,13 @@ class Run:
         name: What tells it from the other runs.
         log: Its layer-rate log; None for a run that kept none (a plain Trainer).
         history: The entries of Trainer's `log_history`; empty if there is no `trainer_state.json` yet.
+        samples: Its log of per-sample norms; None for a run that kept none.
     """
 
     name: str
     log: LayerRateLog | None
     history: list[dict[str, Any]]
+    samples: PerSampleLog | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -74,14 +77,15 @@ def _open(place: Path, name: str) -> Run:
     if not place.exists():
         raise PlotError(f"There is no run at {place}: give the folder that training wrote (its output_dir).")
     history = _history(place) if place.is_dir() else []
+    samples = PerSampleLog.open(place) if place.is_dir() and PerSampleLog.is_in(place) else None
     try:
         log = LayerRateLog.open(place)
     except RecordError:
         # No log at all is an older or a plain Trainer's run; a damaged one is an error.
-        if not history or _has_log(place):
+        if (not history and samples is None) or _has_log(place):
             raise
         log = None
-    return Run(name, log, history)
+    return Run(name, log, history, samples)
 
 
 def _has_log(folder: Path) -> bool:

@@ -82,11 +82,21 @@ def _draw_several(look: Look, runs: Sequence[Run]) -> Figure:
     for row, draw in zip(panels, (_draw_loss, _draw_accuracy), strict=True):
         draw(row[0], look, runs, styles, over_epochs=False)
         draw(row[1], look, runs, styles, over_epochs=True)
+    _share_steps(panels[:, 0], runs)
     if by_batch:
         _draw_over_batch(panels[0, 2], look, runs, LOSS, "last training loss", last_finite)
         _draw_over_batch(panels[1, 2], look, runs, ACCURACY, "best accuracy", max)
     _name_runs(figure, panels[0, 0], runs)
     return figure
+
+
+def _share_steps(panels: Sequence[Axes], runs: Sequence[Run]) -> None:
+    """Give loss and accuracy one axis of steps, as long as the longest run."""
+    steps = [step for run in runs for key in (LOSS, EVAL_LOSS, ACCURACY) for step, _, _ in run.points(key)]
+    if steps:
+        margin = max(0.5, 0.02 * (max(steps) - min(steps)))
+        for axes in panels:
+            axes.set_xlim(min(steps) - margin, max(steps) + margin)
 
 
 def last_finite(values: list[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,58 @@ def weight_differences(paths: Iterable[Path], model: nn.Module) -> list[str]:
     Raises:
         RecordError: A file is damaged.
     """
-    found: dict[str, Described] = {}
+    found: dict[str, Tensor] = {}
     for path in paths:
-        found |= _described_file(path)
-    tensors = model.state_dict()
-    wanted = {name: _described(tensor) for name, tensor in tensors.items()}
+        found |= described_file(path)
+    return tensor_differences(found, model)
+
+
+def tensor_differences(given: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """Compare tensors with those of a model's state dict by name, shape and dtype.
+
+    Args:
+        given: Tensors by name; meta tensors will do.
+        model: The model that is to be filled.
+
+    Returns:
+        One entry a difference; empty when the tensors fill the model.
+    """
+    return named_differences(given, wanted_tensors(given, model))
+
+
+def named_differences(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Compare two sets of tensors by name, shape and dtype.
+
+    Args:
+        given: The checkpoint's.
+        wanted: The model's.
+
+    Returns:
+        One entry a difference.
+    """
+    found, described = ({name: _described(t) for name, t in tensors.items()} for tensors in (given, wanted))
+    return _differences(found, described, "the model")
+
+
+def wanted_tensors(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model that a checkpoint must have: all, but tied ones once, and none that are never saved.
+
+    Args:
+        names: Those that the checkpoint has.
+        model: The model.
+
+    Returns:
+        Tensors by name.
+    """
+    tensors, found = model.state_dict(), set(names)
     stored = {tensors[name].data_ptr() for name in found if name in tensors}
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    for name, tensor in tensors.items():
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
         # A tied tensor is stored once, under one of its names.
-        if name not in found and (name in ignored or (tensor.numel() and tensor.data_ptr() in stored)):
-            del wanted[name]
-    return _differences(found, wanted, "the model")
+        if name in found or not (name in ignored or (tensor.numel() and tensor.data_ptr() in stored))
+    }
 
 
 def optimizer_differences(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[str]:
@@ -65,19 +106,33 @@ def optimizer_differences(state: Mapping[str, Any], optimizer: torch.optim.Optim
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecordError(f"The optimizer state is not one of torch's ({error!r}): it is damaged.") from error
     wanted = [(str(group.get("layer", i)), len(group["params"])) for i, group in enumerate(optimizer.param_groups)]
-    if found != wanted:
+    by_name = getattr(_innermost(optimizer), "arranged_state", None)
+    stored = {int(index) for group in state["param_groups"] for index in group["params"]}
+    beyond = [f"it has state for parameter {index} of {len(stored)}" for index in held if index not in stored]
+    if beyond:
+        return beyond
+    if by_name is not None:
+        try:
+            held = {int(key): dict(value) for key, value in by_name(dict(state))["state"].items()}
+        except ValueError as error:
+            return _layer_differences(dict(found), dict(wanted)) or [str(error)]
+    elif found != wanted:
         return _layer_differences(dict(found), dict(wanted))
     params = [p for group in optimizer.param_groups for p in group["params"]]
     differences = []
     for index, tensors in held.items():
-        if not 0 <= index < len(params):
-            differences.append(f"it has state for parameter {index} of {len(params)}")
-            continue
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape != params[index].shape:
                 shapes = f"{list(tensor.shape)}, the parameter {list(params[index].shape)}"
                 differences.append(f"{name} of parameter {index} is {shapes}")
     return differences
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer inside a launcher's wrappers."""
+    while not hasattr(optimizer, "arranged_state") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def sentence(differences: list[str]) -> str:
@@ -87,8 +142,6 @@ def sentence(differences: list[str]) -> str:
 
 
 def _layer_differences(found: dict[str, int], wanted: dict[str, int]) -> list[str]:
-    if list(found) != list(wanted) and set(found) == set(wanted):
-        return ["its layers are in another order"]
     return [
         f"layer {name!r} has {_count(found.get(name))} in the checkpoint, {_count(wanted.get(name))} here"
         for name in dict.fromkeys([*found, *wanted])
@@ -117,12 +170,23 @@ def _words(described: Described) -> str:
     return f"{described[1]} {list(described[0])}"
 
 
-def _described_file(path: Path) -> dict[str, Described]:
+def described_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file as meta tensors: names, shapes and dtypes; no value is read.
+
+    Args:
+        path: The file.
+
+    Raises:
+        RecordError: It is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a file is no dict
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
+            return {
+                name: torch.empty(part.get_shape(), dtype=_dtype_of(part.get_dtype(), path), device="meta")
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last: a size that no tensor can have
         raise RecordError(f"{path} is not a readable safetensors file ({error}): it is damaged or cut off.") from error
 
 
@@ -131,6 +195,18 @@ def _described(tensor: Tensor) -> Described:
 
 
 _WORDS: dict[torch.dtype, str] = {}
+
+
+def _dtype_of(word: str, path: Path) -> torch.dtype:
+    """The dtype that the format calls by this word."""
+    if word not in _WORDS.values():
+        for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
+            with contextlib.suppress(Exception):  # safetensors has no word for some
+                _dtype_word(dtype)
+    known = {spelled: dtype for dtype, spelled in _WORDS.items()}
+    if word not in known:
+        raise RecordError(f"{path} holds a tensor of type {word}, which this torch does not have.")
+    return known[word]
 
 
 def _dtype_word(dtype: torch.dtype) -> str:

@@ -1,5 +1,6 @@
 """`LayerRateLog`: what each layer did at each step of a run, on disk as safetensors."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,52 @@ class LayerRateLog(LogReader):
         _check_flush_every(flush_every)
         pieces.start(pieces_folder, head)
         return cls(folder, head, [], folder=pieces_folder, flush_every=flush_every)
+
+    @classmethod
+    def set_aside(cls, folder: str | Path) -> Path | None:
+        """Make room for another run's log: the one that is there gets a number, `layer_rates-1.safetensors` and up.
+
+        Args:
+            folder: The run's folder.
+
+        Returns:
+            Where the log is now; None when there was none, or it was without a step and is gone.
+
+        Raises:
+            RecordError: It could not be moved.
+        """
+        folder = Path(folder)
+        growing, merged = folder / pieces.FOLDER, folder / pieces.MERGED
+        numbers = (folder / f"{merged.stem}-{n}{merged.suffix}" for n in itertools.count(1))
+        kept = None
+        try:
+            if merged.exists():
+                kept = merged.replace(next(path for path in numbers if not path.exists()))
+            if (growing / pieces.HEAD).exists():
+                if len(cls.open(folder)):
+                    kept = next(path for path in numbers if not path.exists())
+                    pieces.merge(growing, kept)
+                pieces.remove(growing)
+        except OSError as error:
+            raise RecordError(f"The layer-rate log in {folder} could not be moved aside: {error}.") from error
+        return kept
+
+    @classmethod
+    def discard(cls, folder: str | Path) -> None:
+        """Delete the pieces of a run that did not end, and that nothing can resume; a merged log is left alone.
+
+        Args:
+            folder: The run's folder.
+
+        Raises:
+            RecordError: They could not be deleted.
+        """
+        growing = Path(folder) / pieces.FOLDER
+        try:
+            if growing.is_dir():
+                pieces.remove(growing)
+        except OSError as error:
+            raise RecordError(f"The layer-rate log in {folder} could not be deleted: {error}.") from error
 
     @classmethod
     def resume(

@@ -12,6 +12,14 @@ from transformers import TrainingArguments
 
 from hf_clars.errors import ConfigError
 from hf_clars.optim.methods import METHODS
+from hf_clars.trainer.value_checks import (
+    check_effect,
+    check_engine_is_there,
+    check_given,
+    check_ranges,
+    check_schedule,
+    check_trackers,
+)
 
 DEFAULT_NORM_SAMPLES = 512
 
@@ -74,6 +82,10 @@ class ClarsTrainingArguments(TrainingArguments):
     max_grad_norm: float = _option(0.0, "Must stay 0: clipping would change gradients after their norms were measured.")
     logging_nan_inf_filter: bool = _option(False, "Replace NaN losses in logs by the mean of others.")
     hub_strategy: str = _option("end", "Must stay end: checkpoints hold states that are not for sharing.")
+    report_to: str | list[str] = field(  # type: ignore[assignment]
+        default_factory=lambda: ["none"],
+        metadata={"help": "Trackers: tensorboard, trackio, wandb ..., several one after the other; or none."},
+    )
     method: str = field(
         default="clars", metadata={"help": f"Layer rates: {', '.join(METHODS)}.", "choices": list(METHODS)}
     )
@@ -122,8 +134,13 @@ class ClarsTrainingArguments(TrainingArguments):
         },
     )
 
+    evaluate_only: bool = field(default=False, init=False)  # do_eval was given, and do_train was not
+
     def __post_init__(self) -> None:
         """Resolve and check the settings."""
+        check_ranges(self)
+        check_trackers(self)
+        check_engine_is_there(self)
         self._join_processes_on_cpu()
         super().__post_init__()
         if self.device.type == "cpu":
@@ -133,10 +150,26 @@ class ClarsTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"power": 2.0, "lr_end": 0.0}
         self._resolve_batch()
         self._check_norm_samples()
+        self._resolved: dict[str, float | None] = {}
         if self.learning_rate is None:
-            self.learning_rate = self.gamma_base * self.total_batch_size / self.base_batch_size
+            self.learning_rate = self._resolved["learning_rate"] = self._scaled_rate()
         if self.eta is None:
-            self.eta = METHODS[self.method].eta
+            self.eta = self._resolved["eta"] = METHODS[self.method].eta
+        check_schedule(self)
+
+    def check_given(self, in_file: set[str], as_flags: set[str]) -> None:
+        """Refuse settings that were given and would have no effect; `parse_config` calls it.
+
+        Args:
+            in_file: Names of the settings that a file gave.
+            as_flags: Names of those that flags gave.
+
+        Raises:
+            ConfigError: Naming the setting and what to do.
+        """
+        given = in_file | as_flags
+        self.evaluate_only = "do_eval" in given and self.do_eval and not self.do_train
+        check_given(self, in_file, as_flags)
 
     def _join_processes_on_cpu(self) -> None:
         """Start the process group with `ddp_timeout`, which transformers heeds on accelerators only."""
@@ -144,6 +177,26 @@ class ClarsTrainingArguments(TrainingArguments):
         engine = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         if self.use_cpu and launched and not engine and not dist.is_initialized():
             dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
+
+    def _scaled_rate(self) -> float:
+        return self.gamma_base * self.total_batch_size / self.base_batch_size
+
+    def follow_trial(self) -> None:
+        """Resolve again what follows from settings that a trial of a hyperparameter search has changed.
+
+        Raises:
+            ConfigError: `global_batch_size` was given, and is not what the trial's settings make.
+        """
+        if self.global_batch_size not in (None, self.total_batch_size):
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} was given, but the settings now make batches of "
+                f"{self.total_batch_size} samples: leave it out where per_device_train_batch_size or "
+                "gradient_accumulation_steps is searched for."
+            )
+        if "learning_rate" in self._resolved and self.learning_rate == self._resolved["learning_rate"]:
+            self.learning_rate = self._resolved["learning_rate"] = self._scaled_rate()
+        if "eta" in self._resolved and self.eta == self._resolved["eta"]:
+            self.eta = self._resolved["eta"] = METHODS[self.method].eta
 
     @property
     def total_batch_size(self) -> int:
@@ -168,6 +221,7 @@ class ClarsTrainingArguments(TrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+        check_effect(self)
         if self.max_grad_norm:
             raise ConfigError(
                 f"max_grad_norm={self.max_grad_norm} would clip the gradients after the norms that the layer rates "
@@ -179,14 +233,6 @@ class ClarsTrainingArguments(TrainingArguments):
                 "optimizer states, logs and arguments during training. Set hub_strategy to end: the finished run's "
                 "model, card, layer rates and results are pushed."
             )
-        for name in ("gamma_base", "base_batch_size", "lr_step_factor"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0.")
-        if self.layer_report_steps is not None and self.layer_report_steps < 0:
-            raise ConfigError(f"layer_report_steps={self.layer_report_steps} must not be negative: 0 reports nothing.")
-        for name in ("warmup_epochs", "freeze_head_epochs", "norm_samples", "trust_clip"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
         if self.warmup_epochs and self.warmup_steps:
             raise ConfigError(
                 f"warmup_epochs={self.warmup_epochs} and warmup_steps={self.warmup_steps} are both set: keep one."

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from hf_clars.hub import RunSummary
 
@@ -35,9 +35,16 @@ def gather_facts(trainer: Trainer, **given: Any) -> RunSummary:
         "hardware": _hardware(trainer),
         "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "history": _history(trainer),
+        "task": "image-classification" if _classifies_images(model) else None,
+        "library": "transformers" if isinstance(model, PreTrainedModel) else None,
         "needs_import": type(model).__module__.startswith("hf_clars"),
     }
     return RunSummary(**known | given)
+
+
+def _classifies_images(model: Any) -> bool:
+    """Whether it is an image classifier of transformers; what another module does is not known here."""
+    return isinstance(model, PreTrainedModel) and type(model).__name__.endswith("ForImageClassification")
 
 
 def final_results(trainer: Trainer) -> dict[str, float]:
@@ -49,7 +56,7 @@ def final_results(trainer: Trainer) -> dict[str, float]:
     Returns:
         Values by Trainer's names for them; empty before training.
     """
-    return last_logged(trainer, "train_runtime") | last_logged(trainer, "eval_loss", at_step=trainer.state.global_step)
+    return last_logged(trainer, "train_loss") | last_logged(trainer, "eval_loss", at_step=trainer.state.global_step)
 
 
 def last_logged(trainer: Trainer, key: str, *, at_step: int | None = None) -> dict[str, float]:

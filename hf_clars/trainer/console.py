@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TrackioCallback
 
 _RATES = ("rate_smallest", "rate_median", "rate_largest")
 _PLACED = {"loss", "learning_rate", "ratio_median", "signal_median", "images_per_second", "epoch", *_RATES}
@@ -107,12 +108,24 @@ class LinePrinterCallback(PrinterCallback):
             print(self._lines.line(logs or {}, state), flush=True)
 
 
+def steps_for_trackio(trainer: Trainer) -> None:
+    """Put the Trackio callback that knows the optimizer step in place of transformers' own."""
+    found = trainer.pop_callback(TrackioCallback)
+    if type(found) is TrackioCallback:
+        from hf_clars.trainer.trackio_steps import StepTrackioCallback  # Trackio is an extra
+
+        found = StepTrackioCallback()
+    if found is not None:
+        trainer.add_callback(found)
+
+
 def print_lines(trainer: Trainer) -> None:
-    """Put the line callbacks in place of transformers' own; a subclass that somebody else added is kept."""
+    """Put this project's reporters in place of transformers' own; a subclass that somebody else added is kept."""
     for plain, lines in ((ProgressCallback, LineProgressCallback), (PrinterCallback, LinePrinterCallback)):
         found = trainer.pop_callback(plain)
         if found is not None:
             trainer.add_callback(lines() if type(found) is plain else found)
+    steps_for_trackio(trainer)
 
 
 def _part(logs: Mapping[str, Any], key: str, form: str) -> list[str]:

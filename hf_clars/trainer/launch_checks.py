@@ -33,6 +33,12 @@ def check_launch(trainer: ClarsTrainer) -> None:
     Raises:
         ConfigError: In one paragraph, with what to do.
     """
+    if trainer.args.auto_find_batch_size:
+        raise ConfigError(
+            "auto_find_batch_size tries smaller batches when memory runs out, but the rate, the samples that are "
+            "measured and the steps of a run that resumes all follow from the batch. Leave it out: set "
+            "global_batch_size, and lower per_device_train_batch_size until it fits; the passes are accumulated."
+        )
     _check_processes(trainer)
     _check_precision(trainer)
     if trainer.is_deepspeed_enabled:
@@ -100,13 +106,15 @@ def _check_deepspeed(trainer: ClarsTrainer) -> None:
             "where layer norms cannot be taken: remove offload_optimizer (offload_param may stay)."
         )
     clipping = config.get("gradient_clipping", DEEPSPEED_CLIPS_AT)
+    if clipping == "auto":  # not filled in from max_grad_norm: accelerate will say 1.0
+        clipping = trainer.args.max_grad_norm or DEEPSPEED_CLIPS_AT
     if isinstance(clipping, int | float) and clipping > 0:
         says = f"clips gradients at {clipping}"
         if "gradient_clipping" not in config:
             says = f"leaves gradient_clipping out, which DeepSpeed takes for {clipping}: it clips gradients"
         raise ConfigError(
             f"The DeepSpeed configuration {says}, after the norms that the layer rates rest on were measured. Set "
-            "gradient_clipping to 0."
+            'gradient_clipping to 0 (where it says "auto", max_grad_norm decides: set that to 0).'
         )
     if trainer.args.fp16 and int(zero.get("stage", 0)) == 0:
         raise ConfigError(

@@ -73,6 +73,7 @@ class NonFiniteCallback(TrainerCallback):
         """Find the optimizer and the running statistics."""
         self._optimizer = layerwise(kwargs.get("optimizer"))
         self._last = None if self._optimizer is None else self._optimizer.last_step
+        self._unseen, self._in_a_row, self._skipped_in_a_row = [], 0, 0  # of a training before
         norms = [m for m in model.modules() if isinstance(m, NORM_MODULES)] if model is not None else []
         self._statistics = [buffer for m in norms for buffer in m.buffers(recurse=False)]
         self._saved = [buffer.clone() for buffer in self._statistics]

@@ -67,8 +67,12 @@ def _claim(folder: Path, existing: str, resume: bool) -> Path:
     return folder
 
 
+LEFT_BY_A_FAILED_START = {"layer_rates", ".partial", "runs"}
+"""What a run that ended before its first checkpoint leaves: a log and a tracker's files. They block no name."""
+
+
 def _holds_files(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+    return folder.is_dir() and any(path.name not in LEFT_BY_A_FAILED_START for path in folder.iterdir())
 
 
 def _next_free(folder: Path) -> Path:
@@ -103,10 +107,10 @@ def checkpoint_bytes(parameters: int, kept: int | None) -> int:
 
     Args:
         parameters: Number of the model's parameters and buffers.
-        kept: `save_total_limit`; None counts as 3.
+        kept: `save_total_limit`; None and 0, which keep all, count as 3.
 
     Returns:
         Bytes. One checkpoint more than is kept exists while the next is written.
     """
-    checkpoints = (3 if kept is None else kept) + 1
+    checkpoints = (kept or 3) + 1
     return 4 * parameters * (2 * checkpoints + 1)

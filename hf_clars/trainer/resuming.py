@@ -13,7 +13,8 @@ from transformers import TrainerState
 
 from hf_clars.errors import ConfigError, HfClarsError
 from hf_clars.records import RecordError, checkpoints
-from hf_clars.records.differences import sentence, weight_differences
+from hf_clars.records.differences import sentence
+from hf_clars.trainer import stored_weights
 
 MUST_AGREE = ("global_batch", "train_samples")
 """Settings that count steps: with another value the resumed run would skip or repeat other samples than it has used."""
@@ -55,26 +56,48 @@ def check_checkpoint(folder: Path, model: nn.Module, settings: dict[str, Any]) -
     if missing is not None:
         raise RecordError(f"The checkpoint {folder} is not complete: {missing}. Resume from an earlier one.")
     _check_state(folder / checkpoints.TRAINER_STATE)
-    differences = weight_differences(_weight_files(folder), model)
+    check_weights(folder, model)
+    if (folder / checkpoints.MANIFEST).exists():
+        _compare_settings(folder, checkpoints.read_manifest(folder)["settings"], settings)
+
+
+def check_weights(folder: Path, model: nn.Module) -> None:
+    """Raise unless a checkpoint's weights fill a model.
+
+    Args:
+        folder: The checkpoint.
+        model: To be filled.
+
+    Raises:
+        CheckpointMisfitError: Weights differ in name, shape or type.
+        RecordError: A file is damaged.
+    """
+    differences = stored_weights.differences(folder, model)
     if differences:
         raise CheckpointMisfitError(
             f"The checkpoint {folder} is of another model: {sentence(differences)}. Resume with the model that began "
             "the run; to begin a new run from these weights, give the folder as the model."
         )
-    if (folder / checkpoints.MANIFEST).exists():
-        _compare_settings(folder, checkpoints.read_manifest(folder)["settings"], settings)
 
 
 def check_engine(folder: Path, engine: str | None) -> None:
-    """Raise if another kind of launcher wrote the checkpoint: optimizer states of split weights fit their engine only.
+    """Raise if another kind of launcher wrote the optimizer state, as states of split weights fit their engine only.
+
+    So it does where there is none.
 
     Args:
         folder: The checkpoint.
         engine: "DeepSpeed" or "FSDP"; None for one process and plain data parallelism, which read each other's.
 
     Raises:
-        CheckpointMisfitError: With both, and what to do.
+        CheckpointMisfitError: With both, and what to do; or no launcher's state is there at all.
     """
+    if folder.is_dir() and not _holds_optimizer(folder):
+        raise CheckpointMisfitError(
+            f"The checkpoint {folder} holds no optimizer state, as save_only_model leaves them: momentum, schedule and "
+            "random numbers would begin anew. A run that shall resume saves without save_only_model; to begin a new "
+            "run from these weights, give the folder as the model."
+        )
     wrote = _engine_of(folder)
     if folder.is_dir() and wrote != engine:
         names = {None: "one process or plain data parallelism", "DeepSpeed": "DeepSpeed", "FSDP": "FSDP"}
@@ -86,27 +109,15 @@ def check_engine(folder: Path, engine: str | None) -> None:
         )
 
 
+def _holds_optimizer(folder: Path) -> bool:
+    """Whether there is a state of an optimizer, in any format: this project's, Trainer's, DeepSpeed's, FSDP's."""
+    return any(folder.glob("optimizer*")) or any(folder.glob("global_step*"))
+
+
 def _engine_of(folder: Path) -> str | None:
     if any(folder.glob("global_step*")):
         return "DeepSpeed"
     return "FSDP" if any(folder.glob("pytorch_model_fsdp*")) or (folder / "optimizer_0").is_dir() else None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The model's safetensors files; none where it is stored in another way, which Trainer then checks itself."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
-        return [whole]
-    if not index.exists():
-        return []
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise RecordError(f"{index} is damaged ({error!r}).") from error
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        raise RecordError(f"{index} names {outside[0]!r}, which is no file of this checkpoint: it was tampered with.")
-    return [folder / name for name in sorted(names)]
 
 
 def _check_state(path: Path) -> None:

@@ -9,30 +9,33 @@ own weights-only loading.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import is_peft_available
 
 from hf_clars.records import RecordError, checkpoints, load_optimizer_state, save_optimizer_state
 from hf_clars.records.differences import optimizer_differences, sentence
-from hf_clars.trainer.resuming import CheckpointMisfitError, check_checkpoint, check_engine, newest_to_resume
+from hf_clars.trainer import stored_weights
+from hf_clars.trainer.disk import DISK_ERRORS, disk_problem, stored_once
+from hf_clars.trainer.random_states import random_states, set_random_states
+from hf_clars.trainer.resuming import (
+    CheckpointMisfitError,
+    check_checkpoint,
+    check_engine,
+    check_weights,
+    newest_to_resume,
+)
 
 OPTIMIZER = "optimizer.safetensors"
 SCHEDULER = "scheduler.safetensors"
 SCALER = "scaler.safetensors"
-
-DISK_ERRORS = (OSError, SafetensorError, RecordError)
-"""What a full or read-only disk raises while a checkpoint is written."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ class SafeCheckpoints(Trainer):
 
     on_save_error = "stop"
     _partial: Path | None = None  # where a checkpoint is being written
-    _save_problem: str | None = None
+    _save_problem: tuple[str, bool] | None = None  # what went wrong, and whether the disk is at fault
 
     def checkpoint_settings(self) -> dict[str, Any]:
         """What a run that resumes should have in common with this one, as plain values; stored in each checkpoint."""
@@ -54,6 +57,13 @@ class SafeCheckpoints(Trainer):
 
     def before_checkpoint(self) -> None:
         """Called on all processes before a checkpoint is written."""
+
+    def write_beside_weights(self, folder: Path) -> None:
+        """Called on the process that writes, before a checkpoint is complete: a subclass stores what else it needs.
+
+        Args:
+            folder: The checkpoint.
+        """
 
     def train(
         self,
@@ -84,7 +94,7 @@ class SafeCheckpoints(Trainer):
             check_checkpoint(Path(str(resume_from_checkpoint)), self.model, self.checkpoint_settings())
         output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         if resume_from_checkpoint:  # the run before may have been killed before it had cleaned up
-            self._delete_old_checkpoints(Path(super()._get_output_dir(trial)), set())
+            self._delete_old_checkpoints(self.run_folder(trial), set())
         return output
 
     def _keeps_own_format(self) -> bool:
@@ -96,12 +106,20 @@ class SafeCheckpoints(Trainer):
 
     # ---- complete or absent --------------------------------------------------------------------------------------
 
+    def run_folder(self, trial: Any = None) -> Path:
+        """The folder of a run: the output folder, or in it that of a trial of a hyperparameter search.
+
+        Args:
+            trial: As `train` gets it. Default None.
+        """
+        return Path(super()._get_output_dir(trial))
+
     def _get_output_dir(self, trial: Any) -> str:
         """The run's folder; while a checkpoint is written, the one that it is written in."""
         return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = Path(super()._get_output_dir(trial))
+        run = self.run_folder(trial)
         name = f"checkpoint-{self.state.global_step}"
         if self.args.local_process_index == 0:
             checkpoints.clear_partial(run)
@@ -126,6 +144,7 @@ class SafeCheckpoints(Trainer):
             with self._disk_errors_noted():
                 if self.args.should_save:
                     self._correct_best(run, partial)
+                    self.write_beside_weights(partial)
                     checkpoints.write_manifest(partial, self.checkpoint_settings())
                     checkpoints.commit(partial, run / name)
             self._agree_on_problem()
@@ -159,7 +178,9 @@ class SafeCheckpoints(Trainer):
             self._note(error)
 
     def _note(self, error: Exception) -> None:
-        self._save_problem = self._save_problem or f"{type(error).__name__}: {error}"
+        reason = disk_problem(error, Path(str(self.args.output_dir)))
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}" if reason is None else reason
+        self._save_problem = self._save_problem or (said, reason is not None)
 
     def _agree_on_problem(self) -> None:
         if self.accelerator.num_processes > 1:
@@ -167,15 +188,42 @@ class SafeCheckpoints(Trainer):
             self._save_problem = found[0] if found else None
 
     def _report_problem(self, folder: Path) -> None:
-        message = (
-            f"The checkpoint {folder} could not be written ({self._save_problem}). Earlier checkpoints are unchanged. "
-            "Free some space or make the folder writable"
-        )
+        assert self._save_problem is not None
+        said, of_the_disk = self._save_problem
+        message = f"The checkpoint {folder} could not be written ({said}). Earlier checkpoints are unchanged"
+        if not of_the_disk:
+            raise RecordError(f"{message}. The disk is not at fault: the next one would fail in the same way.")
+        message += ". Free some space or make the folder writable"
         if self.on_save_error == "stop":
             raise RecordError(f"{message}, then go on with --resume_from_checkpoint true.")
         logger.warning(
             "%s; training goes on (on_save_error=continue) and the next checkpoint is tried in its turn.", message
         )
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_weights(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_weights(Path(str(self.state.best_model_checkpoint))):
+            super()._load_best_model()
+
+    def _load_weights(self, folder: Path) -> bool:
+        """Fill the model from a checkpoint; False where that is Trainer's: sharded engines, other kinds of files."""
+        if self._keeps_own_format() or not folder.is_dir():
+            return False
+        assert isinstance(self.model, nn.Module)
+        if stored_weights.holds_adapter_for(folder, self.model):
+            load = stored_weights.load_adapter
+        elif stored_weights.holds_whole_model(folder):
+            load = stored_weights.load
+        else:
+            return False
+        check_weights(folder, self.model)
+        load(folder, self.model)
+        return True
 
     # ---- without pickle ------------------------------------------------------------------------------------------
 
@@ -187,20 +235,41 @@ class SafeCheckpoints(Trainer):
             _internal_call: As Trainer passes it.
         """
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
+        pickle = folder / "training_args.bin"
         try:
             super().save_model(output_dir, _internal_call)
             if self.args.should_save:
-                (folder / "training_args.bin").unlink(missing_ok=True)
+                pickle.unlink(missing_ok=True)
                 (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
         except (*DISK_ERRORS, RuntimeError) as error:  # torch's word for a full disk is RuntimeError
             if self._keeps_own_format():
                 raise
-            if self._partial is None:
-                raise RecordError(
-                    f"The model could not be saved in {folder} ({error}). Checkpoints are unchanged: free some space, "
-                    "then go on with --resume_from_checkpoint true."
-                ) from error
-            self._note(error)
+            if self.args.should_save:
+                with suppress(OSError):
+                    pickle.unlink(missing_ok=True)  # half of it
+            if self._partial is not None:
+                self._note(error)
+                return
+            reason = disk_problem(error, folder)
+            if reason is None:
+                raise
+            raise RecordError(
+                f"The model could not be saved in {folder} ({reason}). Checkpoints are unchanged: free some space or "
+                "make the folder writable, then go on with --resume_from_checkpoint true."
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As `Trainer` does; a tied weight of a module that is not transformers' own is stored under its first name."""
+        assert isinstance(self.model, nn.Module)
+        inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if state_dict is None and not isinstance(inner, _saves_itself()):
+            state_dict = stored_once(self.model.state_dict())
+        super()._save(output_dir, state_dict)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Trainer asks a model of its own for names it may lack; `check_checkpoint` has compared any other's before."""
+        if hasattr(self.model, "_keys_to_ignore_on_save"):
+            super()._issue_warnings_after_load(load_result)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._keeps_own_format():
@@ -256,37 +325,10 @@ class SafeCheckpoints(Trainer):
         set_random_states(load_optimizer_state(self._rng_file(checkpoint)))
 
 
-def random_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators as plain values and tensors."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
+def _saves_itself() -> tuple[type, ...]:
+    """Classes whose `save_pretrained` knows their tied weights."""
+    if not is_peft_available():
+        return (PreTrainedModel,)
+    from peft import PeftModel
 
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` returned.
-
-    Args:
-        states: By generator.
-
-    Raises:
-        RecordError: They are not such states.
-    """
-    try:
-        random.setstate(states["python"])
-        kind, keys, position, has_gauss, cached = states["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-        torch.set_rng_state(states["torch"])
-        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if devices and len(states.get("cuda", [])) == devices:
-            torch.cuda.set_rng_state_all(states["cuda"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RecordError(
-            f"The states of the random generators do not fit ({error}): the checkpoint is damaged."
-        ) from error
+    return (PreTrainedModel, PeftModel)

@@ -20,17 +20,13 @@ class SharingTrainer(SafeCheckpoints):
     """A Trainer that saves no pickle, and pushes what `hf_clars.hub.shared_files` lists and nothing else."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model and processor, and the arguments as JSON: Trainer's `training_args.bin` is a pickle.
+        """Save model, processor and arguments, and push the run if that was asked for.
 
         Args:
             output_dir: Where to; None: the run's folder.
-            _internal_call: As Trainer passes it.
+            _internal_call: Whether somebody else pushes.
         """
         super().save_model(output_dir, True)
-        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
-        if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 

@@ -1,10 +1,12 @@
 """The layer rules that come with the package, a file a family; importing this registers them."""
 
 from hf_clars.grad_norms.rules import (  # noqa: F401
+    bilinear,
     convolution,
     embedding,
     linear,
     normalization,
+    recurrent,
     timm_layers,
     transformers_layers,
 )

@@ -30,6 +30,7 @@ class LinearRule(LayerRule):
     parameters = frozenset({"weight", "bias"})
 
     positions_in_the_middle = True
+    is_dense_weight = True
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
         """See `LayerRule`."""

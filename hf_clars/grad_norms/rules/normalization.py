@@ -8,8 +8,9 @@ the path of sample i through the batch statistics is the business of the layers 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from hf_clars.grad_norms.torch_internals import (
     group_statistics,
     layer_statistics,
 )
+from hf_clars.grad_norms.trees import first_tensor
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 _InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
@@ -39,10 +41,13 @@ class _ChannelRule(LayerRule):
 
     parameters = frozenset({"weight", "bias"})
 
-    def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
+    def save(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, wanted: Collection[str]
+    ) -> tuple[Tensor, ...]:
         """The input and its statistics; nothing for the bias alone."""
         if "weight" not in wanted:
             return ()
+        x = first_tensor(args, kwargs)
         mean, rstd = self.statistics(module, x, output)
         return x, mean, rstd
 
@@ -161,11 +166,14 @@ class LayerNormRule(LayerRule):
         assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
         return x.dim() > len(module.normalized_shape)
 
-    def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
+    def save(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, wanted: Collection[str]
+    ) -> tuple[Tensor, ...]:
         """The input, its mean unless that stays, and 1 / its scale; nothing for the bias alone."""
         assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
         if "weight" not in wanted:
             return ()
+        x = first_tensor(args, kwargs)
         dims = len(module.normalized_shape)
         if isinstance(module, nn.LayerNorm):
             return x, *layer_statistics(x, output, dims, module.eps)
@@ -179,7 +187,7 @@ class LayerNormRule(LayerRule):
 
     def operands(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, ...]:
         """The input and its statistics."""
-        return self.save(module, x, output, ("weight",))
+        return self.save(module, (x,), {}, output, ("weight",))
 
     def whole_backward(
         self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
@@ -222,9 +230,12 @@ class ChannelLayerNormRule(LayerNormRule):
         """See `LayerRule`."""
         return x.dim() == 4 if _channels_first(module) else super().has_batch_axis(module, x)
 
-    def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
+    def save(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, wanted: Collection[str]
+    ) -> tuple[Tensor, ...]:
         """As for LayerNorm, of the input with its channels last."""
-        return super().save(module, x.movedim(-3, -1) if _channels_first(module) else x, output, wanted)
+        x = first_tensor(args, kwargs)
+        return super().save(module, (x.movedim(-3, -1) if _channels_first(module) else x,), {}, output, wanted)
 
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]

@@ -6,7 +6,8 @@ elementwise, and goes on as for BatchNorm. timm is not imported: the class is kn
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ class BatchNormActRule(BatchNormRule):
         (g,) = torch.autograd.grad(after, before, g)
         return super().per_sample_grads(module, saved, g, wanted)
 
-    def save(self, module: nn.Module, x: Tensor, output: Tensor, wanted: Collection[str]) -> tuple[Tensor, ...]:
+    def save(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, wanted: Collection[str]
+    ) -> tuple[Tensor, ...]:
         """The input and its statistics: the activation's derivative needs them for the bias too."""
-        return super().save(module, x, output, {"weight", *wanted})
+        return super().save(module, args, kwargs, output, {"weight", *wanted})

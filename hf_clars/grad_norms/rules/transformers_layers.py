@@ -17,6 +17,8 @@ from hf_clars.grad_norms.rules.linear import LinearRule
 class TransposedLinearRule(LinearRule):
     """y = x W + b. The norms are those of a Linear layer: they do not mind the transposition."""
 
+    is_dense_weight = False  # the tables of `tied_tables.py` are not transposed
+
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:

@@ -56,12 +56,31 @@ function logTicks(low, high) {
   return ticks;
 }
 
+// A layer's name in so many pixels: its words are cut from the left to three letters, then to one, then the middle goes.
 function fitted(pen, text, width) {
-  if (pen.measureText(text).width <= width) return text;
-  let keep = text.length;
-  const cut = () => `${text.slice(0, Math.floor(keep / 3))}…${text.slice(text.length - (keep - Math.floor(keep / 3)))}`;
-  while (keep > 1 && pen.measureText(cut()).width > width) keep--;
+  const fits = (tried) => pen.measureText(tried).width <= width;
+  if (fits(text)) return text;
+  const words = text.split(".");
+  for (const letters of [3, 1]) {
+    for (let index = 0; index < words.length - 1; index++) {
+      words[index] = words[index].slice(0, letters);
+      if (fits(words.join("."))) return words.join(".");
+    }
+  }
+  const short = words.join(".");
+  let keep = short.length;
+  const cut = () => `${short.slice(0, Math.floor(keep / 3))}…${short.slice(short.length - (keep - Math.floor(keep / 3)))}`;
+  while (keep > 1 && !fits(cut())) keep--;
   return cut();
+}
+
+// A text centred at `x`, moved so far that it stays on the canvas; false if it would touch the one before.
+function centred(pen, text, x, y, width, after) {
+  const half = pen.measureText(text).width / 2;
+  const place = Math.min(width - half - 1, Math.max(half + 1, x));
+  if (place - half < after + 4) return after;
+  pen.fillText(text, place, y);
+  return place + half;
 }
 
 // One pixel a cell; painted once for each run and quantity, then stretched.
@@ -81,12 +100,14 @@ function paintCells(run, quantity, scale) {
 
 // Where the cells of a map lie on its canvas, in CSS pixels.
 function mapBox(canvas) {
-  const left = Math.min(230, 0.34 * canvas.clientWidth);
+  const left = canvas.labelRoom ?? 0.3 * canvas.clientWidth;
   return { left, top: 6, width: canvas.clientWidth - left - 26, height: canvas.clientHeight - 48 };
 }
 
 function drawMap(canvas, run, cells, view, cursor, selection) {
-  const { pen } = prepare(canvas);
+  const { pen, width } = prepare(canvas);
+  const longest = Math.max(...run.labels.map((label) => pen.measureText(label).width));
+  canvas.labelRoom = Math.min(longest + 12, 240, 0.42 * width);
   const colours = inks(), box = mapBox(canvas);
   const x = (step) => box.left + box.width * (step - view.x0) / (view.x1 - view.x0);
   const y = (row) => box.top + box.height * (row - view.y0) / (view.y1 - view.y0);
@@ -122,7 +143,7 @@ function drawMap(canvas, run, cells, view, cursor, selection) {
   pen.strokeStyle = colours.ink;
   pen.strokeRect(box.left, box.top, box.width, box.height);
   nameRows(pen, run, view, box, y, colours);
-  numberSteps(pen, view, box, x, colours);
+  numberSteps(pen, view, box, x, colours, width);
 }
 
 function nameRows(pen, run, view, box, y, colours) {
@@ -138,14 +159,15 @@ function nameRows(pen, run, view, box, y, colours) {
   }
 }
 
-function numberSteps(pen, view, box, x, colours) {
+function numberSteps(pen, view, box, x, colours, width) {
   pen.fillStyle = colours.ink;
   pen.textAlign = "center";
   pen.textBaseline = "top";
   const bottom = box.top + box.height;
+  let after = -Infinity; // where the last number ends
   for (const tick of linearTicks(view.x0, view.x1, box.width / 65)) {
     pen.fillRect(x(tick) - 0.5, bottom, 1, 4);
-    pen.fillText(grouped(tick), x(tick), bottom + 6);
+    after = centred(pen, grouped(tick), x(tick), bottom + 6, width, after);
   }
   pen.fillText("optimizer step", box.left + box.width / 2, bottom + 24);
 }
@@ -161,15 +183,16 @@ function drawScale(canvas, scale, label) {
   pen.fillStyle = colours.ink;
   pen.textAlign = "center";
   pen.textBaseline = "top";
+  let after = -Infinity;
   for (const tick of logTicks(scale.low, scale.high)) {
     const x = left + (right - left) * Math.log(tick / scale.low) / Math.log(scale.high / scale.low);
     pen.fillRect(x - 0.5, 14, 1, 4);
-    pen.fillText(String(tick), Math.min(right - 8, Math.max(left + 8, x)), 20);
+    after = centred(pen, String(tick), x, 20, width, after);
   }
   canvas.setAttribute("aria-label", `Colour scale of ${label}: from ${scale.low} (dark) to ${scale.high} (bright)`);
 }
 
-// lines: [{points: [[step, value]], colour}]; values that a log scale has no place for leave a gap.
+// lines: [{points: [[step, value]], series, dots: whether they are not joined}]; values that a log scale has no place for leave a gap.
 function drawChart(canvas, lines, view, step) {
   const { pen, width, height } = prepare(canvas);
   const colours = inks(), box = { left: 70, top: 8, width: width - 96, height: height - 50 };
@@ -179,7 +202,7 @@ function drawChart(canvas, lines, view, step) {
   const x = (at) => box.left + box.width * (at - view.x0) / (view.x1 - view.x0);
   pen.strokeStyle = colours.ink;
   pen.strokeRect(box.left, box.top, box.width, box.height);
-  numberSteps(pen, view, box, x, colours);
+  numberSteps(pen, view, box, x, colours, width);
   if (!shown.length) return;
   const low = least / (most > 2 * least ? 1.15 : 1.6), high = most * (most > 2 * least ? 1.15 : 1.6);
   const y = (value) => box.top + box.height * Math.log(high / value) / Math.log(high / low);
@@ -195,19 +218,22 @@ function drawChart(canvas, lines, view, step) {
   pen.beginPath();
   pen.rect(box.left, box.top, box.width, box.height);
   pen.clip();
-  lines.forEach((line, index) => {
-    pen.strokeStyle = colours.series[index];
+  for (const line of lines) {
+    pen.strokeStyle = pen.fillStyle = colours.series[line.series];
     pen.lineWidth = 1.5;
-    pen.setLineDash(index ? [6, 3] : []);
+    pen.setLineDash(line.series ? [6, 3] : []);
     pen.beginPath();
     let begun = false;
     for (const [at, value] of line.points) {
       const drawable = value > 0 && value < Infinity;
-      if (drawable && begun) pen.lineTo(x(at), y(value)); else if (drawable) pen.moveTo(x(at), y(value));
+      if (drawable && line.dots) {
+        pen.moveTo(x(at) + 3, y(value));
+        pen.arc(x(at), y(value), 3, 0, 2 * Math.PI);
+      } else if (drawable && begun) pen.lineTo(x(at), y(value)); else if (drawable) pen.moveTo(x(at), y(value));
       begun = drawable;
     }
-    pen.stroke();
-  });
+    if (line.dots) pen.fill(); else pen.stroke();
+  }
   pen.setLineDash([]);
   pen.fillStyle = colours.ink;
   if (step !== null) pen.fillRect(x(step), box.top, 1, box.height);

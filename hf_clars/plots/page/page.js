@@ -14,6 +14,7 @@ const state = {
   cursor: null, // {side, row, step}
   held: null, // the layer that the chart keeps
   drag: null,
+  tap: null, // where a finger came down
 };
 const painted = new Map(); // cells by run, quantity and scale
 
@@ -63,7 +64,8 @@ function draw() {
     canvases[side].parentElement.hidden = state.shown[side] < 0;
     if (state.shown[side] < 0) continue;
     const run = runOf(side), selection = state.drag && state.drag.side === side ? selectionOf(state.drag) : null;
-    canvases[side].previousElementSibling.textContent = `${run.name}: ${described().label}`;
+    const short = run.prefix ? `; names without ${run.prefix}` : "";
+    canvases[side].previousElementSibling.textContent = `${run.name}: ${described().label}${short}`;
     canvases[side].setAttribute("aria-label", `Heat map of ${described().label} of ${run.name}, ` +
       `${run.layers.length} layers by ${run.columns} columns of steps`);
     drawMap(canvases[side], run, cellsOf(side, scale), state.view, cursorIn(side), selection);
@@ -75,6 +77,7 @@ function draw() {
     `steps ${grouped(Math.ceil(x0))} to ${grouped(Math.floor(x1))}, layers ${Math.floor(y0) + 1} to ${Math.ceil(y1)}`;
   tell();
   drawLayer();
+  drawLosses();
 }
 
 function tell() {
@@ -91,16 +94,31 @@ function tell() {
 
 function drawLayer() {
   const layer = state.held ?? (state.cursor && runOf(state.cursor.side).layers[state.cursor.row]);
-  const lines = sides().map((side) => {
+  const lines = sides().map((side, index) => {
     const run = runOf(side), row = run.rows.get(layer ?? run.layers[0]);
     const values = row === undefined ? null : run.values(state.quantity);
-    return { points: values === null ? [] : run.firstSteps.map((first, column) =>
+    return { series: index, points: values === null ? [] : run.firstSteps.map((first, column) =>
       [(run.edges[column] + run.edges[column + 1]) / 2, values[row * run.columns + column]]) };
   });
   const names = sides().map((side, index) => `${runOf(side).name} (${index ? "dashed" : "solid"})`).join(", ");
   byId("layer-caption").textContent = `${described().symbol} of layer ${layer ?? runOf(0).layers[0]}` +
     `${state.held === null ? "" : " (held)"}: ${names}`;
   drawChart(byId("layer"), lines, state.view, state.cursor && state.cursor.step);
+}
+
+// The losses of the shown runs over the same steps as the maps: lines for training, dots for evaluation.
+function drawLosses() {
+  const lines = sides().flatMap((side, index) => [
+    { series: index, points: runOf(side).loss },
+    { series: index, points: runOf(side).evalLoss, dots: true },
+  ]);
+  const some = lines.some((line) => line.points.length);
+  byId("losses").hidden = !some;
+  byId("maps").className = sides().length === 1 ? "single" : "";
+  if (!some) return;
+  const names = sides().map((side, index) => `${runOf(side).name} (${index ? "dashed" : "solid"})`).join(", ");
+  byId("loss-caption").textContent = `Loss (lines: training, dots: evaluation): ${names}`;
+  drawChart(byId("loss"), lines, state.view, state.cursor && state.cursor.step);
 }
 
 // ---- zooming and moving --------------------------------------------------------------------------------------------
@@ -150,6 +168,13 @@ function zoomAtCursor(factor, layersToo) {
   zoom(factor, across, down, layersToo);
 }
 
+// Steps and layers at once, but not closer than to a few of either.
+function zoomBoth(factor) {
+  const { y0, y1 } = state.view;
+  zoomAtCursor(factor, false);
+  if (factor > 1 || y1 - y0 > 6) zoomAtCursor(factor, true);
+}
+
 function move(side, columns, rows) {
   if (state.cursor === null || state.cursor.side !== side) point(side, state.view.x0, state.view.y0);
   const run = runOf(side), cursor = state.cursor;
@@ -178,21 +203,29 @@ function listen(canvas, side) {
     if (state.drag) [state.drag.toX, state.drag.toY] = [event.offsetX, event.offsetY];
   });
   on("pointerdown", (event) => {
+    if (event.pointerType === "touch") { // a finger scrolls the page, and may tap
+      const place = placeOf(side, event);
+      point(side, place.step, place.row);
+      state.tap = { x: event.clientX, y: event.clientY };
+      return;
+    }
     canvas.setPointerCapture(event.pointerId);
     const { offsetX: x, offsetY: y } = event;
     state.drag = { side, x, y, toX: x, toY: y, from: placeOf(side, event) };
   });
   on("pointerup", (event) => {
-    const { drag } = state;
-    state.drag = null;
+    const { drag, tap } = state;
+    state.drag = state.tap = null;
+    if (tap !== null && Math.abs(event.clientX - tap.x) < 9 && Math.abs(event.clientY - tap.y) < 9) return hold();
     if (drag === null) return;
     const { width, height } = selectionOf(drag), to = placeOf(side, event);
     if (width < 5 && height < 5) return hold();
     const order = (a, b) => [Math.min(a, b), Math.max(a, b)];
     show(...order(drag.from.step, to.step), ...(height < 12 ? [state.view.y0, state.view.y1] : order(drag.from.row, to.row)));
   });
-  on("pointercancel", () => { state.drag = null; });
+  on("pointercancel", () => { state.drag = state.tap = null; });
   on("wheel", (event) => {
+    if (!event.ctrlKey && !event.metaKey) return; // the page scrolls
     event.preventDefault();
     const place = placeOf(side, event);
     zoom((event.deltaY || event.deltaX) > 0 ? 1.25 : 0.8, place.across, place.down, event.shiftKey);
@@ -250,6 +283,8 @@ function begin() {
   fill(byId("second"), [["-1", "none"], ...names], String(state.shown[1]), chooseRun(1));
   byId("second").parentElement.hidden = runs.length < 2;
   byId("reset").addEventListener("click", () => { showAll(); draw(); });
+  byId("nearer").addEventListener("click", () => { zoomBoth(0.5); draw(); });
+  byId("farther").addEventListener("click", () => { zoomBoth(2); draw(); });
   canvases.forEach(listen);
   window.addEventListener("resize", draw);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

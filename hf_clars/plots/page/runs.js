@@ -29,6 +29,9 @@ class Run {
     this.name = stored.name;
     this.layers = stored.layers;
     this.labels = stored.labels; // the same, shortened
+    this.prefix = stored.prefix; // what the labels leave out
+    this.loss = stored.loss; // [[step, value]]
+    this.evalLoss = stored.eval_loss;
     this.settings = stored.settings;
     this.firstSteps = stored.first_steps; // of each column
     this.lastSteps = stored.last_steps;

@@ -1,0 +1,228 @@
+"""One forward pass and what its backward pass has delivered so far."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SecondBackwardError
+from hf_clars.grad_norms.norm_math import SMALL, squared_sum
+from hf_clars.grad_norms.trees import memory_of
+
+if TYPE_CHECKING:
+    from hf_clars.grad_norms.hooked_modules import HookedModule
+    from hf_clars.grad_norms.rule_call import RuleCall
+    from hf_clars.grad_norms.sum_check import SumCheck
+    from hf_clars.grad_norms.tied_tables import TiedTable
+
+_differentiating = 0
+"""How many of our own differentiations are under way: hooks of all trackers must do nothing then."""
+
+
+def differentiating() -> bool:
+    """Whether the graph is differentiated for the norms' sake, and not by the user."""
+    return _differentiating > 0
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Differentiate without any tracker taking note."""
+    global _differentiating
+    _differentiating += 1
+    try:
+        yield
+    finally:
+        _differentiating -= 1
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """The bookkeeping of one forward pass.
+
+    Attributes:
+        batch_size: Samples in the pass.
+        kept: How many of its first samples are measured.
+        implicit: True when the pass was opened by a submodule rather than by the model's own forward.
+        mark: Called when a gradient has reached the pass.
+        without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
+        recomputed: Modules whose parameters were counted for such calls already.
+        error: What was found wrong in a backward pass, to be raised when the norms are asked for.
+        device: Where the first captured call took place.
+        packed: Whether saved tensors went through hooks in some module: checkpointing, or offloading.
+        uses: How often each parameter is used.
+        several: Parameters with more than one use.
+        rule_calls: Calls that rules measure.
+        open_uses: Other uses whose gradient has not come; each holds on to its place in the graph.
+        gates: Modules around some of them.
+        fired: Uses whose gradient has come.
+        tickets: How many uses were numbered.
+        small: Layer index and per-sample gradients of small parameters, which are squared together in the end.
+        squares: {layer index: Tensor [kept]}, squared norms added up over the layer's parameters.
+        pending: Per-sample gradients of parameters used more than once: those add up before they are squared.
+        tables: Parameters used more than once that are tables looked up; see `tied_tables.py`.
+        check: Compares sums with the batch gradient, in passes that are checked.
+        backward_seen: Whether a gradient has reached this pass.
+        closed: Whether its norms have been taken.
+        given: What the model was called with: (memory, shape, strides) of tensors with more axes than the batch.
+    """
+
+    batch_size: int
+    kept: int
+    implicit: bool = False
+    mark: Callable[[ForwardPass], None] = lambda _: None
+    without_grad: Counter[HookedModule] = field(default_factory=Counter)
+    recomputed: Counter[HookedModule] = field(default_factory=Counter)
+    error: Exception | None = None
+    device: torch.device | None = None
+    packed: bool = False
+    uses: Counter[nn.Parameter] = field(default_factory=Counter)
+    several: set[nn.Parameter] = field(default_factory=set)
+    rule_calls: list[RuleCall] = field(default_factory=list)
+    open_uses: dict[int, Any] = field(default_factory=dict)
+    gates: list[Any] = field(default_factory=list)
+    fired: set[int] = field(default_factory=set)
+    tickets: int = 0
+    small: list[tuple[int, Tensor]] = field(default_factory=list)
+    squares: dict[int, Tensor] = field(default_factory=dict)
+    pending: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    tables: dict[nn.Parameter, TiedTable | None] = field(default_factory=dict)
+    check: SumCheck | None = None
+    backward_seen: bool = False
+    closed: bool = False
+    given: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
+
+    def free_graph(self) -> None:
+        """Drop what no gradient came through, so that the graph and its hooks do not keep each other."""
+        self.open_uses.clear()
+        for gate in self.gates:
+            gate.free_graph()
+        self.gates.clear()
+        for call in self.rule_calls:
+            call.leave_graph()
+
+    def note_given(self, tensors: Iterable[Tensor]) -> None:
+        """Remember what the model was called with: the first axis of that is the batch by contract."""
+        found = [(t, memory_of(t)) for t in tensors if t.dim() > 1 and t.shape[0] == self.batch_size]
+        self.given = {(place, t.shape, t.stride()) for t, place in found if place is not None}
+
+    def was_given(self, x: Tensor) -> bool:
+        """Whether a module's input is what the model was called with."""
+        return bool(self.given) and x.dim() > 1 and (memory_of(x), x.shape, x.stride()) in self.given
+
+    def arrive(self, ticket: int, what: str) -> None:
+        """Note that a use's gradient has come.
+
+        Raises:
+            SecondBackwardError: If it had come already.
+        """
+        self.mark(self)
+        if ticket in self.fired:
+            raise second_backward(what)
+        self.fired.add(ticket)
+
+    def next_ticket(self) -> int:
+        """A number for a use."""
+        self.tickets += 1
+        return self.tickets
+
+    def add_use(self, param: nn.Parameter) -> None:
+        """Count a use of a parameter."""
+        uses = self.uses[param] = self.uses.get(param, 0) + 1
+        if uses > 1:
+            self.several.add(param)
+
+    def forget_use(self, param: nn.Parameter) -> None:
+        """Take back a use that was counted."""
+        self.uses[param] -= 1
+        if self.uses[param] < 2:
+            self.several.discard(param)
+
+    def add_squares(self, layer: int, squares: Tensor) -> None:
+        """Add one parameter's squared norms [kept] to its layer."""
+        held = self.squares.get(layer)
+        self.squares[layer] = squares if held is None else held + squares
+
+    def add_grads(self, param: nn.Parameter, layer: int, grads: Tensor) -> None:
+        """Add one use's per-sample gradients [kept, *shape]; those of several uses add up before they are squared."""
+        if param in self.several:
+            held = self.pending.get(param)
+            self.pending[param] = grads if held is None else held + grads
+        elif grads.numel() < SMALL:
+            self.small.append((layer, grads))
+        else:
+            self.add_squares(layer, squared_sum(grads))
+
+    def _square_small(self) -> None:
+        """Square all gradients of one shape at once: there are many of them, and each operation takes its time."""
+        by_shape: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
+        for layer, grads in self.small:
+            by_shape.setdefault((grads.shape, grads.dtype), []).append((layer, grads))
+        self.small.clear()
+        for group in by_shape.values():
+            stacked = torch.stack([grads.flatten(1) if grads.dim() > 1 else grads[:, None] for _, grads in group])
+            for (layer, _), squares in zip(group, torch.linalg.vecdot(stacked, stacked).unbind(), strict=True):
+                self.add_squares(layer, squares)
+
+    def norms(self, layer_of: dict[nn.Parameter, int], layers: int) -> Tensor | None:
+        """Close the pass: its norms, once.
+
+        Args:
+            layer_of: Layer index of every parameter.
+            layers: Number of layers K.
+
+        Returns:
+            Norms [K, kept], zero for layers that got no gradient; None when no layer got any.
+        """
+        self.closed = True
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        for param, grads in self.pending.items():
+            self.add_squares(layer_of[param], squared_sum(grads))
+        self.pending.clear()
+        for param, table in self.tables.items():
+            squares = None if table is None else table.squares()
+            if squares is not None:
+                self.add_squares(layer_of[param], squares)
+        self.tables.clear()
+        self._square_small()
+        if not self.squares:
+            return None
+        zeros = torch.zeros_like(next(iter(self.squares.values())))
+        norms = torch.stack([self.squares.get(k, zeros) for k in range(layers)]).sqrt()
+        self.squares.clear()
+        return norms
+
+
+def second_backward(what: object) -> SecondBackwardError:
+    """The error for a second backward pass through one forward pass."""
+    return SecondBackwardError(
+        f"A second backward pass reached {what} through the same forward pass: a second backward(), or "
+        "torch.autograd.grad before it. A sample's gradient norm is that of all its losses together: add the losses "
+        "and call backward() once. Where a loss needs a gradient of its own (a gradient penalty with "
+        f"create_graph=True), its norms cannot be told by sample: {WITHOUT_SAMPLES}, or LARS."
+    )
+
+
+@dataclass(frozen=True)
+class NormTotals:
+    """Sums over the measured samples of one accumulated batch, in the units of the local `p.grad`.
+
+    Attributes:
+        norms: [K], sum of ||c g_i|| where c g_i is what sample i adds to `p.grad`.
+        squares: [K], sum of ||c g_i||^2.
+        captured: Samples (or micro-batches) measured.
+        total: Samples that went into `p.grad`, in the unit of `captured` (samples, or micro-batches of the measured
+            size).
+    """
+
+    norms: Tensor
+    squares: Tensor
+    captured: int
+    total: float

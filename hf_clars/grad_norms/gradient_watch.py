@@ -1,0 +1,69 @@
+"""Whether gradients were cleared since `backward()` brought them, also where they were set to zero in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_clars.distributed import keeps_gradients_elsewhere
+from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.grad_norms.torch_internals import version
+
+
+class GradientWatch:
+    """Looks at the gradients of a few parameters, the first, the middle and the last.
+
+    Args:
+        params: The parameters that train.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        self._noted: dict[nn.Parameter, tuple[Tensor, tuple[int, int]]] = {}
+        self._handles: list[RemovableHandle] = []
+        trained = [p for p in params if p.requires_grad]
+        places = {0, len(trained) // 2, len(trained) - 1} if trained else set()
+        for place in sorted(places):
+            self._handles.append(trained[place].register_post_accumulate_grad_hook(BoundHook(self._on_gradient)))
+
+    @torch.no_grad()
+    def _on_gradient(self, param: nn.Parameter) -> None:
+        split_by_zero = keeps_gradients_elsewhere(param) and not hasattr(param, "device_mesh")
+        if param.grad is not None and not split_by_zero:
+            self._noted[param] = (param.grad, _versions(param.grad))
+
+    @torch.no_grad()
+    def cleared(self) -> bool:
+        """Whether the gradients that were noted are gone, or zero.
+
+        Waits for the device only where a gradient was changed in place between two backward passes, which is no part of
+        an ordinary loop.
+        """
+        if not self._noted:
+            return False
+        now = {p: p.grad for p in self._noted if p.grad is not None}
+        if all(self._noted[p][0] is grad and self._noted[p][1] == _versions(grad) for p, grad in now.items()):
+            return not now
+        return not any(bool(_local(grad).any()) for grad in now.values())
+
+    def forget(self) -> None:
+        """A new batch begins."""
+        self._noted.clear()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _versions(grad: Tensor) -> tuple[int, int]:
+    """How often a gradient has been changed; of one that FSDP2 has split, operations count at either end."""
+    return version(grad), version(_local(grad))
+
+
+def _local(grad: Any) -> Tensor:
+    return grad.to_local() if hasattr(grad, "device_mesh") else grad

@@ -1,0 +1,355 @@
+"""What is known of a model's graph, and how it is learned: the uses to measure, whose rows are whose, which gate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
+from hf_clars.grad_norms.forward_pass import ForwardPass, quietly
+from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, prove
+from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
+from hf_clars.grad_norms.graph.taint import DataTaint
+from hf_clars.grad_norms.graph.walk import GraphWalk, Region, Signature, Use
+from hf_clars.grad_norms.hooked_modules import HookedModule
+from hf_clars.grad_norms.one_product import OWN_NODES
+from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.torch_internals import dtype_at, shape_at
+
+
+@dataclass(eq=False)
+class ContainerCall:
+    """A call of a module without a rule: a possible gate.
+
+    Attributes:
+        hooked: The module.
+        edges: Where its differentiable results come from.
+        inputs: Where its inputs come from.
+    """
+
+    hooked: HookedModule
+    edges: list[GradientEdge]
+    inputs: set[Node]
+
+
+@dataclass(eq=False)
+class GraphFinder:
+    """Finds the uses of parameters that no rule measures.
+
+    Args:
+        param_of: See `GraphWalk`.
+        name_of: A parameter's name.
+
+    Attributes:
+        asks_for_data: Whether the next pass must follow the data: something was met that is not known.
+        gated: Modules whose results are kept as gates from now on.
+    """
+
+    param_of: Callable[[Tensor], nn.Parameter | None]
+    name_of: Callable[[nn.Parameter], str]
+    asks_for_data: bool = False
+    gated: set[HookedModule] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._takes_data: dict[Signature, bool] = {}
+        self._mixed: set[Signature] = set()
+        self._whole: set[Signature] = set()
+        self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
+        self._gate_of: dict[tuple[object, ...], HookedModule] = {}
+
+    @property
+    def always_asks_for_data(self) -> bool:
+        """Whether one operation is used on the data and on constants alike, so that only the data can tell."""
+        return bool(self._mixed)
+
+    def forget(self) -> None:
+        """An engine has put other parameters in the places of those that were known."""
+        self.__post_init__()
+        self.asks_for_data = True
+
+    # ---- one pass --------------------------------------------------------------------------------------------
+
+    def find(
+        self,
+        current: ForwardPass,
+        outputs: Sequence[Tensor],
+        taint: DataTaint | None,
+        containers: Sequence[ContainerCall],
+    ) -> tuple[list[MeasuredUse], list[Gate]]:
+        """The uses of a pass that are to be measured at their nodes, and those behind gates.
+
+        Calls by rules that prove wrong are cancelled.
+
+        Args:
+            current: The pass; its forward has just ended.
+            outputs: What the model returned.
+            taint: What depends on the data, if that was followed.
+            containers: Calls that may be gates, inner ones first.
+
+        Raises:
+            BatchAxisError: If rows cannot be told apart by sample.
+        """
+        for _ in range(4):
+            walk = self._walk(current, outputs, taint)
+            unproven = [c for c in current.rule_calls if not c.proven and not c.cancelled]
+            unknown = [use for use in walk.uses if self._known(use, current.batch_size, taint) is None]
+            if not unproven and not unknown:
+                break
+            if not self._learn(current, outputs, walk, unproven, unknown, containers):
+                break
+        measured: list[MeasuredUse] = []
+        gates: dict[ContainerCall, Gate] = {}
+        for use in walk.uses:
+            at_node = self._at_node(use, current, taint)
+            if at_node is not None:
+                measured.append(at_node)
+                continue
+            container = self._container_of(use, current, containers)
+            edges = [e for e in container.edges if (shape_at(e.node, e.output_nr) or (0,))[0] == current.batch_size]
+            gates.setdefault(container, Gate(edges, str(container.hooked))).uses.append(use)
+        return measured, list(gates.values())
+
+    def _walk(self, current: ForwardPass, outputs: Sequence[Tensor], taint: DataTaint | None) -> GraphWalk:
+        regions = {
+            edge.node: Region(set(c.wanted.values()), c.input_node)
+            for c in current.rule_calls
+            if not c.cancelled
+            for edge in c.edges
+        }
+        walk = GraphWalk(
+            self.param_of,
+            regions,
+            lambda node, signature: self._is_data(node, signature, taint),
+            self._whole.__contains__,
+            current.batch_size,
+        )
+        walk.run(outputs, OWN_NODES)
+        return walk
+
+    def _is_data(self, node: Node, signature: Signature, taint: DataTaint | None) -> bool:
+        known = self._takes_data.get(signature)
+        if taint is not None:
+            found = node in taint.nodes
+            if known is not None and known != found:
+                self._mixed.add(signature)
+            self._takes_data[signature] = found
+            return found
+        if known is None:
+            self.asks_for_data = True
+            return True
+        return known
+
+    # ---- layouts ---------------------------------------------------------------------------------------------
+
+    def _known(self, use: Use, batch: int, taint: DataTaint | None) -> list[Layout | None] | None:
+        """The layouts of a use's results, if they are known or certain."""
+        shapes = use.result_shapes()
+        if batch == 1:
+            return [Layout() for _ in shapes]
+        key = _key(use, shapes)
+        known = self._layouts.get(key)
+        if known is not None:
+            fits = all(la is None or la.sizes(s, batch) is not None for la, s in zip(known, shapes, strict=True))
+            return known if fits else None
+        if key in self._gate_of:
+            return [None for _ in shapes]
+        spreads = use.node.name().startswith(("Expand", "Repeat"))
+        if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not is_open(shapes[0], batch) and not spreads:
+            return [Layout()]
+        return None
+
+    def _learn(
+        self,
+        current: ForwardPass,
+        outputs: Sequence[Tensor],
+        walk: GraphWalk,
+        unproven: Sequence[RuleCall],
+        unknown: Sequence[Use],
+        containers: Sequence[ContainerCall],
+    ) -> bool:
+        """Follow one sample's gradient. Returns whether anything was cancelled, so that the graph looks different."""
+        places: list[tuple[GradientEdge, tuple[int, ...]]] = []
+        for call in unproven:
+            places.append((call.edges[0], shape_at(call.edges[0].node, call.edges[0].output_nr) or ()))
+        for use in unknown:
+            places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(use.result_shapes())]
+        proven = self._prove(current, outputs, walk, places)
+        if proven is None:
+            self._take_as_they_look(unproven, current)
+            return False
+        again = False
+        for call, found in zip(unproven, proven, strict=False):
+            call.proven = True
+            coupled = found is not None and found.everywhere and call.rows == 1 and call.x_depends_on_data
+            right = found is None or call.layout in found.layouts or coupled
+            if not right:
+                call.cancelled, again = True, True
+                for param in call.wanted.values():
+                    current.forget_use(param)
+            if found is not None:
+                call.hooked.calls[call.key] = "observed" if right else "graph"
+        rest = iter(proven[len(unproven) :])
+        for use in unknown:
+            shapes = use.result_shapes()
+            found_of = [next(rest) for _ in shapes]
+            again |= self._learn_use(use, shapes, found_of, current.batch_size)
+        return again
+
+    def _learn_use(
+        self, use: Use, shapes: Sequence[tuple[int, ...]], found: Sequence[Arrival | None], batch: int
+    ) -> bool:
+        if all(f is None for f in found):
+            return False  # no gradient arrived: nothing is learned
+        if use.node.name().startswith(("Expand", "Repeat")) and found[0] and not found[0].layouts:
+            # It spreads over something that is as long as the batch by chance.
+            self._whole.add((use.node.name(), use.key[2]))
+            return True
+        layouts: list[Layout | None] = []
+        for shape, f in zip(shapes, found, strict=True):
+            if f is not None and f.layouts:
+                layouts.append(f.layouts[0])
+            elif (f is None or f.everywhere) and shape and shape[0] == batch:
+                layouts.append(Layout())  # coupled samples, or no gradient: taken for what it looks like
+            else:
+                layouts.append(None)
+        if any(la is not None for la in layouts):
+            self._layouts[_key(use, shapes)] = layouts
+        return False
+
+    def _prove(
+        self,
+        current: ForwardPass,
+        outputs: Sequence[Tensor],
+        walk: GraphWalk,
+        places: Sequence[tuple[GradientEdge, tuple[int, ...]]],
+    ) -> list[Arrival | None] | None:
+        """The layouts of some places; None if the graph cannot be asked."""
+        batch = current.batch_size
+        whole = [t for t in outputs if t.dim() and t.shape[0] == batch and t.requires_grad and t.is_floating_point()]
+        if batch < 2 or walk.once or any(t.is_meta for t in outputs):
+            return None
+        roots = [(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
+        checks: list[tuple[GradientEdge, tuple[int, ...]]] = []
+        if not roots:
+            roots = _inner_roots(outputs, batch)
+            checks = [
+                (c.edges[0], shape_at(c.edges[0].node, c.edges[0].output_nr) or ())
+                for c in current.rule_calls
+                if c.edges and c.proven and not c.cancelled and c.on_given
+            ]
+            if not roots or not checks:
+                return None
+        try:
+            with quietly():
+                found = prove(roots, [*places, *checks], batch, walk.couplings)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return None  # a graph that can be differentiated only once
+        wrong = [f for f in found[len(places) :] if f is not None and Layout() not in f.layouts]
+        return None if wrong else found[: len(places)]
+
+    def _take_as_they_look(self, unproven: Sequence[RuleCall], current: ForwardPass) -> None:
+        for call in unproven:
+            if call.rows != 1 and not _is_meta(call):
+                raise _no_proof(call, current.batch_size)
+            call.proven = True
+
+    # ---- gates -----------------------------------------------------------------------------------------------
+
+    def _at_node(self, use: Use, current: ForwardPass, taint: DataTaint | None) -> MeasuredUse | None:
+        shapes = use.result_shapes()
+        name = self.name_of(next(iter(use.leaves.values())))
+        layouts = self._known(use, current.batch_size, taint)
+        if layouts is not None:
+            known = any(la is not None for la in layouts)
+            return MeasuredUse(use, layouts, name, careful=current.packed) if known else None
+        if shapes[0] and shapes[0][0] == current.batch_size:  # nothing could be learned: taken for what it looks like
+            return MeasuredUse(use, [Layout(), *[None for _ in shapes[1:]]], name, careful=current.packed)
+        return None
+
+    def _container_of(self, use: Use, current: ForwardPass, containers: Sequence[ContainerCall]) -> ContainerCall:
+        """The innermost module around a use whose results have the batch first."""
+        key = _key(use, use.result_shapes())
+        wanted = self._gate_of.get(key)
+        for container in containers:
+            if wanted is not None and container.hooked is not wanted:
+                continue
+            shapes = [shape_at(e.node, e.output_nr) or (0,) for e in container.edges]
+            starts = [
+                e.node for e, shape in zip(container.edges, shapes, strict=True) if shape[0] == current.batch_size
+            ]
+            if starts and _reaches(starts, use.node, container.inputs):
+                if key not in self._gate_of and current.kept > 1:
+                    _announce(container, [self.name_of(p) for p in use.leaves.values()])
+                self._gate_of[key] = container.hooked
+                self.gated.add(container.hooked)
+                return container
+        self.asks_for_data = True
+        raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), current.batch_size)
+
+
+def _announce(container: ContainerCall, names: Sequence[str]) -> None:
+    warnings.warn(
+        f"{container.hooked}: the gradient norms of {', '.join(sorted(names))} need a backward pass of this module for "
+        "every sample, because rows inside belong to no sample. This is exact but slow: register a layer rule, freeze "
+        "these parameters, or measure fewer samples.",
+        stacklevel=2,
+    )
+
+
+def _key(use: Use, shapes: Sequence[tuple[int, ...]]) -> tuple[object, ...]:
+    return (use.key, tuple(len(s) for s in shapes))
+
+
+def _reaches(starts: Sequence[Node], node: Node, ends: set[Node]) -> bool:
+    """Whether a node lies between some results and the inputs."""
+    stack, seen = list(starts), set(starts)
+    while stack:
+        here = stack.pop()
+        if here is node:
+            return True
+        for child, _ in here.next_functions:
+            if child is not None and child not in seen and child not in ends:
+                seen.add(child)
+                stack.append(child)
+    return False
+
+
+def _inner_roots(outputs: Sequence[Tensor], batch: int) -> list[tuple[GradientEdge, Tensor]]:
+    """Below a loss that a model returns alone: the first values that have rows."""
+    found: list[tuple[GradientEdge, Tensor]] = []
+    device = outputs[0].device if outputs else torch.device("cpu")
+    stack = [(t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node, output = stack.pop()
+        shape = shape_at(node, output)
+        if shape and shape[0] and shape[0] % batch == 0:
+            like = torch.empty(batch, shape[0] // batch, *shape[1:], dtype=dtype_at(node, output), device=device)
+            found.append((GradientEdge(node, output), like))
+            continue
+        for child, i in node.next_functions:
+            if child is not None and (child, i) not in seen and child.next_functions:
+                seen.add((child, i))
+                stack.append((child, i))
+    return found
+
+
+def _is_meta(call: RuleCall) -> bool:
+    """Whether a call was made on tensors without values."""
+    return call.current.device is not None and call.current.device.type == "meta"
+
+
+def _no_proof(call: RuleCall, batch: int) -> BatchAxisError:
+    """The error for folded rows that cannot be proven to lie together."""
+    return BatchAxisError(
+        f"{call.hooked} is called on {call.rows} rows for each of the {batch} samples, and this model's graph does not "
+        "tell whether they lie together: let the model return its outputs beside the loss, put the batch first, freeze "
+        f"the parameters, or {WITHOUT_SAMPLES}."
+    )

@@ -1,0 +1,170 @@
+"""Which rows of a tensor belong to which sample, and the proof of it.
+
+A layer's output is [B, ...] as a rule. But models fold windows into the batch, [B * windows, ...], put time first,
+[T, B, ...], or flatten that, [T * B, ...]. Where shapes leave it open, a gradient that starts from one sample of the
+model's output is followed through the graph, once: the rows at which it arrives are that sample's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from hf_clars.grad_norms.torch_internals import shape_at
+
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An axis of length outer * B * inner; the middle one is the sample.
+
+    Attributes:
+        axis: Which axis.
+        outer: How many times the batch is repeated along it: 1 where each sample's rows lie together; -1 where they lie
+            farthest apart (inner is 1), as in [T * B, ...].
+    """
+
+    axis: int = 0
+    outer: int = 1
+
+    def sizes(self, shape: Shape, batch: int) -> tuple[int, int] | None:
+        """(outer, inner) for a tensor of this shape; None if it cannot be laid out so."""
+        if self.axis >= len(shape) or batch == 0 or shape[self.axis] % batch:
+            return None
+        rows = shape[self.axis] // batch
+        outer = rows if self.outer < 0 else self.outer
+        return None if outer == 0 or rows % outer else (outer, rows // outer)
+
+    def samples_first(self, t: Tensor, batch: int) -> Tensor:
+        """[B, *axes before, outer, inner, *axes after]."""
+        if t.dim() == 0:
+            return t.reshape(1, 1, 1)
+        sizes = self.sizes(t.shape, batch)
+        assert sizes is not None
+        return t.unflatten(self.axis, (sizes[0], batch, sizes[1])).movedim(self.axis + 1, 0)
+
+    def one_sample_each(self, t: Tensor, batch: int, samples: slice) -> Tensor:
+        """[b, *shape]: a copy of `t` for each of some samples, in which all other samples are zero."""
+        count = len(range(*samples.indices(batch)))
+        if batch == 1 or t.dim() == 0:
+            return t.unsqueeze(0).expand(count, *t.shape)
+        sizes = self.sizes(t.shape, batch)
+        assert sizes is not None
+        split = t.unflatten(self.axis, (sizes[0], batch, sizes[1]))
+        mine = torch.eye(batch, dtype=torch.bool, device=t.device)[samples]
+        shape = [count] + [1] * split.dim()
+        shape[self.axis + 2] = batch
+        return split.unsqueeze(0).where(mine.view(shape), 0).flatten(self.axis + 1, self.axis + 3)
+
+
+def is_open(shape: Shape, batch: int) -> bool:
+    """Whether the batch could as well be in an axis between the first and the last."""
+    return len(shape) > 2 and batch > 1 and any(n and n % batch == 0 for n in shape[1:-1])
+
+
+def candidates(shape: Shape, batch: int) -> list[Layout]:
+    """Every layout that a shape allows, the likeliest first."""
+    found: list[Layout] = []
+    for axis, size in enumerate(shape):
+        if not size or size % batch:
+            continue
+        rows = size // batch
+        found.append(Layout(axis))
+        if rows > 1:
+            found.append(Layout(axis, -1))
+        found += [Layout(axis, outer) for outer in range(2, rows) if rows % outer == 0]
+    return sorted(found, key=lambda layout: (layout.outer != 1, layout.axis))
+
+
+@dataclass
+class Arrival:
+    """Where one sample's gradient arrived in a tensor.
+
+    Attributes:
+        layouts: Those that are right, the likeliest first.
+        everywhere: Whether it touched every row of the first axis: samples are coupled, or the rows belong to none.
+    """
+
+    layouts: list[Layout]
+    everywhere: bool = True
+
+
+def prove(
+    roots: Sequence[tuple[GradientEdge, Tensor]],
+    places: Sequence[tuple[GradientEdge, tuple[int, ...]]],
+    batch: int,
+    couplings: Sequence[Node],
+) -> list[Arrival | None]:
+    """Follow one sample's gradient, for the last and the first sample.
+
+    Args:
+        roots: Places that are known to be [B, ...], or [B * rows, ...], each with a tensor [B, ...] of its size.
+        places: What to look at, with its shape.
+        batch: B > 1.
+        couplings: BatchNorm's operations, through which a sample would touch all others.
+
+    Returns:
+        For each place, where the gradient arrived; None if it did not.
+
+    Raises:
+        RuntimeError: From torch, if the graph can be differentiated only once.
+    """
+    left: list[Arrival | None] = [None] * len(places)
+    for sample in (batch - 1, 0):
+        starts = [_start(like, sample).view(shape_at(edge.node, edge.output_nr) or like.shape) for edge, like in roots]
+        with _uncoupled(couplings):
+            arrived = torch.autograd.grad(
+                [edge for edge, _ in roots],
+                [edge for edge, _ in places],
+                starts,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        for i, (g, (_, shape)) in enumerate(zip(arrived, places, strict=True)):
+            if g is None or not bool(g.ne(0).any()):
+                continue
+            before = left[i] or Arrival(candidates(shape, batch))
+            right = [layout for layout in before.layouts if _holds_only(g, layout, sample, batch)]
+            left[i] = Arrival(
+                right, before.everywhere and bool(g.ne(0).reshape(len(g), -1).any(1).all() if g.dim() else True)
+            )
+    return left
+
+
+def _start(like: Tensor, sample: int) -> Tensor:
+    """Zero but for one sample, without drawing random numbers: the run's own must not change."""
+    start = torch.zeros_like(like)
+    row = start[sample]
+    row.copy_(torch.arange(1, row.numel() + 1, device=row.device).mul(1.7).cos().add(1.5).view_as(row))
+    return start
+
+
+def _holds_only(g: Tensor, layout: Layout, sample: int, batch: int) -> bool:
+    touched = layout.samples_first(g, batch).flatten(1).ne(0).any(1)
+    touched[sample] = False
+    return not bool(touched.any())
+
+
+@contextmanager
+def _uncoupled(nodes: Sequence[Node]) -> Iterator[None]:
+    """BatchNorm lets a sample's gradient reach the other samples. Here it must not: only rows matter."""
+    handles = [node.register_hook(_keep_rows) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_rows(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    g, x = outputs[0], inputs[0]
+    if g is None or x is None:
+        return tuple(inputs)
+    touched = g.flatten(1).ne(0).any(1).view(-1, *[1] * (x.dim() - 1))
+    return (x * touched, *inputs[1:])

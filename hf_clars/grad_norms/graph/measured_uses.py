@@ -1,0 +1,225 @@
+"""Measures the uses that a walk finds, in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
+from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, quietly
+from hf_clars.grad_norms.graph.layout import Layout
+from hf_clars.grad_norms.graph.nodes import call_for_each, operand_grads
+from hf_clars.grad_norms.graph.walk import Use, results_of
+from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
+from hf_clars.grad_norms.torch_internals import no_autocast
+
+Deliver = Callable[[ForwardPass, nn.Parameter, Tensor, torch.dtype], None]
+
+
+@dataclass(eq=False)
+class MeasuredUse:
+    """A use, and which rows of its operation's results are whose.
+
+    Attributes:
+        use: The use.
+        layouts: One for each result of the operation; None for results that belong to no sample.
+        name: Of the first parameter, for messages.
+        careful: Whether what the graph saved may be read only once, as under activation checkpointing.
+    """
+
+    use: Use
+    layouts: list[Layout | None]
+    name: str
+    careful: bool = False
+
+    def grads(self, grads: Sequence[Tensor | None], batch: int, kept: int) -> Tensor:
+        """Each sample's gradient of the operand, [kept, *shape]."""
+        use = self.use
+        if self.careful and not use.node.name().startswith(("Expand", "Add", "Sub")):
+            return self._by_engine(grads, batch, kept)
+        return operand_grads(use.node, use.index, grads, self.layouts, use.shape, batch, kept)
+
+    def _by_engine(self, grads: Sequence[Tensor | None], batch: int, kept: int) -> Tensor:
+        """By a backward pass of its own, which unpacks what was saved once more."""
+        use, parts = self.use, []
+        present = [(i, g, layout) for i, (g, layout) in enumerate(zip(grads, self.layouts, strict=True))]
+        known = [(GradientEdge(use.node, i), g, layout) for i, g, layout in present if g is not None and layout]
+        step = max(1, MAX_ELEMENTS // max(1, sum(g.numel() for _, g, _ in known)))
+        for start in range(0, kept, step):
+            samples = slice(start, min(start + step, kept))
+            stacks = [layout.one_sample_each(g, batch, samples) for _, g, layout in known]
+            (found,) = batched_grads([edge for edge, _, _ in known], [_gradient_edge(use.child)], stacks)
+            parts.append(stacks[0].new_zeros(len(stacks[0]), *use.shape) if found is None else found)
+        return torch.cat(parts)
+
+
+def watch(current: ForwardPass, measured: MeasuredUse, deliver: Deliver) -> None:
+    """Measure a use when its operation's gradient comes.
+
+    Args:
+        current: The pass; it holds on to the use until then, or until the pass is dropped.
+        measured: The use.
+        deliver: Takes each parameter's per-sample gradients [kept, *shape], and the precision of the operation.
+    """
+    ticket = current.next_ticket()
+    current.open_uses[ticket] = measured
+    # The hook must not hold on to the node that holds it.
+    measured.use.node.register_prehook(_Arrival(current, ticket, deliver))
+
+
+@dataclass(eq=False)
+class Gate:
+    """Results of a module around some uses, from which each sample's gradient is led back to them.
+
+    Where rows are routed to experts by index, no axis of a tensor belongs to the samples. The results of the module
+    around do. This costs a backward pass of that module for every sample.
+
+    Attributes:
+        edges: Where the module's results come from; [B, ...] each.
+        uses: Uses inside the module.
+        name: Of the module.
+    """
+
+    edges: list[GradientEdge]
+    name: str
+    uses: list[Use] = field(default_factory=list)
+
+    def watch(self, current: ForwardPass, deliver: Deliver) -> None:
+        """Measure the uses when gradients of the module's results come: each result adds its part."""
+        for edge in self.edges:
+            ticket = current.next_ticket()
+            current.open_uses[ticket] = edge
+            edge.node.register_prehook(_GateArrival(current, ticket, self, edge.output_nr, deliver))
+
+    def free_graph(self) -> None:
+        """Drop the graph."""
+        self.edges.clear()
+        self.uses.clear()
+
+    def parts(self, edge: GradientEdge, g: Tensor, batch: int, kept: int) -> list[tuple[Use, Tensor]]:
+        """What one result's gradient adds to each use, [kept, *shape of the operand]."""
+        places = [GradientEdge(use.node, i) for use in self.uses for i in range(results_of(use.node))]
+        step = max(1, MAX_ELEMENTS // max(1, g.numel()))
+        parts: list[list[Tensor]] = [[] for _ in self.uses]
+        for start in range(0, kept, step):
+            stack = Layout().one_sample_each(g, batch, slice(start, min(start + step, kept)))
+            found = iter(batched_grads([edge], places, [stack]))
+            for use, part in zip(self.uses, parts, strict=True):
+                of_use = [next(found) for _ in range(results_of(use.node))]
+                nothing = all(t is None for t in of_use)
+                zeros = g.new_zeros(len(stack), *use.shape)
+                part.append(zeros if nothing else call_for_each(use.node, use.index, of_use, use.shape))
+        return [(use, torch.cat(part)) for use, part in zip(self.uses, parts, strict=True) if part]
+
+
+@dataclass(eq=False)
+class _GateArrival:
+    current: ForwardPass
+    ticket: int
+    gate: Gate
+    output: int
+    deliver: Deliver
+
+    def __call__(self, grads: Sequence[Tensor | None]) -> None:
+        g = grads[self.output]
+        if differentiating() or g is None:
+            return
+        current = self.current
+        edge = current.open_uses.pop(self.ticket, None)
+        current.arrive(self.ticket, self.gate.name)
+        if edge is None:
+            return
+        with torch.no_grad(), quietly(), no_autocast(g.device.type):
+            for use, own in self.gate.parts(edge, g.detach(), current.batch_size, current.kept):
+                for param, t in lead_back(use, at_least_float32(own)):
+                    self.deliver(current, param, t, g.dtype)
+
+
+@dataclass(eq=False)
+class _Arrival:
+    current: ForwardPass
+    ticket: int
+    deliver: Deliver
+
+    def __call__(self, grads: Sequence[Tensor | None]) -> None:
+        if differentiating() or all(g is None for g in grads):
+            return
+        current = self.current
+        measured: MeasuredUse | None = current.open_uses.pop(self.ticket, None)
+        current.arrive(self.ticket, measured.name if measured else "a parameter")
+        if measured is None or not current.kept:
+            return
+        given = [None if g is None else g.detach() for g in grads]
+        some = next(g for g in given if g is not None)
+        with torch.no_grad(), quietly(), no_autocast(some.device.type):
+            own = at_least_float32(measured.grads(given, current.batch_size, current.kept))
+            for param, t in lead_back(measured.use, own):
+                self.deliver(current, param, t, some.dtype)
+
+
+def lead_back(use: Use, grads: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    """From an operand that is made of parameters to these, all samples at once.
+
+    Args:
+        use: The use.
+        grads: [b, *shape of the operand].
+
+    Returns:
+        Each parameter with [b, *its shape].
+    """
+    node = use.child[0]
+    if not node.next_functions:
+        return [(param, grads) for param in use.leaves.values()]
+    dtype = node._input_metadata[use.child[1]].dtype
+    found = batched_grads([_gradient_edge(use.child)], list(use.leaves), [grads.to(dtype)])
+    pairs = zip(use.leaves.items(), found, strict=True)
+    return [
+        (param, grads.new_zeros(len(grads), *leaf.shape) if t is None else at_least_float32(t))
+        for (leaf, param), t in pairs
+    ]
+
+
+def _gradient_edge(edge: tuple[Node, int]) -> GradientEdge:
+    return GradientEdge(*edge)
+
+
+def batched_grads(
+    edges: Sequence[GradientEdge], inputs: Sequence[Tensor | GradientEdge], stacks: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Differentiate once for every entry of the stacks, together where the operations allow it. The graph stays.
+
+    Args:
+        edges: Places in the graph.
+        inputs: What to differentiate by.
+        stacks: For each place [b, *its shape].
+
+    Returns:
+        For each input [b, *its shape]; None where the places do not depend on it.
+    """
+
+    def grads(outputs: list[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            edges, list(inputs), grad_outputs=outputs, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+
+    try:
+        return list(grads(list(stacks), True))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # an operation without a batching rule: one after the other
+        rows = [grads([m[i] for m in stacks], False) for i in range(len(stacks[0]))]
+        return [None if each[0] is None else torch.stack(each) for each in zip(*rows, strict=True)]
+
+
+def refuse(use: Use, names: str, batch: int) -> BatchAxisError:
+    """The error for a use whose operation shows no samples, and that no module around could be asked for."""
+    shapes = ", ".join(str(s) for s in use.result_shapes())
+    return BatchAxisError(
+        f"{names}: used by {use.node.name()} with results of shape {shapes}, in which the {batch} samples of the batch "
+        "have no rows of their own, and no module around it returns the batch. Return the batch from a module around "
+        f"it, freeze the parameter, register a rule for its module, or {WITHOUT_SAMPLES}."
+    )

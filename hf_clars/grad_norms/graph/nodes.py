@@ -1,0 +1,199 @@
+"""Each sample's gradient of an operand, from the gradient of an operation's result.
+
+For sums, products and the like, the node's own backward function gives it before it is summed over broadcast axes. For
+matrix products, convolutions and lookups it is made from what the node saved. Any other operation is differentiated
+once for every sample, with the gradients of all other samples set to zero: this is the definition itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from hf_clars.grad_norms import norm_math
+from hf_clars.grad_norms.graph.layout import Layout
+from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
+from hf_clars.grad_norms.torch_internals import saved
+
+Grads = Sequence[Tensor | None]
+Kind = Callable[[Node, int, Tensor, Layout, int, int], Tensor | None]
+
+
+def operand_grads(
+    node: Node, index: int, grads: Grads, layouts: Sequence[Layout | None], shape: Sequence[int], batch: int, kept: int
+) -> Tensor:
+    """Each sample's gradient of one operand of an operation.
+
+    Args:
+        node: The operation's place in the graph, not yet run backward.
+        index: Which operand.
+        grads: Gradients of its results; None where there is none.
+        layouts: Which rows of each are whose.
+        shape: Of the operand.
+        batch: B.
+        kept: How many of the first samples are measured.
+
+    Returns:
+        [kept, *shape].
+    """
+    g, layout = grads[0], layouts[0]
+    if len([t for t in grads if t is not None]) == 1 and g is not None and layout is not None:
+        kind = next((fn for name, fn in _KINDS.items() if node.name().startswith(name)), None)
+        found = None if kind is None else kind(node, index, g, layout, batch, kept)
+        if found is not None:
+            return found.reshape(kept, *shape)
+        unsummed = g if node.name().startswith("Expand") else _call(node, grads)[index]
+        if unsummed is not None and unsummed.shape == g.shape and tuple(g.shape) != tuple(shape):
+            found = _summed_over_broadcast(unsummed, layout, shape, batch)
+            if found is not None:
+                return found[:kept]
+    return _one_by_one(node, index, grads, layouts, shape, batch, kept)
+
+
+def _call(node: Node, grads: Grads) -> tuple[Tensor | None, ...]:
+    result = node(*grads)  # type: ignore[operator]
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _summed_over_broadcast(t: Tensor, layout: Layout, shape: Sequence[int], batch: int) -> Tensor | None:
+    """[B, *shape] of a gradient that is not yet summed over the axes along which the operand was repeated."""
+    padded = [1] * (t.dim() - len(shape)) + list(shape)
+    if padded[layout.axis] != 1:
+        return None  # the operand has rows of its own along the samples' axis
+    t = at_least_float32(t)
+    first = layout.samples_first(t, batch)  # [B, ..., outer, inner, ...]
+    sizes = [*padded[: layout.axis], 1, 1, *padded[layout.axis + 1 :]]
+    axes = [i + 1 for i, size in enumerate(sizes) if size == 1 and first.shape[i + 1] != 1]
+    summed = first.sum(axes) if axes else first
+    return summed.reshape(batch, *shape)
+
+
+def _one_by_one(
+    node: Node, index: int, grads: Grads, layouts: Sequence[Layout | None], shape: Sequence[int], batch: int, kept: int
+) -> Tensor:
+    elements = sum(g.numel() for g in grads if g is not None)
+    step = max(1, MAX_ELEMENTS // max(1, elements))
+    parts = []
+    for start in range(0, kept, step):
+        samples = slice(start, min(start + step, kept))
+        stacks = [
+            None if g is None or layout is None else layout.one_sample_each(g, batch, samples)
+            for g, layout in zip(grads, layouts, strict=True)
+        ]
+        parts.append(call_for_each(node, index, stacks, shape))
+    some = next(g for g in grads if g is not None)
+    return torch.cat(parts) if parts else some.new_zeros(0, *shape)
+
+
+def call_for_each(node: Node, index: int, stacks: Grads, shape: Sequence[int]) -> Tensor:
+    """An operation's backward function for a stack of gradients: [b, *shape] of one operand.
+
+    Args:
+        node: The operation.
+        index: Which operand.
+        stacks: [b, *shape of the result] for each result, None where there is no gradient.
+        shape: Of the operand.
+    """
+    given = [t for t in stacks if t is not None]
+
+    def one(*grads: Tensor) -> Tensor:
+        rest = iter(grads)
+        found = _call(node, [None if t is None else next(rest) for t in stacks])[index]
+        return grads[0].new_zeros(tuple(shape)) if found is None else found.sum_to_size(tuple(shape))
+
+    try:
+        return torch.vmap(one)(*given)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return torch.stack([one(*(t[i] for t in given)) for i in range(len(given[0]))])
+
+
+# ---- kinds ----------------------------------------------------------------------------------------------------------
+
+
+def _rows(t: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+    """[kept, T, width] of a matrix [N, width] whose rows are laid out by samples."""
+    if layout.axis != 0 or t.dim() != 2 or layout.sizes(t.shape, batch) is None:
+        return None
+    return at_least_float32(layout.samples_first(t, batch).flatten(1, 2)[:kept])
+
+
+def _mm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+    """Result = x @ w."""
+    x = saved(node, "self") if index == 1 else None
+    rows, xs = _rows(g, layout, batch, kept), None if x is None else _rows(x, layout, batch, kept)
+    return None if rows is None or xs is None else xs.mT @ rows
+
+
+def _addmm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+    """Result = b + x @ w."""
+    if saved(node, "beta") not in (1, None) or saved(node, "alpha") not in (1, None):
+        return None
+    rows = _rows(g, layout, batch, kept)
+    if rows is None:
+        return None
+    if index == 0:
+        return rows.sum(1) if node.next_functions[0][0] is not None else None
+    x = saved(node, "mat1") if index == 2 else None
+    xs = None if x is None else _rows(x, layout, batch, kept)
+    return None if xs is None else xs.mT @ rows
+
+
+def _convolution(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+    x, weight = saved(node, "input"), saved(node, "weight")
+    if layout != Layout() or g.shape[0] != batch or saved(node, "transposed") or x is None or weight is None:
+        return None
+    g = at_least_float32(g[:kept])
+    if index == 2:
+        return g.flatten(2).sum(2)
+    if index != 1:
+        return None
+    spatial = x.dim() - 2
+    settings = {
+        name: tuple(saved(node, name)) * (spatial // len(saved(node, name)))
+        for name in ("stride", "padding", "dilation")
+    }
+    return norm_math.convolution_weight_grads(
+        at_least_float32(x[:kept]), g, kernel_shape=tuple(weight.shape), groups=saved(node, "groups"), **settings
+    )
+
+
+def _embedding(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+    tokens, rows = saved(node, "indices"), saved(node, "weight_sym_argsize_0")
+    if layout != Layout() or tokens is None or tokens.dim() == 0 or saved(node, "scale_grad_by_freq"):
+        return None
+    if g.shape[0] % batch or tokens.shape[0] != g.shape[0]:
+        return None
+    tokens = tokens.reshape(batch, -1)[:kept]
+    g = at_least_float32(g.reshape(batch, -1, g.shape[-1])[:kept])
+    padding = saved(node, "padding_idx")
+    if isinstance(padding, int) and 0 <= padding < int(rows):
+        g = g * (tokens != padding).unsqueeze(-1)
+    return norm_math.embedding_weight_grads(tokens, g, int(rows))
+
+
+def _layer_norm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+    x, mean, rstd = saved(node, "input"), saved(node, "result1"), saved(node, "result2")
+    if index not in (1, 2) or x is None or mean is None or rstd is None or layout.axis != 0:
+        return None
+    width = len(saved(node, "normalized_shape"))
+    if g.dim() <= width:
+        return None
+    t = at_least_float32(g)
+    if index == 1:
+        t = t * (at_least_float32(x) - mean) * rstd
+    first = layout.samples_first(t, batch)[:kept]
+    return first.flatten(1, first.dim() - 1 - width).sum(1)
+
+
+_KINDS: dict[str, Kind] = {
+    "AddmmBackward": _addmm,
+    "MmBackward": _mm,
+    "ConvolutionBackward": _convolution,
+    "EmbeddingBackward": _embedding,
+    "NativeLayerNormBackward": _layer_norm,
+}

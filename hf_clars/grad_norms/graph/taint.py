@@ -1,0 +1,72 @@
+"""Which tensors of a forward pass depend on what the model was called with.
+
+A table of positions, `1 + w`, or a small network on fixed coordinates is made of parameters and constants alone. That
+cannot be told from shapes: such a table may be as long as the batch by chance. So the first pass follows the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+
+from hf_clars.grad_norms.torch_internals import StorageReference, storage_of
+from hf_clars.grad_norms.trees import tensors_in
+
+
+class DataTaint(TorchFunctionMode):
+    """Marks everything that torch's functions make of marked tensors, and its places in the graph.
+
+    Attributes:
+        nodes: Operations of the graph that took marked tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: set[Node] = set()
+        self._visited: set[Node] = set()
+        # The references keep the keys from being given to other memory; they do not keep the memory.
+        self._marked: dict[int, StorageReference] = {}
+
+    def mark(self, tensors: Iterable[Tensor]) -> None:
+        """Say that these depend on the data."""
+        for t in tensors:
+            storage = storage_of(t)
+            if storage is not None:
+                self._marked[storage.key] = storage
+            if t.grad_fn is not None:
+                self._mark_nodes(t.grad_fn)
+
+    def holds(self, t: Tensor) -> bool:
+        """Whether a tensor depends on the data."""
+        storage = storage_of(t)
+        return storage is not None and storage.key in self._marked
+
+    def _mark_nodes(self, node: Node) -> None:
+        """The node of a result, and those inside the same function that took something without a gradient."""
+        self.nodes.add(node)
+        self._visited.discard(node)
+        stack = [node]
+        while stack:
+            inner = stack.pop()
+            if inner in self._visited:
+                continue
+            self._visited.add(inner)
+            children = [child for child, _ in inner.next_functions]
+            if None in children and len(children) > 1:
+                self.nodes.add(inner)
+            stack += [child for child in children if child is not None]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function, and mark its results if one of its arguments is marked."""
+        taken = list(tensors_in((args, kwargs)))
+        # Where the function begins in the graph; looked at before, as an in-place function moves its argument there.
+        self._visited.update(t.grad_fn for t in taken if t.grad_fn is not None)
+        result = func(*args, **(kwargs or {}))
+        if any(self.holds(t) for t in taken):
+            changed = [args[0]] if getattr(func, "__name__", "") == "__setitem__" else []
+            self.mark(tensors_in((result, changed)))
+        return result

@@ -1,0 +1,188 @@
+"""Finding the places where a graph uses parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from hf_clars.grad_norms.torch_internals import shape_at
+
+Edge = tuple[Node, int]
+Signature = tuple[object, ...]
+
+_COUPLING = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
+_ONCE = ("CheckpointFunction", "CompiledFunction")
+_SPREADS = ("ExpandBackward", "RepeatBackward")
+
+
+@dataclass(eq=False)
+class Region:
+    """The part of the graph that a rule's module made, from its output back to its input.
+
+    Attributes:
+        params: The parameters that the rule measures in it.
+        end: Where the module's input comes from; None if that has no gradient.
+    """
+
+    params: set[nn.Parameter]
+    end: Node | None
+
+
+@dataclass(eq=False)
+class Use:
+    """An operand of an operation, made of parameters alone, where the result belongs to samples.
+
+    Attributes:
+        node: The operation.
+        index: Which operand.
+        child: Where the operand comes from: a parameter, or what some operations made of parameters.
+        leaves: The parameters that reach it, as the graph knows them, each with the measured parameter.
+        key: The same for the same use in every pass.
+    """
+
+    node: Node
+    index: int
+    child: Edge
+    leaves: dict[Tensor, nn.Parameter]
+    key: Signature
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The operand's shape."""
+        variable = getattr(self.child[0], "variable", None)
+        return tuple(variable.shape) if variable is not None else shape_at(*self.child) or ()
+
+    def result_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the operation's results."""
+        return [shape_at(self.node, i) or () for i in range(results_of(self.node))]
+
+
+def results_of(node: Node) -> int:
+    """How many results an operation has."""
+    return len(getattr(node, "_input_metadata", ()))
+
+
+@dataclass(eq=False)
+class GraphWalk:
+    """One look at a pass's graph.
+
+    Args:
+        param_of: The measured parameter of a leaf; None for a parameter that is not measured; a KeyError says that the
+            leaf is data.
+        regions: By the node of a rule's module's output.
+        is_data: Whether an operation, all of whose known operands are made of parameters, takes data too.
+        is_whole: Whether an operation that looks as if it spread a value over the samples is known not to.
+        batch: B.
+
+    Attributes:
+        uses: What was found.
+        couplings: BatchNorm's operations.
+        once: Whether a part of the graph can be differentiated only once, or not by the engine alone.
+    """
+
+    param_of: Callable[[Tensor], nn.Parameter | None]
+    regions: Mapping[Node, Region]
+    is_data: Callable[[Node, Signature], bool]
+    is_whole: Callable[[Signature], bool]
+    batch: int
+    uses: list[Use] = field(default_factory=list)
+    couplings: list[Node] = field(default_factory=list)
+    once: bool = False
+
+    def __post_init__(self) -> None:
+        self._own: dict[Node, Signature | None] = {}
+        self._leaves: dict[Node, dict[Tensor, nn.Parameter]] = {}
+        self._covered: dict[Node, set[nn.Parameter]] = {}
+
+    def run(self, outputs: Iterable[Tensor], measured_by_itself: Sequence[str]) -> None:
+        """Visit everything below some tensors.
+
+        Args:
+            outputs: What the model returned.
+            measured_by_itself: Names of operations whose parameters are measured by their own backward function.
+        """
+        for root in outputs:
+            if root.grad_fn is not None:
+                self._visit(root.grad_fn, measured_by_itself)
+
+    def _visit(self, root: Node, measured_by_itself: Sequence[str]) -> None:
+        """Depth first, children before parents, without recursion."""
+        stack: list[tuple[Node, bool]] = [(root, False)]
+        own = self._own
+        while stack:
+            node, children_done = stack.pop()
+            if children_done:
+                self._close(node, measured_by_itself)
+                continue
+            if node in own:
+                continue
+            own[node] = None
+            region = self.regions.get(node)
+            if region is not None:
+                self._cover(node, region)
+            stack.append((node, True))
+            stack += [(child, False) for child, _ in node.next_functions if child is not None and child not in own]
+
+    def _cover(self, node: Node, region: Region) -> None:
+        stack = [node]
+        while stack:
+            inner = stack.pop()
+            known = self._covered.setdefault(inner, set())
+            if region.params <= known:
+                continue
+            known |= region.params
+            stack += [child for child, _ in inner.next_functions if child is not None and child is not region.end]
+
+    def _close(self, node: Node, measured_by_itself: Sequence[str]) -> None:
+        children = node.next_functions
+        if not children:
+            self._close_leaf(node)
+            return
+        name = node.name()
+        if name.startswith(_COUPLING):
+            self.couplings.append(node)
+        elif name.startswith(_ONCE):
+            self.once = True
+        if name in measured_by_itself:
+            return
+        own = [(i, child, k) for i, (child, k) in enumerate(children) if child is not None and self._own[child]]
+        if not own:
+            return
+        parts = tuple(None if child is None else self._own[child] for child, _ in children)
+        all_own = len(own) == sum(child is not None for child, _ in children)
+        signature = (name, *parts)
+        unspread = all_own and node not in self.regions and not self._parts(node, name, signature)
+        if unspread and not self.is_data(node, signature):
+            self._own[node] = signature
+            self._leaves[node] = {v: p for _, child, _ in own for v, p in self._leaves[child].items()}
+            return
+        covered = self._covered.get(node, ())
+        for i, child, k in own:
+            leaves = {v: p for v, p in self._leaves[child].items() if p not in covered}
+            if leaves:
+                self.uses.append(Use(node, i, (child, k), leaves, (name, i, self._own[child])))
+
+    def _close_leaf(self, node: Node) -> None:
+        variable = getattr(node, "variable", None)
+        if variable is None:
+            return
+        try:
+            param = self.param_of(variable)
+        except KeyError:
+            return
+        self._own[node] = (id(variable) if param is None else id(param),)
+        self._leaves[node] = {} if param is None else {variable: param}
+
+    def _parts(self, node: Node, name: str, signature: Signature) -> bool:
+        """Whether an operation spreads what is made of parameters over the samples: there they part."""
+        if not name.startswith(_SPREADS) or self.batch < 2:
+            return False
+        child, k = node.next_functions[0]
+        shape, variable = shape_at(node) or (), getattr(child, "variable", None)
+        before = tuple(variable.shape) if variable is not None else shape_at(child, k) if child else ()
+        if before is None or not shape or shape[0] != self.batch:
+            return False
+        return (len(before) < len(shape) or before[0] == 1) and not self.is_whole(signature)

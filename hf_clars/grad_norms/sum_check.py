@@ -1,0 +1,134 @@
+"""The sum check: by definition the samples' gradients add up to the batch gradient.
+
+What is forgotten, counted twice, or measured with the wrong rows cannot pass it. It is made in a model's first passes,
+and now and then later: it costs one more product for layers whose norms are taken without making the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SumCheckError
+from hf_clars.grad_norms.forward_pass import differentiating
+from hf_clars.grad_norms.norm_math import squared_sum
+
+#: How far two sums of the same numbers may differ, relative to the sum of the samples' norms, and to the largest such
+#: sum of all parameters: some gradients, as of a bias before a softmax, are rounding errors and nothing else.
+_TOLERANCE = {torch.float64: (1e-6, 1e-9), torch.float32: (2e-3, 1e-5), torch.float16: (5e-2, 5e-3)}
+_COARSE = (2e-1, 3e-2)
+
+
+class SumCheck:
+    """Compares both sums over a batch of one or more passes.
+
+    Args:
+        names: Of all measured parameters.
+        in_use: The tensor that is computed with in each parameter's place.
+
+    Attributes:
+        delivered: Parameters for which autograd has delivered a gradient.
+    """
+
+    def __init__(self, names: Mapping[nn.Parameter, str], in_use: Mapping[nn.Parameter, Tensor]) -> None:
+        self.delivered: dict[nn.Parameter, Tensor] = {}
+        self._names = names
+        self._balance: dict[nn.Parameter, Tensor] = {}
+        self._sizes: dict[nn.Parameter, Tensor] = {}
+        self._coarsest: dict[nn.Parameter, torch.dtype] = {}
+        # Gradients that a hook of the user's has changed cannot be compared.
+        self._handles: list[RemovableHandle] = [
+            leaf.register_hook(_Take(self, p)) for p, leaf in in_use.items() if not leaf._backward_hooks
+        ]
+
+    def add(self, param: nn.Parameter, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+        """Note one use.
+
+        Args:
+            param: The parameter.
+            total: Sum of the samples' gradients, in its shape.
+            size: Sum of their norms, a scalar.
+            dtype: The precision that this use was computed in.
+        """
+        held = self._balance.get(param)
+        self._balance[param] = total if held is None else held + total.view(held.shape)
+        self._sizes[param] = self._sizes[param] + size if param in self._sizes else size
+        self._note_precision(param, dtype)
+
+    def add_grads(self, param: nn.Parameter, grads: Tensor, dtype: torch.dtype) -> None:
+        """As `add`, of one use's per-sample gradients [b, *shape]."""
+        self.add(param, grads.sum(0), squared_sum(grads).sqrt().sum(), dtype)
+
+    def _note_precision(self, param: nn.Parameter, dtype: torch.dtype) -> None:
+        known = self._coarsest.get(param, torch.float64)
+        self._coarsest[param] = dtype if torch.finfo(dtype).eps > torch.finfo(known).eps else known
+
+    def take(self, param: nn.Parameter, g: Tensor) -> None:
+        """Take a gradient that autograd delivers for a parameter."""
+        if differentiating() or g.is_sparse:
+            return
+        with torch.no_grad():
+            wide = g.detach().to(torch.promote_types(g.dtype, torch.float32))
+            held = self._balance.get(param)
+            self._balance[param] = -wide if held is None else held.view(wide.shape) - wide
+            norm = wide.norm()
+            self.delivered[param] = self.delivered[param] + norm if param in self.delivered else norm
+            self._note_precision(param, g.dtype)
+
+    def stop(self) -> None:
+        """Take the hooks off the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def raise_if_wrong(self) -> None:
+        """Compare; this reads values from the device.
+
+        Raises:
+            SumCheckError: Naming the parameter, and both numbers.
+        """
+        if not self.delivered:
+            return
+        zero = torch.zeros(())
+        rows = [
+            torch.stack([t.double().cpu() for t in (self._balance[p].norm(), self._sizes.get(p, zero), norm)])
+            for p, norm in self.delivered.items()
+            if not norm.is_meta
+        ]
+        table = torch.stack(rows) if rows else torch.zeros(0, 3)
+        if not bool(table.isfinite().all()):
+            return
+        largest = float(table[:, 1:].max()) if len(table) else 0.0
+        for param, (difference, size, norm) in zip(self.delivered, table.tolist(), strict=False):
+            relative, noise = _TOLERANCE.get(self._coarsest[param], _COARSE)
+            if difference > relative * max(size, norm) + noise * largest:
+                raise SumCheckError(
+                    f"{self._names.get(param, 'a parameter')}: the samples' gradients do not add up to the batch "
+                    f"gradient. They differ from it by {difference:.3g}, and its norm is {norm:.3g}. A use of the "
+                    f"parameter was missed, or counted twice. Please report this model. Until then freeze the parameter, or "
+                    f"{WITHOUT_SAMPLES}."
+                )
+
+
+class _Take:
+    """A hook that does not keep the check alive in a copy of the model."""
+
+    def __init__(self, check: SumCheck, param: nn.Parameter) -> None:
+        self._check, self._param = check, param
+
+    def __call__(self, g: Tensor) -> None:
+        self._check.take(self._param, g)
+
+    def __deepcopy__(self, memo: object) -> _Ignore:
+        return _Ignore()
+
+    def __reduce__(self) -> tuple[type[_Ignore], tuple[()]]:
+        return _Ignore, ()
+
+
+class _Ignore:
+    def __call__(self, g: Tensor) -> None:
+        """Do nothing."""

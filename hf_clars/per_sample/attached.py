@@ -1,0 +1,222 @@
+"""The engine on a model for one measured step: attached before its first forward pass, taken off after its last.
+
+This file alone knows how `PerSampleGradNorms` is driven. It attaches anew for each measured step, so that nothing is
+left on the model between two of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.layers import ParamLayer
+from hf_clars.per_sample.gradient import wide_dtype
+
+
+@dataclass
+class LocalSamples:
+    """What this process measured in one step, one entry a sample in the order of the passes.
+
+    Attributes:
+        squares: ||c g_ik||^2, [K, n], c g_i being what sample i adds to `p.grad`.
+        micro_batch: Number of the pass that each sample was in, [n], int64.
+        row: Its place in that pass, [n], int64.
+        index: Its index in the data set, [n], int64; -1 where none came with the batch.
+        losses: Mean loss of each pass as far as the model told it, [passes]; NaN where it did not.
+    """
+
+    squares: Tensor
+    micro_batch: Tensor
+    row: Tensor
+    index: Tensor
+    losses: Tensor
+
+
+@dataclass
+class _Pass:
+    samples: int
+    index: Tensor | None
+    loss: Tensor | None
+
+
+@dataclass
+class _Open:
+    """The pass that is under way."""
+
+    index: Tensor | None = None
+    losses: list[Tensor] = field(default_factory=list)
+
+
+class AttachedNorms:
+    """Measures one step of one model.
+
+    Args:
+        model: The module itself, not a launcher's wrapper.
+        layers: The partition to measure.
+        on_error: Called once with an error that a hook of the engine raised in a forward pass, in place of letting it
+            end the training; None: errors pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[ParamLayer], *, on_error: Callable[[Exception], None] | None = None
+    ) -> None:
+        self.model = model
+        self.layers = list(layers)
+        self._passes: list[_Pass] = []
+        self._open = _Open()
+        with _hooks_that_report(model, on_error) if on_error is not None else _as_they_are():
+            self._norms = PerSampleGradNorms(model, layers=self.layers, loss_reduction="sum")
+        self._handle: RemovableHandle | None = model.register_forward_hook(BoundHook(self._note_loss))
+
+    def _note_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.is_grad_enabled():
+            loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+            loss = output if isinstance(output, Tensor) and output.dim() == 0 else loss
+            if isinstance(loss, Tensor) and loss.dim() == 0:
+                self._open.losses.append(loss.detach())
+
+    def note_index(self, index: Tensor | None) -> None:
+        """The data set's indices of the samples of the pass that comes."""
+        self._open.index = index
+
+    def end_pass(self, loss: Tensor | None = None) -> None:
+        """A backward pass of a micro-batch is done.
+
+        Args:
+            loss: Its loss, if the loop knows better than the model.
+        """
+        totals = self._norms.totals()
+        samples = 0 if totals is None else totals.captured - sum(p.samples for p in self._passes)
+        known = loss if loss is not None else (self._open.losses[-1] if self._open.losses else None)
+        self._passes.append(_Pass(samples, self._open.index, known))
+        self._open = _Open()
+
+    def read(self) -> LocalSamples:
+        """What was measured since it was attached.
+
+        Raises:
+            HfClarsError: As the engine does, for what it cannot see.
+            ValueError: If a pass had another number of samples than of indices.
+        """
+        self._norms.check_all_captured()
+        device = self.layers[0].params[0].device
+        wide = wide_dtype(device)
+        per_sample = self._norms.per_sample
+        if per_sample:
+            squares = torch.stack([per_sample[layer.name] for layer in self.layers]).to(wide).square()
+        else:
+            squares = torch.zeros(len(self.layers), 0, dtype=wide, device=device)
+        counts = [p.samples for p in self._passes]
+        if squares.shape[1] != sum(counts):
+            raise ValueError(f"{squares.shape[1]} samples were measured, but the passes had {sum(counts)}.")
+        pieces = [torch.arange(n, device=device) for n in counts]
+        numbers = [torch.full((n,), m, device=device) for m, n in enumerate(counts)]
+        return LocalSamples(
+            squares=squares,
+            micro_batch=_joined(numbers, device),
+            row=_joined(pieces, device),
+            index=_joined([_index_of(p, device) for p in self._passes], device),
+            losses=torch.stack([_loss_of(p, device) for p in self._passes]) if self._passes else torch.zeros(0),
+        )
+
+    def remove(self) -> None:
+        """Take every hook off the model."""
+        self._norms.remove()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *parts])
+
+
+def _index_of(one: _Pass, device: torch.device) -> Tensor:
+    if one.index is None:
+        return torch.full((one.samples,), -1, device=device)
+    index = torch.as_tensor(one.index, device=device).to(torch.int64).reshape(-1)
+    if len(index) != one.samples:
+        raise ValueError(
+            f"A batch came with {len(index)} indices for {one.samples} samples: give one for each sample of the pass."
+        )
+    return index
+
+
+def _loss_of(one: _Pass, device: torch.device) -> Tensor:
+    nothing = torch.full((), torch.nan, device=device)
+    return nothing if one.loss is None else one.loss.detach().to(device, torch.float32)
+
+
+@contextmanager
+def _as_they_are() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _hooks_that_report(model: nn.Module, on_error: Callable[[Exception], None]) -> Iterator[None]:
+    """Hooks placed on the model inside the block report their first error, and do nothing after it.
+
+    An error in a forward hook, or in a hook on a tensor that it has placed, would end the user's training. torch has no
+    public way to replace a module's hook in its place, so this function, and no other, reads `Module._forward_hooks`;
+    an argument of `PerSampleGradNorms` that takes errors would end that.
+    """
+    known = {module: (set(module._forward_hooks), set(module._forward_pre_hooks)) for module in model.modules()}
+    yield
+    broken: list[Exception] = []
+    for module, (after, before) in known.items():
+        for held, old in ((module._forward_hooks, after), (module._forward_pre_hooks, before)):
+            for key in set(held) - old:
+                held[key] = _Reporting(held[key], broken, on_error)
+
+
+class _Reporting:
+    """A hook that reports the first error of all, and does nothing from then on.
+
+    Args:
+        hook: The hook.
+        broken: Shared by all hooks of one attachment: holds the error.
+        on_error: Called with it.
+    """
+
+    def __init__(
+        self, hook: Callable[..., Any], broken: list[Exception], on_error: Callable[[Exception], None]
+    ) -> None:
+        self.hook, self.broken, self.on_error = hook, broken, on_error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.broken:
+            return None
+        try:
+            with _ReportingTensorHooks(self.broken, self.on_error):
+                return self.hook(*args, **kwargs)
+        except Exception as error:
+            self.broken.append(error)
+            self.on_error(error)
+            return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.hook, memo)  # the engine's hooks are inert in a copy of the model
+
+
+class _ReportingTensorHooks(TorchFunctionMode):
+    """Inside it, hooks that are placed on tensors report as those on modules do."""
+
+    def __init__(self, broken: list[Exception], on_error: Callable[[Exception], None]) -> None:
+        super().__init__()
+        self.broken, self.on_error = broken, on_error
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As torch calls it for every function of its own."""
+        if func is Tensor.register_hook:
+            args = (args[0], _Reporting(args[1], self.broken, self.on_error))
+        return func(*args, **(kwargs or {}))

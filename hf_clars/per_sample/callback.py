@@ -1,0 +1,243 @@
+"""`PerSampleNormsCallback`: exact per-sample gradient norms in any `transformers.Trainer`, with any optimizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_clars.errors import HfClarsError
+from hf_clars.layers import LayerMode, ParamLayer
+from hf_clars.per_sample.gradient import GradientProbe
+from hf_clars.per_sample.indexing import INDEX_COLUMN
+from hf_clars.per_sample.monitor import NormMonitor
+from hf_clars.per_sample.reporting import Reporter, layer_values, model_values
+from hf_clars.per_sample.setup import any_process, check_settings
+from hf_clars.per_sample.spikes import Spike
+
+logger = logging.getLogger(__name__)
+
+
+class PerSampleNormsCallback(TrainerCallback):
+    """Measure every N-th training step: noise scale, norm quantiles, hardest examples, spikes.
+
+    ::
+
+        Trainer(model, args, train_dataset=dataset, callbacks=[PerSampleNormsCallback(every=50)])
+
+    It attaches before the first measured step, takes its hooks off after each, and leaves none at the end. Gradients,
+    random numbers and the optimizer are left alone. In the output folder it keeps `per_sample_norms/` (see
+    `PerSampleLog`; `windows.jsonl` and `spikes.jsonl` beside it), which `hf-clars plot` draws. Trainer's own log gets
+    the model's values, and tensorboard, trackio and wandb, where `report_to` names them, those of each layer too.
+
+    To have the hardest examples by their index in the data set, train on `with_index(dataset)` and set
+    `remove_unused_columns=False`; the column is taken out of the batch before the model sees it.
+
+    Args:
+        every: Steps between two measured ones; the first is measured too. Default 50.
+        top_k: How many examples with the largest gradient norms to name in each window (between two logs of Trainer).
+            Default 20; 0: none.
+        noise_scale: Read the batch gradient too: noise scale, share of signal, R_k. Default True.
+        strict: An error of the measuring ends the training. Default False: it is reported once, and measuring ends.
+        decay: How much of the noise scale's averages a measured step keeps. Default 0.9.
+        layers: `"module"` (default), `"tensor"`, or a partition.
+        norm_layers_only: The cheap mode: measure the normalisation layers only. Default False.
+        index_column: Column of the batch with the data set's indices. Default `"sample_index"`.
+        keep_log: Keep `per_sample_norms/` in the output folder. Default True.
+
+    Attributes:
+        monitor: The `NormMonitor` at work, or the last one; None before training.
+
+    Raises:
+        ConfigError: For settings out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 50,
+        top_k: int = 20,
+        noise_scale: bool = True,
+        strict: bool = False,
+        decay: float = 0.9,
+        layers: LayerMode | Sequence[ParamLayer] = "module",
+        norm_layers_only: bool = False,
+        index_column: str = INDEX_COLUMN,
+        keep_log: bool = True,
+    ) -> None:
+        check_settings(every=every, top_k=top_k, decay=decay, flush_every=1)
+        self.strict = strict
+        self.keep_log = keep_log
+        self._with_gradient = noise_scale
+        self._settings: dict[str, Any] = {
+            "every": every,
+            "top_k": top_k,
+            "noise_scale": noise_scale,
+            "decay": decay,
+            "layers": layers,
+            "norm_layers_only": norm_layers_only,
+            "index_column": index_column,
+            "strict": strict,
+        }
+        self.monitor: NormMonitor | None = None
+        self._probe: GradientProbe | None = None
+        self._reporter: Reporter | None = None
+        self._begun = False
+        self._told = False
+
+    # ---- begin and end ---------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the model, and begin or continue the log."""
+        self._close()
+        self._begun, self.monitor, self._told = True, None, False
+        self._begin(args, state, kwargs.get("model"))
+
+    def _begin(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
+        if model is None:
+            return
+        folder = Path(str(args.output_dir)) if self.keep_log else None
+        try:
+            _check_engine(args, self._with_gradient)
+            self._reporter = Reporter(args, state, folder)
+            self.monitor = NormMonitor(
+                model, folder=folder, first_step=state.global_step, on_spike=self._on_spike, **self._settings
+            )
+        except Exception as error:
+            if self.strict:
+                raise
+            logger.warning(
+                "Per-sample norms are not measured, and training goes on. %s: %s", type(error).__name__, error
+            )
+        if any_process(self.monitor is None, args.device) and self.monitor is not None:
+            self.monitor.close()  # all take part in the sums, or none
+            self.monitor = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take everything off the model, and write what is left."""
+        self._end_window(state)
+        self._close()
+
+    def _close(self) -> None:
+        self._drop_probe()
+        if self.monitor is not None:
+            self.monitor.close()
+        if self._reporter is not None:
+            self._reporter.close()
+            self._reporter = None
+
+    def _drop_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.remove()
+            self._probe = None
+
+    # ---- steps -----------------------------------------------------------------------------------------------
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first micro-batch of a step."""
+        if not self._begun:  # added while the training was under way
+            self._begun = True
+            logger.warning(
+                "PerSampleNormsCallback was added after training began: its log begins at step %d.",
+                state.global_step + 1,
+            )
+            self._begin(args, state, kwargs.get("model"))
+        monitor = self.monitor
+        if monitor is None:
+            return
+        monitor.step = state.global_step
+        monitor.begin()
+        if monitor.measures_now and monitor.with_gradient and self._probe is None:
+            self._probe = GradientProbe([p for layer in monitor.layers for p in layer.params])
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After a micro-batch that is not the step's last."""
+        if self.monitor is not None:
+            self.monitor.end_pass()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the last micro-batch and Trainer's clipping, before the optimizer's step."""
+        monitor = self.monitor
+        if monitor is None or not monitor.measures_now:
+            return
+        monitor.end_pass()
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        monitor.measure(
+            factor=None if self._probe is None else self._probe.factor,
+            loss_scale=1.0 if scaler is None else float(scaler.get_scale()),
+        )
+        self._drop_probe()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The log is on disk before a checkpoint is, so that a run that is killed resumes without a gap."""
+        if self.monitor is not None and control.should_save:
+            self.monitor.flush()
+
+    # ---- reports ---------------------------------------------------------------------------------------------
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the model's values to Trainer's log of a training step, and end the window."""
+        monitor = self.monitor
+        if monitor is None or logs is None or "loss" not in logs or monitor.last is None:
+            return
+        values = model_values(monitor)
+        logs.update(values)  # for the console and callbacks after this one
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)
+        if self._reporter is not None and state.is_world_process_zero:
+            self._reporter.log({**values, **layer_values(monitor)}, state.global_step)
+        self._end_window(state)
+
+    def _end_window(self, state: TrainerState) -> None:
+        monitor = self.monitor
+        hardest = [] if monitor is None else monitor.hardest()
+        if monitor is None or not hardest:
+            return
+        if not monitor.knows_indices and not self._told:
+            self._told = True
+            logger.warning(
+                "Batches have no column %r, so the hardest examples are named by process, micro-batch and row only: "
+                "train on hf_clars.per_sample.with_index(dataset), with remove_unused_columns=False.",
+                self._settings["index_column"],
+            )
+        if self._reporter is not None and state.is_world_process_zero:
+            self._reporter.keep_window(state.global_step, hardest)
+        monitor.new_window()
+
+    def _on_spike(self, spike: Spike) -> None:
+        if self._reporter is not None:
+            self._reporter.keep_spike(spike)
+
+
+def _check_engine(args: TrainingArguments, with_gradient: bool) -> None:
+    """Refuse what would be measured wrongly."""
+    if getattr(args, "deepspeed", None) is None and getattr(args, "deepspeed_plugin", None) is None:
+        return
+    if args.fp16:
+        raise HfClarsError("DeepSpeed scales the loss in fp16 by a number that no callback sees: train in bf16.")
+    if with_gradient:
+        raise HfClarsError(
+            "DeepSpeed steps inside backward(), before a callback can read the batch gradient: set noise_scale=False "
+            "to have the samples' norms, the hardest examples and spikes."
+        )

@@ -1,0 +1,120 @@
+"""The batch gradient's norm in each layer, in the units that `backward()` left it in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_clars.distributed import local_norms, sum_over_ranks, world_size
+from hf_clars.errors import HfClarsError
+from hf_clars.layers import ParamLayer
+
+ELEMENTS = 64  # of each parameter: enough to tell a factor, and nothing beside the norms
+
+
+class GradientNotHereError(HfClarsError, RuntimeError):
+    """The batch gradient cannot be read, or not in the units of the samples' gradients."""
+
+
+def gradient_squares(layers: Sequence[ParamLayer]) -> Tensor:
+    """||g_k||^2 of `p.grad`, [K], over all processes if the weights are split over them (FSDP2).
+
+    Args:
+        layers: The partition.
+
+    Returns:
+        In float64 where the device has it; 0 for a layer without a gradient.
+
+    Raises:
+        GradientNotHereError: If there is none, or under DeepSpeed ZeRO, which keeps gradients elsewhere.
+    """
+    params = [(k, p) for k, layer in enumerate(layers) for p in layer.params]
+    if any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for _, p in params):
+        raise GradientNotHereError(
+            "DeepSpeed ZeRO keeps the batch gradient in pieces of its own, where its norm in a layer cannot be read: "
+            "set noise_scale=False to have the samples' norms alone."
+        )
+    held = [(k, p.grad) for k, p in params if p.grad is not None]
+    wide = wide_dtype(params[0][1].device)
+    if not held:
+        raise GradientNotHereError(
+            "No parameter has a gradient where the batch gradient is read: read it after backward() and before "
+            "zero_grad(), or set noise_scale=False to have the samples' norms alone."
+        )
+    norms = local_norms(
+        [p.detach() for _, p in params], [k for k, _ in params], [g for _, g in held], [k for k, _ in held], len(layers)
+    )
+    squares = norms.grads.to(wide).square()
+    return sum_over_ranks(squares) if norms.partial else squares
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, but float32 on devices that have no such thing (Apple's)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class GradientProbe:
+    """Tells by how much gradients were multiplied between `backward()` and now, by clipping or a loss scale.
+
+    A trainer clips before anyone can look. Both act on all gradients alike, so a few elements of each, copied when
+    `backward()` has just added to them, tell the factor.
+
+    Args:
+        params: The trainable parameters.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        self._params = list(params)
+        self._before: dict[nn.Parameter, Tensor] = {}
+        self._handles: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._note) for p in self._params]
+
+    def _note(self, param: Tensor) -> None:
+        if param.grad is not None and isinstance(param, nn.Parameter):
+            self._before[param] = _elements(param.grad)
+
+    @torch.no_grad()
+    def factor(self) -> Tensor:
+        """What gradients were multiplied with, 0-dim; the same on all processes.
+
+        Returns:
+            NaN where nothing tells it: no gradients, all zero, or changed by something else than a factor (clipping by
+            value, noise that was added).
+        """
+        device = self._params[0].device
+        wide = wide_dtype(device)
+        split = any(hasattr(p, "device_mesh") for p in self._params)
+        before, after = [torch.zeros(1, dtype=wide, device=device)], [torch.zeros(1, dtype=wide, device=device)]
+        for param in self._params:
+            grad = param.grad
+            size = len(_elements(param.detach()))
+            noted = self._before.get(param)
+            # The same number of elements on every process, also where a process had no samples for a layer.
+            before.append(torch.zeros(size, dtype=wide, device=device) if noted is None else noted.to(wide))
+            after.append(torch.zeros(size, dtype=wide, device=device) if grad is None else _elements(grad).to(wide))
+        old, new = torch.cat(before), torch.cat(after)
+        if not split:  # `backward()` left each process its own; data parallelism has averaged them since
+            old = sum_over_ranks(old) / world_size()
+        sums = torch.stack([old @ old, old @ new, new @ new])
+        if split:
+            sums = sum_over_ranks(sums)
+        factor = sums[1] / sums[0]
+        off = (sums[2] - factor * sums[1]).clamp(min=0).sqrt()
+        # bfloat16 has 8 bits, and each element is rounded by itself.
+        return torch.where(off <= 0.02 * sums[2].sqrt(), factor, torch.nan)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """A copy of some elements of the local part, evenly spread, in float32 at least."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    flat = local.detach().reshape(-1)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    return flat[:: max(1, flat.numel() // ELEMENTS)].to(wide, copy=True)

@@ -1,0 +1,124 @@
+"""The data set's index of each sample, kept from the data set through shuffling and workers to the model's door."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torch.utils.hooks import RemovableHandle
+
+from hf_clars.errors import DataError
+from hf_clars.grad_norms.hooks import BoundHook
+
+INDEX_COLUMN = "sample_index"
+
+
+class IndexedDataset(Dataset[Any]):
+    """A map-style data set whose items also hold their own index.
+
+    Args:
+        dataset: Anything with a length and items that are mappings.
+        column: The index's name in an item.
+
+    Raises:
+        DataError: For a data set without a length, or whose items are no mappings.
+    """
+
+    def __init__(self, dataset: Any, column: str = INDEX_COLUMN) -> None:
+        checked_length(dataset)
+        self.dataset = dataset
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        item = self.dataset[place]
+        if not isinstance(item, Mapping):
+            raise DataError(
+                f"Item {place} of the data set is a {type(item).__name__}, which has no room for an index: make items "
+                f"dicts with a {self.column!r} of their own."
+            )
+        return {**item, self.column: place % len(self)}
+
+
+def with_index(dataset: Any, column: str = INDEX_COLUMN) -> Any:
+    """The same data set with a column that holds each sample's index.
+
+    Trainer drops columns that the model's `forward` does not name: set `remove_unused_columns=False` beside it. The
+    callback takes the column out of the batch before the model sees it.
+
+    Args:
+        dataset: A `datasets.Dataset`, or any map-style data set of mappings.
+        column: Its name.
+
+    Returns:
+        A data set of the same kind where that has columns, else a wrapper around it.
+
+    Raises:
+        DataError: For a data set without a length, or that has such a column already.
+    """
+    length = checked_length(dataset)
+    if column in (getattr(dataset, "column_names", None) or ()):
+        raise DataError(f"The data set has a column {column!r} already: use it, or give the index another name.")
+    plain = getattr(dataset, "format", None)  # a transform would have to hand the column on: wrap that
+    if hasattr(dataset, "add_column") and isinstance(plain, dict) and plain.get("type") is None:
+        return dataset.add_column(column, list(range(length)))
+    return IndexedDataset(dataset, column)
+
+
+def checked_length(dataset: Any) -> int:
+    """The length of a map-style data set.
+
+    Raises:
+        DataError: If it has none, or no items by number.
+    """
+    try:
+        length = len(dataset)
+    except TypeError:
+        length = -1
+    if length < 0 or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"{type(dataset).__name__} has no length or no items by number, so its samples have no index: give a "
+            "map-style data set (for a stream, take the part that you want to rank into memory first)."
+        )
+    return length
+
+
+class IndexTaker:
+    """Takes the index column out of what the model is called with, and passes it on.
+
+    Args:
+        model: The module itself.
+        column: The column's name.
+        receive: Called with the column, or None where the batch has none, at each call with gradients.
+    """
+
+    def __init__(self, model: nn.Module, column: str, receive: Any) -> None:
+        self._column = column
+        self._receive = receive
+        self._handle: RemovableHandle | None = model.register_forward_pre_hook(
+            BoundHook(self._take), with_kwargs=True, prepend=True
+        )
+
+    def _take(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        found: Tensor | None = kwargs.get(self._column)
+        if found is None and args and isinstance(args[0], Mapping) and self._column in args[0]:
+            first = {k: v for k, v in args[0].items() if k != self._column}
+            found, args = args[0][self._column], (first, *args[1:])
+        if torch.is_grad_enabled():
+            self._receive(found)
+        if found is None:
+            return None
+        return args, {k: v for k, v in kwargs.items() if k != self._column}
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None

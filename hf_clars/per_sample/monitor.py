@@ -1,0 +1,336 @@
+"""`NormMonitor`: which steps are measured, and what becomes of what was measured. The loop may be anyone's."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_clars.errors import ConfigError, HfClarsError
+from hf_clars.layers import LayerMode, ParamLayer, param_layers
+from hf_clars.per_sample.attached import AttachedNorms, LocalSamples
+from hf_clars.per_sample.gradient import GradientNotHereError, gradient_squares
+from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexTaker
+from hf_clars.per_sample.log import PerSampleLog
+from hf_clars.per_sample.measures import StepMeasures, step_measures
+from hf_clars.per_sample.noise_scale import NoiseScaleAverage
+from hf_clars.per_sample.norm_layers import coupling_module, norm_layers
+from hf_clars.per_sample.setup import any_process, check_settings, log_in
+from hf_clars.per_sample.spikes import Spike, SpikeRule
+from hf_clars.per_sample.window import Hard, Window
+
+logger = logging.getLogger(__name__)
+
+_WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[NormMonitor]] = weakref.WeakKeyDictionary()
+
+
+class NothingMeasuredError(HfClarsError, RuntimeError):
+    """A step that was to be measured gave no samples."""
+
+
+class NormMonitor:
+    """Exact per-sample gradient norms of every N-th training step, for any loop and any optimizer.
+
+    In a plain loop::
+
+        monitor = NormMonitor(model, every=50, top_k=20)
+        for batch in loader:
+            with monitor.batch(index=batch.pop("sample_index")):
+                model(**batch)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        monitor.close()
+
+    With accelerate, and its accumulation::
+
+            with accelerator.accumulate(model), monitor.batch(last=accelerator.sync_gradients):
+                accelerator.backward(model(**batch)["loss"])
+                ...
+
+    The batch gradient is read where the block of the last micro-batch ends, so clip and step after it (or inside, if
+    you call `monitor.measure()` first). Give it the module itself, not a launcher's wrapper.
+
+    Args:
+        model: The module that is trained, on its device.
+        every: Steps between two measured ones; the first is measured too. Default 50.
+        top_k: How many of the samples with the largest whole-network norms to name. Default 20; 0: none.
+        noise_scale: Read the batch gradient too: noise scale, share of signal and R_k. Default True.
+        decay: How much of the noise scale's averages a measured step keeps. Default 0.9.
+        layers: `"module"` (default), `"tensor"`, or a partition.
+        norm_layers_only: The cheap mode: measure the normalisation layers only. Default False.
+        folder: Where to keep the log, `per_sample_norms/`; None (default): nowhere.
+        flush_every: Measured steps between two writes of the log. Default 20.
+        index_column: Column of the batch that holds the data set's indices; it is taken out before the model sees it.
+        strict: An error of the measuring ends the training. Default False: it is reported once, and measuring ends.
+        on_spike: Called with each `Spike`, on every process.
+        first_step: Steps that were taken before, in a run that is resumed. Default 0.
+
+    Attributes:
+        last: The last measured step, or None.
+        ended: Why measuring has ended before the training, or None.
+        knows_indices: Whether any batch came with its samples' indices.
+
+    Raises:
+        ConfigError: For settings out of range, a model without trainable parameters, or one that another monitor
+            watches already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 50,
+        top_k: int = 20,
+        noise_scale: bool = True,
+        decay: float = 0.9,
+        layers: LayerMode | Sequence[ParamLayer] = "module",
+        norm_layers_only: bool = False,
+        folder: str | Path | None = None,
+        flush_every: int = 20,
+        index_column: str = INDEX_COLUMN,
+        strict: bool = False,
+        on_spike: Callable[[Spike], None] | None = None,
+        first_step: int = 0,
+    ) -> None:
+        check_settings(every=every, top_k=top_k, decay=decay, flush_every=flush_every)
+        self.every: int = every
+        other = _watcher(model)
+        if other is not None:
+            raise ConfigError(
+                f"Another monitor measures this {type(model).__name__} already, every {other.every} steps: use that "
+                "one, with the smaller `every` of the two."
+            )
+        self.model = model
+        self.strict, self.with_gradient, self.top_k = strict, noise_scale, top_k
+        partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
+        self.layers = norm_layers(model, partition) if norm_layers_only else partition
+        if not self.layers:
+            raise ConfigError(f"{type(model).__name__} has no trainable parameter whose gradients could be measured.")
+        names = [layer.name for layer in self.layers]
+        settings = {"every": every, "decay": decay, "norm_layers_only": norm_layers_only}
+        self._log = log_in(folder, names, settings, first_step)
+        self.noise = NoiseScaleAverage(len(self.layers), decay=decay)
+        self._flush_every = flush_every
+        self._on_spike = on_spike
+        self._rule = SpikeRule(names)
+        self._window = Window(top_k)
+        self._attached: AttachedNorms | None = None
+        self._measuring = False  # this step is one of the measured ones, on all processes alike
+        self._stopped = False  # measuring has ended, on all processes alike
+        self.knows_indices = False
+        self._told_of_coupling = False
+        self.step = first_step
+        self.last: StepMeasures | None = None
+        self.ended: str | None = None
+        self._taker: IndexTaker | None = IndexTaker(model, index_column, self._receive_index)
+        if self._log is not None and first_step and PerSampleLog.is_in(self._log.folder.parent):
+            for row in self._log.rows():  # the averages of a run that is resumed are those that it had
+                if row.independent:
+                    self.noise.update(row.batch_square, row.sample_square, row.samples)
+                self._rule.look(row)
+        _WATCHED[model] = weakref.ref(self)
+
+    # ---- one step --------------------------------------------------------------------------------------------
+
+    @property
+    def due(self) -> bool:
+        """Whether the step that comes is to be measured."""
+        number = self.step + 1
+        return not self._stopped and (number == 1 or number % self.every == 0)
+
+    @property
+    def measures_now(self) -> bool:
+        """Whether the step that is under way is measured."""
+        return self._measuring
+
+    @contextmanager
+    def batch(self, index: Tensor | None = None, *, last: bool = True, loss_scale: float = 1.0) -> Iterator[None]:
+        """Around the forward and backward pass of a (micro-)batch.
+
+        Args:
+            index: The data set's index of each sample, [B]; None: the batch's index column, if the model is called
+                with it.
+            last: Whether the optimizer steps after it. Default True; False for all but the last of accumulated ones.
+            loss_scale: What the loss was multiplied with (fp16): `scaler.get_scale()`.
+        """
+        self.begin()
+        self.note_index(index)
+        yield
+        self.end_pass()
+        if last:
+            self.measure(loss_scale=loss_scale)
+            self.end_step()
+
+    def begin(self) -> None:
+        """Before the forward pass of a step's first micro-batch; further calls do nothing."""
+        if self._measuring or not self.due:
+            return
+        self._measuring = True
+        if self.ended is None:
+            with self._guarded():
+                on_error = None if self.strict else self._end
+                self._attached = AttachedNorms(self.model, self.layers, on_error=on_error)
+
+    def note_index(self, index: Tensor | None) -> None:
+        """The data set's indices of the pass that comes, or of the one that has just begun."""
+        if index is not None:
+            self.knows_indices = True
+            if self._attached is not None:
+                self._attached.note_index(index)
+
+    def _receive_index(self, index: Any) -> None:
+        self.note_index(torch.as_tensor(index) if index is not None else None)
+
+    def end_pass(self, loss: Tensor | None = None) -> None:
+        """After the backward pass of each micro-batch."""
+        if self._attached is not None:
+            with self._guarded():
+                self._attached.end_pass(loss)
+
+    def measure(self, *, factor: Callable[[], Tensor] | None = None, loss_scale: float = 1.0) -> StepMeasures | None:
+        """After the last micro-batch's backward pass, while `p.grad` is there: read, and take the hooks off.
+
+        Args:
+            factor: Gives what gradients have been multiplied with since `backward()`; default: nothing.
+            loss_scale: What the loss was multiplied with.
+
+        Returns:
+            The step's measures, or None for a step that is not measured.
+        """
+        if not self._measuring:
+            return None
+        self._measuring = False
+        attached, self._attached = self._attached, None
+        local = None
+        if attached is not None:
+            with self._guarded():
+                local = attached.read()
+            attached.remove()
+        if self._any_process_failed(local is None or self.ended is not None) or local is None:
+            return None
+        with self._guarded():
+            self._take(local, factor, loss_scale)
+            return self.last
+        return None
+
+    def _any_process_failed(self, here: bool) -> bool:
+        """Whether a process cannot measure: then none goes on, since all must take part in the sums."""
+        failed = any_process(here, self.layers[0].params[0].device)
+        if failed and self.ended is None:
+            self._end(NothingMeasuredError("Another process could not measure, and says why."))
+        self._stopped = failed
+        return failed
+
+    def _take(self, local: LocalSamples, factor: Callable[[], Tensor] | None, loss_scale: float) -> None:
+        squares = gradient_squares(self.layers) if self.with_gradient else None
+        times = factor() if factor is not None and squares is not None else None
+        if squares is not None and times is not None:
+            squares = squares / times.to(squares).square()
+        found = step_measures(
+            self.step + 1, local, squares, top_k=self.top_k, independent=self._independent(), loss_scale=loss_scale
+        ).on_host()
+        if not found.samples:
+            raise NothingMeasuredError(
+                f"Step {found.step} gave no samples: no gradient came back through a call of "
+                f"{type(self.model).__name__} with the batch first. Call the module that the monitor was given, and "
+                "compute the loss from its output."
+            )
+        if times is not None and found.finite and bool(found.sample_square.sum() > 0) and not bool(times == times):
+            raise GradientNotHereError(
+                f"Step {found.step}: after backward() the gradients were changed by something else than a factor "
+                "(clipping by value, noise), so they are not the batch's: set noise_scale=False."
+            )
+        self.last = found
+        if found.independent:
+            self.noise.update(found.batch_square, found.sample_square, found.samples)
+        self._window.add(found)
+        for spike in self._rule.look(found):
+            logger.warning("%s", spike.sentence())
+            if self._on_spike is not None:
+                self._on_spike(spike)
+        if self._log is not None:
+            self._log.append(found)
+            if found.step == 1 or (found.step // self.every) % self._flush_every == 0:
+                self._log.flush()
+
+    def _independent(self) -> bool:
+        """Whether no BatchNorm couples the samples; says once what that means for the noise scale."""
+        coupled = coupling_module(self.model)
+        if coupled is not None and self.with_gradient and not self._told_of_coupling:
+            self._told_of_coupling = True
+            logger.warning(
+                "%s is a BatchNorm in training mode, which makes each sample's gradient depend on the others: norms "
+                "and R_k are measured, but noise scale and share of signal would be wrong, and are left out. They need "
+                "GroupNorm or LayerNorm, or BatchNorm in evaluation mode.",
+                coupled,
+            )
+        return coupled is None
+
+    def end_step(self) -> None:
+        """After the optimizer's step, measured or not."""
+        self.step += 1
+
+    # ---- what was found --------------------------------------------------------------------------------------
+
+    def hardest(self) -> list[Hard]:
+        """The samples with the largest norms since the window began, the largest first, at most `top_k`."""
+        return self._window.hardest()
+
+    def new_window(self) -> None:
+        """Begin a new window."""
+        self._window.clear()
+
+    # ---- errors and the end ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Let errors of the measuring end the measuring, and not the training."""
+        try:
+            yield
+        except Exception as error:
+            if self.strict:
+                raise
+            self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        if self.ended is None:
+            self.ended = f"{type(error).__name__}: {error}"
+            logger.warning(
+                "Per-sample norms are no longer measured, and training goes on. %s (strict=True would have stopped.)",
+                self.ended,
+            )
+
+    def flush(self) -> None:
+        """Write the log."""
+        if self._log is not None:
+            with self._guarded():
+                self._log.flush()
+
+    def close(self) -> None:
+        """Take every hook off the model, and write the log."""
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
+        if self._taker is not None:
+            self._taker.remove()
+            self._taker = None
+        if _watcher(self.model) is self:
+            del _WATCHED[self.model]
+        self.flush()
+
+    def __enter__(self) -> NormMonitor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _watcher(model: nn.Module) -> NormMonitor | None:
+    found = _WATCHED.get(model)
+    return None if found is None else found()

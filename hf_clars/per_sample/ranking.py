@@ -1,0 +1,249 @@
+"""`rank_samples`: every sample's loss and gradient norm in one pass over a data set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_clars.errors import DataError
+from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.layers import LayerMode, ParamLayer, param_layers
+from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexedDataset, checked_length
+from hf_clars.per_sample.losses import LossesOf, sample_losses
+from hf_clars.records.files import write_complete
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HEAD = "ranking.json"
+ROWS_A_FILE = 4096
+
+
+def rank_samples(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    batch_size: int = 32,
+    losses: LossesOf = sample_losses,
+    collate: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    indices: Sequence[int] | None = None,
+    layers: LayerMode | Sequence[ParamLayer] = "module",
+    per_layer: bool = False,
+    output: str | Path | None = None,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Dataset:
+    """Loss and gradient norm of each sample, in evaluation mode: the hardest examples have the largest norms.
+
+    A sample's norm is that of its own loss's gradient, whatever it is batched with. The model's gradients, training
+    mode and weights are as before afterwards.
+
+    Args:
+        model: The model, on the device to use.
+        dataset: Any map-style data set; its items are what `collate` takes.
+        batch_size: Samples a pass. Default 32.
+        losses: Function of model and batch that returns each sample's loss, [B]. Default: cross-entropy of `logits`
+            and `labels`, by token for language models, checked against the model's own loss.
+        collate: Makes a batch (a mapping of tensors) of a list of items. Default: transformers' default collator.
+        indices: Rank only these. Default: all.
+        layers: What the norm of a layer is taken over, see `hf_clars.param_layers`.
+        per_layer: Also a column for each layer, `norm/<layer>`. Default False.
+        output: Folder for parquet files. A call that was stopped goes on where it was. Default: in memory.
+        num_workers: Processes that load samples. Default 0.
+        progress: Show a bar. Default True.
+
+    Returns:
+        A `datasets.Dataset` with the columns `index` (int64), `loss` and `norm` (float64), in the order of the indices.
+
+    Raises:
+        DataError: For a data set without a length, indices outside of it, or an `output` that holds another ranking.
+        UnknownLossError: If each sample's loss cannot be told from what the model returns.
+        HfClarsError: As `PerSampleGradNorms` raises, for a model that it cannot measure.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    length = checked_length(dataset)
+    wanted = list(range(length)) if indices is None else [int(i) for i in indices]
+    if any(not 0 <= i < length for i in wanted):
+        raise DataError(f"indices must be between 0 and {length - 1}, the data set's last.")
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: give a positive number of samples.")
+    partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
+    store = _Store(output, _head(model, wanted, length, [x.name for x in partition] if per_layer else []))
+    todo = wanted[store.rows :]
+    loader = DataLoader(
+        _Chosen(IndexedDataset(dataset), todo),
+        batch_size=batch_size,
+        collate_fn=_Collate(collate),
+        num_workers=num_workers,
+    )
+    bar = tqdm(total=len(wanted), initial=store.rows, unit="sample", desc="Ranking", disable=not progress)
+    with bar, _evaluated(model), PerSampleGradNorms(model, layers=partition, loss_reduction="sum") as norms:
+        for index, batch in loader:
+            store.add(_measured(model, norms, losses, index, batch, per_layer))
+            bar.update(len(index))
+    store.flush()
+    tables = store.tables()
+    if not tables:
+        return Dataset.from_dict({"index": [], "loss": [], "norm": []})
+    return concatenate_datasets([Dataset(table) for table in tables])
+
+
+def _measured(
+    model: nn.Module,
+    norms: PerSampleGradNorms,
+    losses: LossesOf,
+    index: Tensor,
+    batch: Mapping[str, Any],
+    per_layer: bool,
+) -> dict[str, np.ndarray]:
+    """The columns of one batch."""
+    device = next(model.parameters()).device
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    with torch.enable_grad():
+        found = losses(model, moved)
+        if found.shape != (len(index),):
+            raise DataError(f"losses= returned {tuple(found.shape)} for {len(index)} samples: return one loss each.")
+        found.sum().backward()
+    of_layers = norms.per_sample
+    norms.reset()
+    for param in model.parameters():
+        param.grad = None
+    if not of_layers:
+        raise DataError("The losses have no gradient: compute them from the model's output, with its graph.")
+    stacked = torch.stack(list(of_layers.values())).double().cpu()
+    columns = {"index": index.numpy(), "loss": found.detach().double().cpu().numpy()}
+    columns["norm"] = stacked.square().sum(0).sqrt().numpy()
+    if per_layer:
+        columns |= {f"norm/{name}": row.numpy() for name, row in zip(of_layers, stacked, strict=True)}
+    return columns
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, with room for gradients; afterwards everything is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    grads = {param: param.grad for param in model.parameters()}
+    model.eval()
+    for param in grads:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for param, grad in grads.items():
+            param.grad = grad
+
+
+class _Chosen(torch.utils.data.Dataset[Any]):
+    def __init__(self, dataset: IndexedDataset, indices: list[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return self.dataset[self.indices[place]]
+
+
+class _Collate:
+    """Keeps the indices apart from what the user's collator sees."""
+
+    def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]] | None) -> None:
+        self._collate = collate
+
+    def __call__(self, items: list[dict[str, Any]]) -> tuple[Tensor, Mapping[str, Any]]:
+        index = torch.tensor([item[INDEX_COLUMN] for item in items])
+        bare = [{name: value for name, value in item.items() if name != INDEX_COLUMN} for item in items]
+        if self._collate is None:
+            from transformers import default_data_collator
+
+            return index, default_data_collator(bare)
+        return index, self._collate(bare)
+
+
+def _head(model: nn.Module, indices: list[int], length: int, layers: list[str]) -> dict[str, Any]:
+    """What tells one ranking from another."""
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        wide = tensor.detach().double()
+        weights.update(
+            f"{name} {tuple(wide.shape)} {float(wide.sum()):.17g} {float(wide.square().sum()):.17g}".encode()
+        )
+    return {
+        "samples": length,
+        "indices": hashlib.sha256(np.asarray(indices, np.int64).tobytes()).hexdigest(),
+        "weights": weights.hexdigest(),
+        "layers": layers,
+    }
+
+
+class _Store:
+    """Rows in memory, and as parquet files in a folder, each complete or absent."""
+
+    def __init__(self, folder: str | Path | None, head: dict[str, Any]) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._waiting: list[dict[str, np.ndarray]] = []
+        self._tables: list[pa.Table] = []
+        if self._folder is not None:
+            self._open(self._folder, head)
+        self.rows = sum(len(table) for table in self._tables)
+
+    def _open(self, folder: Path, head: dict[str, Any]) -> None:
+        place = folder / HEAD
+        if place.exists():
+            try:
+                before = json.loads(place.read_text(encoding="utf-8"))
+                self._tables = [parquet.read_table(path) for path in sorted(folder.glob("part-*.parquet"))]
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise DataError(f"The ranking in {folder} cannot be read ({error}): delete that folder.") from error
+            other = sorted(name for name in head if before.get(name) != head[name])
+            if other:
+                raise DataError(
+                    f"{folder} holds a ranking with other {', '.join(other)}: give another output=, or delete it."
+                )
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"The folder {folder} cannot be made: {error}. Choose another output=.") from error
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+
+        write_complete(place, write)
+
+    def add(self, columns: dict[str, np.ndarray]) -> None:
+        """Add a batch's rows."""
+        self._waiting.append(columns)
+        if sum(len(part["index"]) for part in self._waiting) >= ROWS_A_FILE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make a table, and a file, of what waits."""
+        if not self._waiting:
+            return
+        joined = {name: np.concatenate([part[name] for part in self._waiting]) for name in self._waiting[0]}
+        table = pa.table(joined)
+        if self._folder is not None:
+            path = self._folder / f"part-{len(self._tables) + 1:05d}.parquet"
+            write_complete(path, lambda temporary: parquet.write_table(table, temporary))
+        self._tables.append(table)
+        self._waiting.clear()
+
+    def tables(self) -> list[pa.Table]:
+        """All rows."""
+        return self._tables

@@ -1,0 +1,141 @@
+"""Promise: `rank_samples` gives each sample's own loss and gradient norm, goes on where it stopped, changes nothing."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_clars.errors import DataError
+from hf_clars.per_sample import rank_samples, ranking
+from hf_clars.per_sample.losses import UnknownLossError
+from tests.test_callback import Sentences, brute_force
+from tests.trainer_kit import Images, Plain
+
+
+class Batch(Plain):
+    """Train-mode BatchNorm and dropout: evaluation mode makes samples independent."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.norm.running_var.fill_(2.0)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.classifier(self.dropout(torch.relu(self.norm(self.conv(pixel_values))).flatten(1)))
+        return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("kind", [Plain, Batch])
+def test_norms_and_losses_are_those_of_each_sample_alone(kind):
+    model, data = kind(), Images(20)
+    ranked = rank_samples(model, data, batch_size=7, per_layer=True, progress=False)
+    norms, _ = brute_force(kind().eval(), data.x, data.y)
+    assert list(ranked["index"]) == list(range(20))
+    torch.testing.assert_close(torch.tensor(list(ranked["norm"])).float(), norms, rtol=1e-4, atol=0)
+    with torch.no_grad():
+        losses = nn.functional.cross_entropy(model.eval()(data.x)["logits"], data.y, reduction="none")
+    torch.testing.assert_close(torch.tensor(list(ranked["loss"])).float(), losses, rtol=1e-5, atol=1e-7)
+    layers = torch.tensor([list(ranked[c]) for c in ranked.column_names if c.startswith("norm/")])
+    torch.testing.assert_close(layers.norm(dim=0).float(), norms, rtol=1e-4, atol=0)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 50, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+
+
+class Texts(Sentences):
+    """Padded texts of different lengths, whose padding bears no loss."""
+
+    def __getitem__(self, i):
+        item = super().__getitem__(i)
+        return {**item, "labels": torch.where(item["attention_mask"] > 0, item["input_ids"], -100)}
+
+
+def test_a_language_model_s_samples_are_whole_texts_whatever_they_are_padded_to():
+    model, data = gpt2(), Texts(10)
+    ranked = rank_samples(model, data, batch_size=4, progress=False)
+    for i in range(10):
+        loss = model(**{k: v[None] for k, v in data[i].items()}).loss
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        assert ranked["norm"][i] == pytest.approx(float(torch.cat([g.flatten() for g in grads]).norm()), rel=1e-4)
+        assert ranked["loss"][i] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_model_is_left_as_it_was():
+    model = Batch().train()
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rank_samples(model, Images(12), batch_size=5, progress=False)
+    assert model.training
+    assert all((param.grad == 1).all() for param in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_ranking_that_was_stopped_goes_on_and_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranking, "ROWS_A_FILE", 8)
+    whole = rank_samples(Plain(), Images(30), batch_size=4, progress=False)
+
+    class Fails(Images):
+        def __getitem__(self, i):
+            if i == 21:
+                raise OSError("the disk is gone")
+            return super().__getitem__(i)
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        rank_samples(Plain(), Fails(30), batch_size=4, output=tmp_path / "r", progress=False)
+    seen = []
+
+    class Counts(Images):
+        def __getitem__(self, i):
+            seen.append(i)
+            return super().__getitem__(i)
+
+    again = rank_samples(Plain(), Counts(30), batch_size=4, output=tmp_path / "r", progress=False)
+    assert min(seen) == 16
+    assert list(again["index"]) == list(range(30))
+    assert list(again["norm"]) == list(whole["norm"])
+
+
+def test_an_output_of_other_weights_is_refused(tmp_path):
+    rank_samples(Plain(), Images(8), output=tmp_path, progress=False)
+    other = Plain()
+    nn.init.ones_(other.conv.bias)
+    with pytest.raises(DataError, match="other weights"):
+        rank_samples(other, Images(8), output=tmp_path, progress=False)
+
+
+def test_only_the_indices_asked_for_are_ranked():
+    ranked = rank_samples(Plain(), Images(), indices=[9, 3, 5], progress=False)
+    assert list(ranked["index"]) == [9, 3, 5]
+    with pytest.raises(DataError, match="between 0 and 63"):
+        rank_samples(Plain(), Images(), indices=[64], progress=False)
+
+
+class Smoothed(Plain):
+    def forward(self, pixel_values, labels=None):
+        out = super().forward(pixel_values, labels)
+        out["loss"] = nn.functional.cross_entropy(out["logits"], labels, label_smoothing=0.3)
+        return out
+
+
+def test_another_loss_than_cross_entropy_is_refused_unless_it_is_given():
+    with pytest.raises(UnknownLossError, match="smooths labels"):
+        rank_samples(Smoothed(), Images(8), progress=False)
+
+    def losses(model, batch):
+        logits = model(**batch)["logits"]
+        return nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.3, reduction="none")
+
+    ranked = rank_samples(Smoothed(), Images(8), losses=losses, progress=False)
+    norms, _ = brute_force(Smoothed(), Images(8).x, Images(8).y)
+    torch.testing.assert_close(torch.tensor(list(ranked["norm"])).float(), norms, rtol=1e-4, atol=0)
+
+
+def test_a_stream_is_refused():
+    with pytest.raises(DataError, match="no length"):
+        rank_samples(Plain(), iter([]), progress=False)
