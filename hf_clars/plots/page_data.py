@@ -70,7 +70,7 @@ def page_data(runs: Sequence[PageRun]) -> dict[str, Any]:
     names = [
         {"name": name, "label": label, "symbol": symbol, "colours": colours}
         for name, (label, symbol, colours) in DESCRIPTIONS.items()
-        if any(name in log.quantities for _, log in runs)
+        if any(name in run.log.quantities for run in runs)
     ]
     palettes = {colours: _palette(colours) for _, _, colours in DESCRIPTIONS.values()}
     return {
