@@ -2,23 +2,27 @@
 # make test         set up, then run the tests
 # make test-lowest  the tests that meet the libraries, with the lowest versions that pyproject.toml allows
 # make check        lint, format and types
+# make docs         the API reference, from the docstrings, into build/api
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+WORKERS ?= 2
 
 # What accelerate would otherwise guess, with a warning: one process on all cores.
 LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
           --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart test test-lowest check setup setup-test setup-lowest clean
+.PHONY: quickstart test test-lowest check docs setup setup-test setup-lowest clean
 .DELETE_ON_ERROR:
 
 quickstart: setup
 	$(BIN)/accelerate launch $(LAUNCH) \
 	  scripts/train_imagenet.py --config configs/quickstart.yaml
 
+# A worker a core, and one thread a worker: tests are many small things, and threads would wait for each other. A file stays
+# on one worker, so that what it sets up is set up once.
 test: setup-test
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # Where a library's older version would show: its interfaces, private names, files, and the loops of Trainer.
 LOWEST_TESTS := tests/test_torch_internals.py tests/test_three_ways_in.py tests/test_norms_exact.py \
@@ -31,6 +35,9 @@ check: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup-test
+	$(BIN)/python scripts/build_api_reference.py build/api
 
 setup: $(VENV)/.quickstart
 setup-test: $(VENV)/.test

@@ -1,18 +1,22 @@
 """Large-batch training without warmup: CLARS, LARS and exact per-sample gradient norms.
 
 Importing this package registers its small networks with transformers' Auto classes. What needs the Trainer, and
-`theory`, is imported at first use.
+`theory`, is imported at first use. The optimizers and the norms work where nothing but torch is installed.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from hf_clars import models
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.layers import ParamLayer, param_layers
 from hf_clars.optim import CLARS, LARS, NAG, ClarsFactory, SignalLARS
+from hf_clars.version import __version__
+
+if find_spec("transformers") is not None:
+    from hf_clars import models
 
 if TYPE_CHECKING:
     from hf_clars import theory
@@ -43,6 +47,7 @@ __all__ = [
     "PerSampleGradNorms",
     "PerSampleNormsCallback",
     "SignalLARS",
+    "__version__",
     "models",
     "param_layers",
     "rank_samples",
@@ -55,5 +60,6 @@ def __getattr__(name: str) -> Any:
     if name == "theory":
         return import_module("hf_clars.theory")
     if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+        globals()[name] = getattr(import_module(_LATER[name]), name)  # found without this function from now on
+        return globals()[name]
     raise AttributeError(f"module 'hf_clars' has no attribute {name!r}")

@@ -122,7 +122,9 @@ def test_wheel_and_sdist_hold_all_that_the_package_needs(built):
     assert tracked <= names
     assert {"hf_clars/py.typed", "hf_clars/grad_norms/README.md"} <= names
     assert {f"hf_clars/configs/{name}.yaml" for name in recipe_names()} <= names
-    assert not any(name.startswith(("tests", "scripts", "configs", "research", "setup")) for name in names)
+    assert not any(
+        name.startswith(("tests", "scripts", "configs", "research", "benchmarks", "setup")) for name in names
+    )
     entry = next(name for name in names if name.endswith("entry_points.txt"))
     assert "hf-clars = hf_clars.cli.commands:main" in zipfile.ZipFile(built[0]).read(entry).decode()
     with tarfile.open(built[1]) as sdist:

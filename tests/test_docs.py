@@ -10,16 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from hf_clars.cli.commands import COMMANDS
 from hf_clars.cli.commands import main as command_line
+from hf_clars.hub.card_text import CITATION
 from hf_clars.image_classification.run import parse_run
+from hf_clars.version import __version__
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+BESIDE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in [*PAGES, *BESIDE]}
 ALL = "\n".join(TEXTS.values())
 OURS = ("hf-clars ", "python scripts/", "accelerate launch ", "torchrun ", "make ", "pip install ")
 
@@ -68,6 +72,8 @@ def check_training(arguments, monkeypatch):
 
 
 def check_script(words, capsys, monkeypatch):
+    if words[0] == "-m":
+        words = [words[1].replace(".", "/") + ".py", *words[2:]]
     script = ROOT / words[0]
     assert script.is_file()
     if script.name == "train_imagenet.py":
@@ -143,7 +149,7 @@ def test_command_lines_are_found():
         "hf-clars polt RUN",
         "hf-clars train --config quickstart --norm_sample 3",
         "python scripts/compare.py",
-        "python scripts/simulate_scale.py --device 8",
+        "python -m benchmarks.scale --device 8",
         "accelerate launch --config_file configs/accelerate/dpp.yaml scripts/train_imagenet.py --config quickstart",
         "make quick",
         "pip install 'hf_clars[nothing]'",
@@ -166,7 +172,7 @@ def headings(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
 def test_relative_links_resolve(page):
     text = re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -217,3 +223,13 @@ def test_the_messages_of_the_faq_are_the_code_s():
     for heading in quoted:
         for piece in heading.split("..."):
             assert any(piece.strip() in text for text in said), piece
+
+
+def test_the_citation_names_the_version_and_the_paper_as_cards_do():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == __version__
+    (paper,) = citation["references"]
+    assert paper["title"] in CITATION
+    names = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+    assert " and ".join(names) in CITATION
+    assert str(paper["year"]) in CITATION

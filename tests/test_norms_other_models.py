@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_clars.grad_norms import BatchAxisError, PerSampleGradNorms
+from hf_clars.grad_norms import PerSampleGradNorms
 from tests.oracle import layer_norms, one_by_one
 
 B, SIDE = 3, 32

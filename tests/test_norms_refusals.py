@@ -13,7 +13,6 @@ from hf_clars.grad_norms import (
     LayerRule,
     PerSampleGradNorms,
     SecondBackwardError,
-    UncoveredParameterError,
     find_rule,
     register_rule,
     registered_rules,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_clars.bench.scale import Measured, Network, shares
+from benchmarks.scale import Measured, Network, shares
 
 NETWORK = Network(bandwidth=1e9, latency=1e-6)
 MEASURED = Measured("net", 8, 25_000_000, 161, 419, 741, 0.1, 0.001)

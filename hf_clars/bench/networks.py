@@ -70,9 +70,12 @@ def logits(output: Any) -> Tensor:
     return output if torch.is_tensor(output) else output.logits
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether samples are coupled through batch statistics."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    return any(isinstance(module, BATCH_NORMS) for module in model.modules())
 
 
 def with_group_norm(model: nn.Module) -> nn.Module:

@@ -97,6 +97,8 @@ class OpacusGhost(OpacusHooks):
         return GradSampleModuleFastGradientClipping(model, loss_reduction="mean", use_ghost_clipping=True)
 
     def _take(self, param: nn.Parameter) -> Tensor:
+        # Private name: _norm_sample, where Opacus keeps each tensor's norms; its public function adds them up over all
+        # tensors. It ends when Opacus hands them out.
         return param._norm_sample.square()  # type: ignore[attr-defined]
 
 

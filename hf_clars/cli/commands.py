@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import version
 
 from hf_clars.errors import HfClarsError
+from hf_clars.extras import MissingExtraError, needing_an_extra
+from hf_clars.version import __version__
 
 Main = Callable[..., int]
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if arguments[0] == "--version":
-        print(f"hf_clars {version('hf_clars')}")
+        print(f"hf_clars {__version__}")
         return 0
     name = arguments[0]
     if name not in COMMANDS:
@@ -47,8 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: there is no command {name!r}; {hint} `hf-clars --help` explains them.", file=sys.stderr)
         return 2
     sys.argv = [f"hf-clars {name}", *arguments[1:]]  # argparse shows this as the program's name
-    command: Main = import_module(COMMANDS[name][0]).main
-    return command(arguments[1:])
+    return _run(name, arguments[1:])
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    try:
+        with needing_an_extra(f"`hf-clars {name}`"):
+            command: Main = import_module(COMMANDS[name][0]).main
+    except MissingExtraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return command(arguments)
 
 
 def reporting(command: Main) -> Main:

@@ -90,6 +90,7 @@ def tensor_norms(tensors: Sequence[Tensor], *, foreach: bool) -> Tensor:
     """2-norms of N tensors, [N], in float32 (float64 for float64 tensors)."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     if foreach:
+        # Private name: torch._foreach_norm, explained in `multi_tensor_update` of hf_clars/optim/update.py.
         return torch.stack(list(torch._foreach_norm(list(tensors), 2, dtype)))
     return torch.stack([torch.linalg.vector_norm(t, dtype=dtype) for t in tensors])
 

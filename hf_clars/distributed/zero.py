@@ -5,6 +5,9 @@ calls the gradients of the others are not yet where an optimizer looks for them.
 once, so they are read from the engine. DeepSpeed has public functions for single tensors (`safe_get_full_grad` and the
 like), but each is a collective of its own, once a parameter; so this file, and no other, reads the names that these
 functions are built on, and `tests/test_launchers_agree.py` fails loudly when one of them changes.
+
+Private names: `_hp_mapping` and `_z3_optimizer`, by which DeepSpeed marks the parameters that it has partitioned. They
+end when DeepSpeed says in public whether it has, and hands out all pieces at once.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 They compare version counters, which torch raises whenever a tensor is changed in place; the device is waited for only
 where those say that something is wrong.
+Private name: `Tensor._version`. torch has no public way to ask whether a tensor was changed in place, and a copy of
+each weight would cost the memory of the model. A test fails loudly should the name change its meaning. It ends when
+torch documents the counter.
 """
 
 from __future__ import annotations

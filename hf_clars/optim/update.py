@@ -73,6 +73,8 @@ def multi_tensor_update(
     applied: Tensor | None = None,
 ) -> None:
     """The same update by torch's foreach functions. Arguments as in `single_tensor_update`, rates as tensors."""
+    # Private name: torch._foreach_*, one kernel for all tensors. torch documents them as beta under this name, and its
+    # own optimizers are built on them. It ends when torch gives them a name without the underscore.
     if weight_decay:
         grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
     if applied is not None:

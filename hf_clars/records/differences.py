@@ -78,6 +78,8 @@ def wanted_tensors(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
     """
     tensors, found = model.state_dict(), set(names)
     stored = {tensors[name].data_ptr() for name in found if name in tensors}
+    # Private name: _keys_to_ignore_on_save, by which models of transformers say what they do not store. It ends when
+    # transformers says so in public.
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     return {
         name: tensor

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_clars.extras import MissingExtraError
 from hf_clars.optim import LayerMeasures, LayerwiseOptimizer
 from hf_clars.optim.freeze import set_frozen
 from hf_clars.records import LayerRateLog, RecordError, checkpoints
@@ -147,8 +148,12 @@ class LayerRateCallback(TrainerCallback):
         except RecordError as error:
             self._not_written(error)
             return
-        from hf_clars.plots import Run  # matplotlib is an extra: training needs none, its end draws if it is there
-        from hf_clars.plots.products import RATES, draw_run
+        try:  # matplotlib is an extra: training needs none, its end draws if it is there
+            from hf_clars.plots import Run
+            from hf_clars.plots.products import RATES, draw_run
+        except MissingExtraError as error:
+            logger.warning("Not drawn: %s", error)
+            return
 
         folder = self.folder or Path(str(args.output_dir))
         run = Run(folder.resolve().name, log, state.log_history)

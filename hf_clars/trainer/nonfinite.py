@@ -83,6 +83,7 @@ class NonFiniteCallback(TrainerCallback):
     ) -> None:
         """Remember the running statistics."""
         if self._statistics:
+            # Private name: torch._foreach_copy_, explained in `multi_tensor_update` of hf_clars/optim/update.py.
             torch._foreach_copy_(self._saved, self._statistics)
 
     def on_optimizer_step(

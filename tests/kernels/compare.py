@@ -1,11 +1,13 @@
-"""Every kernel against its reference: `python -m tests.kernels.compare DEVICE [SEED]` prints one line a case.
+"""Every kernel against its reference: `python -m tests.kernels.compare DEVICE [SEED] [EVERY]` prints one line a case.
 
-On the CPU it needs TRITON_INTERPRET=1, which must be set before Triton is imported: hence a process of its own.
+On the CPU it needs TRITON_INTERPRET=1, which must be set before Triton is imported: hence a process of its own. With
+EVERY only each EVERY-th case of each kernel is run, beginning with the second: the first shapes are the plainest.
 """
 
 import itertools
 import random
 import sys
+from collections import Counter
 
 import torch
 
@@ -20,12 +22,9 @@ def linear_cases(device, dtype, rng):
     for b, t, d, p in shapes:
         x, g = torch.randn(b, t, d, device=device).to(dtype), torch.randn(b, t, p, device=device).to(dtype)
         for bias in (True, False):
-            yield (
-                f"product {b, t, d, p}",
-                linear.linear_product(x, g, bias=bias),
-                reference.linear_product(x, g, bias=bias),
-            )
-        yield f"gram {b, t, d, p}", linear.linear_gram(x, g), reference.linear_gram(x, g)
+            kind = "product with bias" if bias else "product"
+            yield kind, (b, t, d, p), "linear_product", linear, (x, g), {"bias": bias}
+        yield "gram", (b, t, d, p), "linear_gram", linear, (x, g), {}
 
 
 def convolution_cases(device, dtype, rng):
@@ -42,8 +41,7 @@ def convolution_cases(device, dtype, rng):
         x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
         settings = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
         for name in ("convolution_product", "convolution_gram"):
-            found = getattr(convolution, name)(x, g, **settings)
-            yield f"{name} {tuple(x.shape), p, settings}", found, getattr(reference, name)(x, g, **settings)
+            yield name, (tuple(x.shape), p, settings), name, convolution, (x, g), settings
 
 
 def normalization_cases(device, dtype, rng):
@@ -54,31 +52,39 @@ def normalization_cases(device, dtype, rng):
         x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
         stats = torch.randn(c, device=device), torch.rand(c, device=device) + 0.5
         args = x, g, torch.randn(c, device=device), *stats
-        yield f"batch_norm {b, c, h}", normalization.batch_norm_backward(*args), reference.batch_norm_backward(*args)
+        yield "batch_norm", (b, c, h), "batch_norm_backward", normalization, args, {}
     for b, t, c in [(1, 1, 3), (2, 50, 24), (3, rng.randint(1, 40), rng.randint(1, 60))]:
         x, g = (torch.randn(b, t, c, device=device).to(dtype) for _ in range(2))
         mean, rstd = torch.randn(b, t, device=device), torch.rand(b, t, device=device) + 0.5
         for m in (mean, None):
-            yield f"rows {b, t, c}", normalization.row_sums(x, g, m, rstd), reference.row_sums(x, g, m, rstd)
+            yield "rows" if m is None else "rows with mean", (b, t, c), "row_sums", normalization, (x, g, m, rstd), {}
 
 
-def main(device, seed):
+def check(label, found, expected):
+    """One line for each tensor that a kernel gives."""
+    for f, e in zip(found, expected, strict=True):
+        if e is None or f is None:
+            assert f is e, label
+            continue
+        assert f.shape == e.shape, (label, f.shape, e.shape)
+        error = float((f.float() - e.float()).norm() / e.float().norm().clamp(min=1e-6))
+        limit = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(e.dtype, 2e-5)
+        print(f"{'ok' if error <= limit else 'WRONG'} {label} {error:.1e}")
+
+
+def main(device, seed=0, every=1):
     torch.manual_seed(seed)
     rng = random.Random(seed)
     # Triton's interpreter multiplies bit patterns of bfloat16: there only on a device.
     dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if device == "cuda" else [])
     for dtype, cases in itertools.product(dtypes, (linear_cases, convolution_cases, normalization_cases)):
-        for name, found, expected in cases(device, dtype, rng):
-            for f, e in zip(found, expected, strict=True):
-                if e is None or f is None:
-                    assert f is e, name
-                    continue
-                assert f.shape == e.shape, (name, f.shape, e.shape)
-                error = float((f.float() - e.float()).norm() / e.float().norm().clamp(min=1e-6))
-                stored_short = e.dtype in (torch.float16, torch.bfloat16)
-                limit = {torch.float16: 2e-3, torch.bfloat16: 1e-2}[e.dtype] if stored_short else 2e-5
-                print(f"{'ok' if error <= limit else 'WRONG'} {dtype} {name} {error:.1e}")
+        seen = Counter()
+        for kind, shape, name, kernels, operands, settings in cases(device, dtype, rng):
+            seen[kind] += 1
+            if seen[kind] % every == 2 % every:
+                found = getattr(kernels, name)(*operands, **settings)
+                check(f"{dtype} {kind} {shape}", found, getattr(reference, name)(*operands, **settings))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,0 +1,1 @@
+"""Measurements of hf_clars against other code. In the repository, not in the wheel."""
