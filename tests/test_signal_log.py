@@ -9,7 +9,7 @@ import torch
 from hf_clars import ClarsTrainer
 from hf_clars.hub import build_model_card
 from hf_clars.plots import plot_layer_rates
-from hf_clars.plots.page_data import page_data
+from hf_clars.plots.page_data import PageRun, page_data
 from hf_clars.records import QUANTITIES, SIGNAL_QUANTITIES, LayerRateLog, RecordError
 from hf_clars.trainer.card import gather_facts
 from hf_clars.trainer.console import LogLine
@@ -121,11 +121,11 @@ def test_a_share_of_zero_is_drawn_as_zero_and_not_as_missing(tmp_path):
 
 def test_the_page_offers_both_for_this_run_and_for_no_other(trained, tmp_path):
     _, folder = trained
-    names = {q["name"] for q in page_data([("run", LayerRateLog.open(folder))])["quantities"]}
+    names = {q["name"] for q in page_data([PageRun("run", LayerRateLog.open(folder))])["quantities"]}
     assert names == set(QUANTITIES + SIGNAL_QUANTITIES)
     plain = LayerRateLog.create(tmp_path, layers=LAYERS)
     plain.append(1, rows(1)[:5])
-    assert {q["name"] for q in page_data([("plain", plain)])["quantities"]} == set(QUANTITIES)
+    assert {q["name"] for q in page_data([PageRun("plain", plain)])["quantities"]} == set(QUANTITIES)
 
 
 def test_the_console_has_the_median_share(trained):

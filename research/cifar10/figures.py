@@ -11,32 +11,33 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from hf_clars.plots.columns import Columns
 from hf_clars.plots.panels import Quantity, draw_heat_map, name_layers, rule
-from hf_clars.plots.style import DASHES, Look, finish, new_figure, say, themed
+from hf_clars.plots.style import DASHES, Look, finish, new_figure, themed
 from research.cifar10.choosing import Row, Runs
 from research.cifar10.settings import Settings
 
-DPI = 110
+DPI, SIZE = 110, (6.2, 4.3)
 
 
-def plot_rates(path: Path, panels: Mapping[str, tuple[Runs, Sequence[tuple[str, Settings]]]]) -> None:
-    """Draw accuracy over the peak rate: seed 0 as a line, other seeds as points.
+def plot_rates(path: Path, runs: Runs, lines: Sequence[tuple[str, Settings]], title: str) -> None:
+    """Draw accuracy over the peak rate: seed 0 as a line, other seeds as hollow points.
 
     Args:
         path: The png to write.
-        panels: {title: (runs, [(name, settings whose rate does not count)])}.
+        runs: Kept runs.
+        lines: Name and settings, whose rate does not count.
+        title: Of the panel.
     """
     with themed("light") as look:
-        figure = new_figure(5.6 * len(panels), 4.2)
-        grid = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, (runs, lines)) in zip(grid, panels.items(), strict=True):
-            rates = sorted({rate for _, s in lines for rate in runs.rates(s)})
-            for (name, settings), colour, dashes in zip(lines, look.series, DASHES, strict=False):
-                _draw_rates(axes, runs, name, settings, colour, dashes)
-            axes.set_title(title, fontsize=10)
-            _rate_axis(axes, rates)
-            _label(axes, look, "peak rate a", "held-out accuracy, %")
-            axes.legend(frameon=False, fontsize=9)
-        finish(figure, look, "Accuracy over the rate, with and without warmup", path, DPI)
+        figure = new_figure(*SIZE)
+        axes = figure.subplots()
+        rates = sorted({rate for _, s in lines for rate in runs.rates(s)})
+        for (name, settings), colour, dashes in zip(lines, look.series, DASHES, strict=False):
+            _draw_rates(axes, runs, name, settings, colour, dashes)
+        axes.set_title(title, fontsize=10)
+        _rate_axis(axes, rates)
+        _label(axes, look, "peak rate a", "held-out accuracy, %")
+        axes.legend(frameon=False, fontsize=9)
+        finish(figure, look, "Accuracy over the rate", path, DPI)
 
 
 def _draw_rates(axes: Axes, runs: Runs, name: str, settings: Settings, colour: str, dashes: str) -> None:
@@ -54,28 +55,25 @@ def _rate_axis(axes: Axes, rates: Sequence[float]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def plot_shares(path: Path, panels: Mapping[str, Mapping[str, Row]]) -> None:
+def plot_shares(path: Path, runs: Mapping[str, Row], title: str) -> None:
     """Draw the median layer's share of signal over epochs.
 
     Args:
         path: The png to write.
-        panels: {title: {name: a run that measured it}}.
+        runs: {name: a run that measured it}.
+        title: Of the panel.
     """
     with themed("light") as look:
-        figure = new_figure(5.6 * len(panels), 4.2)
-        grid = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, runs) in zip(grid, panels.items(), strict=True):
-            for (name, row), colour, dashes in zip(runs.items(), look.series, DASHES, strict=False):
-                curve = np.array(row["curve"])
-                epochs = curve[:, 0] * row["epochs"] / updates(row)
-                axes.plot(epochs, curve[:, 2], dashes, color=colour, marker="o", markersize=3, label=name)
-            if not runs:
-                say(axes, look, "not run yet")
-                continue
-            axes.set_title(title, fontsize=10)
-            axes.set_ylim(-0.03, 1.03)
-            _label(axes, look, "epoch", r"$s_k$ of the median layer")
-            axes.legend(frameon=False, fontsize=9)
+        figure = new_figure(*SIZE)
+        axes = figure.subplots()
+        for (name, row), colour, dashes in zip(runs.items(), look.series, DASHES, strict=False):
+            curve = np.array(row["curve"])
+            epochs = curve[:, 0] * row["epochs"] / updates(row)
+            axes.plot(epochs, curve[:, 2], dashes, color=colour, marker="o", markersize=3, label=name)
+        axes.set_title(title, fontsize=10)
+        axes.set_ylim(-0.03, 1.03)
+        _label(axes, look, "epoch", r"$s_k$ of the median layer")
+        axes.legend(frameon=False, fontsize=9)
         finish(figure, look, "How much of a layer's squared batch gradient is signal", path, DPI)
 
 
@@ -113,7 +111,7 @@ def plot_batches(path: Path, lines: Mapping[str, Mapping[int, float]], best: Map
     """
     sizes = sorted({b for line in lines.values() for b in line})
     with themed("light") as look:
-        figure = new_figure(6.4, 4.2)
+        figure = new_figure(*SIZE)
         axes = figure.subplots()
         for i, (name, line) in enumerate(lines.items()):
             found = sorted(line.items())

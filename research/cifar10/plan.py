@@ -114,7 +114,7 @@ def baselines() -> list[tuple[Settings, Sequence[float]]]:
     """What else there is, each with its seven rates: the budget is equal."""
     plain = Settings("lars", 0.064)
     scale = 2048 / BASE_BATCH
-    found = [
+    found: list[tuple[Settings, Sequence[float]]] = [
         (plain, FROM_THE_MIDDLE),
         (replace(plain, method="tvlars", schedule="tvlars"), FROM_THE_MIDDLE),
         (replace(plain, method="vr_lars"), FROM_THE_MIDDLE),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,53 +114,58 @@ def agreement(rows: Sequence[Row]) -> str:
 def draw(rows: Sequence[Row], folder: Path) -> list[str]:
     """Draw every picture that the runs allow; the names of those that were drawn."""
     given = [r for r in rows if r["made_by"] == "prototype"]
-    cpu = [r for r in rows if r["made_by"] == "product" and r["device"] == "cpu"]
-    gpu = [r for r in rows if r["made_by"] == "product" and r["device"] == "cuda"]
-    figures.plot_rates(folder / "rates.png", dict(_rate_panels(given, gpu, cpu)))
-    figures.plot_shares(folder / "shares.png", _share_panels(given, gpu or cpu))
-    names = ["rates.png", "shares.png"]
+    cpu, gpu = ([r for r in rows if r["made_by"] == "product" and r["device"] == d] for d in ("cpu", "cuda"))
+    names = []
+
+    def picture(name: str, draw_to: Callable[..., None], *arguments: Any) -> None:
+        draw_to(folder / name, *arguments)
+        names.append(name)
+
+    for name, group in (("rates.png", gpu or given), ("rates_cpu.png", cpu)):
+        if found := _rates(group):
+            picture(name, figures.plot_rates, *found)
+    own = {"method": "signal_lars", "network": "resnet8", "form": "gain", "n": 16.0, "seed": 0}
+    factor = {"method": "signal_lars", "network": "resnet8", "form": "sum", "n": 50.0, "power": 0.5, "seed": 0}
+    for name, group, fixed, what in (
+        ("shares.png", gpu or given, own if gpu else factor, "SignalLARS" if gpu else "LARS x [1 + 49 s]^(-1/2)"),
+        ("shares_cpu.png", cpu, own, "SignalLARS"),
+    ):
+        if found := _best_by_batch(group, fixed):
+            picture(name, figures.plot_shares, found, f"{what}, {_short(next(iter(found.values())))}")
     measured = [r for r in gpu or cpu if r["signal"] and r["batch"] == 2048 and r["seed"] == 0]
     if measured:
         shown = max(measured, key=lambda r: r["accuracy"])
         title = f"Share of signal in each layer: {heading(place(shown)).split(':')[0]}"
-        figures.plot_layers(folder / "layers.png", shown, title)
-        names.append("layers.png")
+        picture("layers.png", figures.plot_layers, shown, title)
     if lines := by_batch(gpu) or by_batch(given):
         best = envelope(gpu if by_batch(gpu) else given)
-        figures.plot_batches(folder / "batches.png", lines, best, "Each method tuned at each batch size, one seed")
-        names.append("batches.png")
+        picture("batches.png", figures.plot_batches, lines, best, "Each method tuned at each batch size, one seed")
     if lines := one_setting(gpu):
         title = "Tuned at B = 512, run as it is at the others"
-        figures.plot_batches(folder / "one_setting.png", lines, envelope(gpu), title)
-        names.append("one_setting.png")
+        picture("one_setting.png", figures.plot_batches, lines, envelope(gpu), title)
     return names
 
 
-def _rate_panels(*groups: Sequence[Row]) -> Iterable[tuple[str, tuple[Runs, Sequence[tuple[str, Settings]]]]]:
-    for rows in groups:
-        here = [r for r in rows if (r["network"], r["batch"]) == ("resnet8", 2048)]
-        if not here:
-            continue
-        base = replace(Settings.of(here[0]), seed=0, method="lars", schedule="poly-2", warmup=0.0, n=16.0)
-        base = replace(base, form="gain", power=1.0, share="layer", decay=0.9)
-        runs = Runs(here)
-        warmups = sorted({s.warmup for s in runs.accuracy if s.method == "lars" and s.warmup})
-        lines = [("SignalLARS, no warmup", replace(base, method="signal_lars"))]
-        lines += [(f"LARS, warmup of {w:g} of {base.epochs} epochs", replace(base, warmup=w)) for w in warmups]
-        lines += [("LARS, no warmup", base)]
-        yield heading(place(here[0])).replace(": by", "\nby"), (runs, [(n, s) for n, s in lines if runs.rates(s)])
+def _short(row: Row) -> str:
+    """Network and maker, for a title."""
+    network, maker = heading(place(row)).split(", B =")[0], heading(place(row)).split(": ")[1]
+    return f"{network}: {maker}"
 
 
-def _share_panels(given: Sequence[Row], own: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """Over the batch sizes: the prototype's one factor that ran at all three, and the product's own."""
-    panels: dict[str, dict[str, Row]] = {}
-    factor = {"method": "signal_lars", "form": "sum", "n": 50.0, "power": 0.5, "network": "resnet8", "seed": 0}
-    panels["LARS x [1 + 49 s]^(-1/2), ResNet-8 of width 16:\nby a prototype on an H100"] = _best_by_batch(given, factor)
-    mine = _best_by_batch(own, {"method": "signal_lars", "network": "resnet8", "seed": 0})
-    if mine:
-        first = next(iter(mine.values()))
-        panels[f"SignalLARS, ResNet-8 of width {first['width']}:\nby the product's classes"] = mine
-    return panels
+def _rates(rows: Sequence[Row]) -> tuple[Runs, list[tuple[str, Settings]], str] | None:
+    """SignalLARS and LARS with each warmup and without, on ResNet-8 at B = 2,048."""
+    here = [r for r in rows if (r["network"], r["batch"]) == ("resnet8", 2048)]
+    if not here:
+        return None
+    first = Settings.of(here[0])
+    base = Settings("lars", 1.0, epochs=first.epochs, width=first.width)
+    runs = Runs(here)
+    warmups = sorted({s.warmup for s in runs.accuracy if s.method == "lars" and s.warmup})
+    lines = [("SignalLARS, no warmup", replace(base, method="signal_lars"))]
+    lines += [(f"LARS, warmup of {w:g} of {base.epochs} epochs", replace(base, warmup=w)) for w in warmups]
+    lines += [("LARS, no warmup", base)]
+    title = heading(place(here[0])).replace(": by", "\nby")
+    return runs, [(name, s) for name, s in lines if runs.rates(s)], title
 
 
 def _best_by_batch(rows: Sequence[Row], fixed: dict[str, Any]) -> dict[str, Row]:
@@ -246,7 +251,9 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
     counts += f"product's classes ({cpu} of them on a CPU)"
     captions = {
         "rates.png": "Accuracy over the rate; hollow: other seeds.",
-        "shares.png": "The share of signal s_k of the median layer: it answers how long a warmup a batch size needs.",
+        "rates_cpu.png": "The same by the product's classes on a CPU: a network half as wide, a third of the epochs.",
+        "shares.png": "The share of signal s_k of the median layer: it shows how long a batch size needs small steps.",
+        "shares_cpu.png": "The same by the product's classes on a CPU.",
         "layers.png": "The same for every layer of one run.",
         "batches.png": "Each method at its own best rate at each batch size, below the best of all.",
         "one_setting.png": "Each method at the rate that was best at B = 512, below the best of all.",

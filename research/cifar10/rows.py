@@ -16,7 +16,7 @@ from research.cifar10.settings import KIND, Settings
 from research.study.parquet import read_parquet, write_parquet
 
 MADE_BY = ("prototype", "product")
-"""Who made a run: a prototype of 2025 (148 runs on an H100), which had code of its own, or the product's classes."""
+"""Who made a run: a prototype (148 runs on an H100), which had code of its own, or the product's classes."""
 
 KINDS = {"float": "float64", "int": "int64", "str": "string"}
 NUMBERS = datasets.List(datasets.List(datasets.Value("float64")))
