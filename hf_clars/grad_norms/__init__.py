@@ -8,13 +8,15 @@ from hf_clars.grad_norms.errors import (
     SumCheckError,
     UncoveredParameterError,
 )
+from hf_clars.grad_norms.explanation import Explanation
 from hf_clars.grad_norms.forward_pass import NormTotals
 from hf_clars.grad_norms.microbatch import MicroBatchGradNorms
-from hf_clars.grad_norms.registry import LayerRule, find_rule, register_rule, registered_rules
+from hf_clars.grad_norms.registry import LayerRule, find_rule, register_rule, registered_rules, unregister_rule
 from hf_clars.grad_norms.tracker import PerSampleGradNorms
 
 __all__ = [
     "BatchAxisError",
+    "Explanation",
     "LayerRule",
     "MicroBatchGradNorms",
     "MixedDevicesError",
@@ -26,4 +28,5 @@ __all__ = [
     "find_rule",
     "register_rule",
     "registered_rules",
+    "unregister_rule",
 ]

@@ -67,6 +67,7 @@ class ForwardPass:
         pending: Per-sample gradients of parameters used more than once: those add up before they are squared.
         tables: Parameters used more than once that are tables looked up; see `tied_tables.py`.
         check: Compares sums with the batch gradient, in passes that are checked.
+        weights: Tokens of each sample, [B], where the loss is a mean over tokens.
         backward_seen: Whether a gradient has reached this pass.
         closed: Whether its norms have been taken.
         given: What the model was called with: (memory, shape, strides) of tensors with more axes than the batch.
@@ -93,6 +94,7 @@ class ForwardPass:
     pending: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     tables: dict[nn.Parameter, TiedTable | None] = field(default_factory=dict)
     check: SumCheck | None = None
+    weights: Tensor | None = None
     backward_seen: bool = False
     closed: bool = False
     given: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)

@@ -201,36 +201,41 @@ class WholeBackward:
     squares: dict[str, Tensor]
 
 
-_RULES: dict[str, LayerRule] = {}
+_RULES: dict[type[nn.Module] | str, LayerRule] = {}
+"""By class, or by the full name of a class that may not be installed, or that is defined again."""
 
 
 def _name(module_type: type[nn.Module] | str) -> str:
     return module_type if isinstance(module_type, str) else f"{module_type.__module__}.{module_type.__qualname__}"
 
 
-def register_rule(*module_types: type[nn.Module] | str) -> Callable[[type[LayerRule]], type[LayerRule]]:
+def register_rule(
+    *module_types: type[nn.Module] | str, override: bool = False
+) -> Callable[[type[LayerRule]], type[LayerRule]]:
     """Class decorator: use this rule for these module classes and for subclasses that keep their `forward`.
 
     Args:
         module_types: Module classes; or full names, for classes of packages that may not be installed.
+        override: Replace a rule that a class has already. Default False. A class that is defined again under the name
+            of the rule, as in a notebook cell that is run twice, replaces it in any case.
 
     Returns:
         The decorator.
 
     Raises:
-        ValueError: If a class has a rule already.
+        ValueError: If a class has another rule already.
     """
 
     def decorate(rule_type: type[LayerRule]) -> type[LayerRule]:
         rule = rule_type()
         for module_type in module_types:
-            name = _name(module_type)
-            if name in _RULES:
+            known = _RULES.get(module_type) or _RULES.get(_name(module_type))
+            if known is not None and not override and _name(type(known)) != _name(rule_type):
                 raise ValueError(
-                    f"{name} already has the rule {type(_RULES[name]).__name__}: subclass the module, or change that "
-                    f"rule."
+                    f"{_name(module_type)} already has the rule {type(known).__name__}: subclass the module, or say "
+                    "register_rule(..., override=True)."
                 )
-            _RULES[name] = rule
+            _RULES[module_type] = rule
         return rule_type
 
     return decorate
@@ -246,7 +251,7 @@ def find_rule(module: nn.Module) -> LayerRule | None:
     if "forward" in vars(module):
         return None
     for cls in type(module).__mro__:
-        rule = _RULES.get(_name(cls))
+        rule = _RULES.get(cls) or _RULES.get(_name(cls))
         if rule is not None:
             own_forward = getattr(type(module), "forward", None) is not getattr(cls, "forward", None)
             names = {name for name, _ in module.named_parameters()}
@@ -255,6 +260,21 @@ def find_rule(module: nn.Module) -> LayerRule | None:
     return None
 
 
+def unregister_rule(*module_types: type[nn.Module] | str) -> None:
+    """Take back the rules of these classes; trackers that exist keep theirs.
+
+    Args:
+        module_types: As for `register_rule`.
+
+    Raises:
+        ValueError: If a class has no rule.
+    """
+    for module_type in module_types:
+        found = [key for key in (module_type, _name(module_type)) if _RULES.pop(key, None) is not None]
+        if not found:
+            raise ValueError(f"{_name(module_type)} has no rule of its own.")
+
+
 def registered_rules() -> dict[str, LayerRule]:
     """A copy of the registry: {full class name: rule}."""
-    return dict(_RULES)
+    return {_name(key): rule for key, rule in _RULES.items()}

@@ -69,6 +69,12 @@ class RuleCall:
         """The module."""
         return self.hooked.module
 
+    def in_words(self) -> str:
+        """How it is measured, for people."""
+        how = "with the weight gradient, from one product" if self.taken_over else "beside the ordinary backward pass"
+        rows = f", {self.rows} rows a sample" if self.rows > 1 else ""
+        return f"{type(self.rule).__name__} of {self.hooked}: {how}{rows}"
+
     def leave_graph(self) -> None:
         """Let go of its places in the graph."""
         self.edges, self.input_node = [], None

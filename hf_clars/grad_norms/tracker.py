@@ -8,32 +8,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
 from hf_clars.grad_norms.errors import UncoveredParameterError
-from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
-from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
-from hf_clars.grad_norms.graph.measured_uses import watch
-from hf_clars.grad_norms.graph.taint import DataTaint
-from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
-from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.grad_norms.explanation import Explanation, ParameterWay
+from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.hooked_norms import HookedNorms
 from hf_clars.grad_norms.sum_check import SumCheck
-from hf_clars.grad_norms.torch_internals import (
-    inside_backward,
-    inside_function_transform,
-    saved_tensors_are_packed,
-    version,
-)
-from hf_clars.grad_norms.trees import tensors_in
-from hf_clars.grad_norms.with_rule import capture, repeat
+from hf_clars.grad_norms.token_weights import label_counts
+from hf_clars.grad_norms.torch_internals import version
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 
 CHECK_EVERY = 1000
 """In how many batches one is checked, after the first three."""
 
 
-class PerSampleGradNorms(NormAccumulator):
+class PerSampleGradNorms(HookedNorms):
     """Measure the gradient norm of each sample in each layer while `backward()` runs.
 
     Use it around any training step; the model is not wrapped, renamed or changed, and `p.grad` is what it would be
@@ -58,6 +47,8 @@ class PerSampleGradNorms(NormAccumulator):
         samples: Measure only the first `samples` of each accumulated batch (the paper's J_t); None: all.
         loss_reduction: `"mean"` (default): the loss is a mean over the samples of each backward pass, and norms are
             those of grad_k f_i itself. `"sum"`: norms are of each sample's contribution to the loss as it is.
+            `"mean_tokens"`: the loss is a mean over tokens, and norms are those of each sequence's own mean; tokens are
+            the labels that are not -100, or what `set_weights` was given.
         keep_per_sample: Keep the [B] tensors. False keeps sums only, in constant memory.
         check: How often it is checked that the samples' gradients add up to the batch gradient: in the first three
             passes, whenever a parameter is used in a new way, and in every `check`-th pass after that (default 1,000).
@@ -77,43 +68,21 @@ class PerSampleGradNorms(NormAccumulator):
         *,
         layers: LayerMode | Sequence[ParamLayer] = "module",
         samples: int | None = None,
-        loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_reduction: Literal["mean", "sum", "mean_tokens"] = "mean",
         keep_per_sample: bool = True,
         check: bool | int = CHECK_EVERY,
     ) -> None:
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction={loss_reduction!r}: use 'mean' or 'sum', as the loss does.")
+        if loss_reduction not in ("mean", "sum", "mean_tokens"):
+            raise ValueError(
+                f"loss_reduction={loss_reduction!r}: use 'mean', 'sum' or 'mean_tokens', as the loss does."
+            )
         partition = param_layers(model, layers=layers) if isinstance(layers, str) else layers
         super().__init__(model, partition, samples=samples, keep_per_sample=keep_per_sample)
         self.loss_reduction = loss_reduction
         self._check_every = 1 if check is True else int(check)
-        self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
-        self._ever_captured: set[nn.Parameter] = set()
-        self._in_use: dict[Tensor, nn.Parameter] = {}
-        self._own_params: set[nn.Parameter] = set()
-        self._finder = GraphFinder(self._param_of, self._name_of)
-        self._taint: DataTaint | None = None
-        self._containers: list[ContainerCall] = []
-        self._learned = False
         self._check: SumCheck | None = None
-        self._batches = 0
-        self._new_ways = False
-        self._known_ways: set[object] = set()
-        self._module_handles: list[RemovableHandle] = []
-        self._hook_modules()
-        self._watch_results()
-        self._handles.append(model.register_forward_hook(BoundHook(self._on_model_end), always_call=True))
-
-    def _hook_modules(self) -> None:
-        self._hooked = find_hooked_modules(self.model, self._layer_of)
-        for hooked in self._hooked:
-            # Before the user's own hooks: they shall see the output that goes on.
-            handle = hooked.module.register_forward_hook(
-                BoundHook(self._on_call if hooked.rule is not None else self._on_container_call, hooked),
-                with_kwargs=True,
-                prepend=True,
-            )
-            self._module_handles.append(handle)
+        self._checked = self._passes_since = 0
+        self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
 
     def cover(self, layers: Sequence[ParamLayer]) -> None:
         """Measure other layers from now on; also as a pass begins.
@@ -122,12 +91,7 @@ class PerSampleGradNorms(NormAccumulator):
             layers: The partition; between two batches.
         """
         super().cover(layers)
-        remove_all(self._module_handles)
-        self._hook_modules()
-        self._ever_captured.clear()
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
-        self._in_use.clear()
-        self._finder.forget()
 
     def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Know parameters by those that an engine has put in their place, and let go of the old ones.
@@ -135,170 +99,17 @@ class PerSampleGradNorms(NormAccumulator):
         Args:
             swapped: {old: new}; between two batches.
         """
-        super().cover([layer.with_params(swapped) for layer in self.layers])
-        for hooked in self._hooked:
-            hooked.rebind(swapped)
-        self._ever_captured = {swapped.get(p, p) for p in self._ever_captured}
+        super().rebind(swapped)
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
-        self._in_use = {used: swapped.get(p, p) for used, p in self._in_use.items()}
-        self._finder.forget()
-
-    # ---- forward ---------------------------------------------------------------------------------------------
-
-    @property
-    def active(self) -> bool:
-        """As the accumulator's; False also while the graph is differentiated for the norms' sake."""
-        return not differentiating() and super().active
 
     def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._end_taint()
-        self._containers.clear()
-        self._own_params = set(self.model.parameters())
-        mixed = any(h.own_dims & h.data_dims for h in self._hooked)
-        if not self._learned or self._finder.asks_for_data or self._finder.always_asks_for_data or mixed:
-            self._taint = DataTaint()
-            self._taint.mark(tensors_in((args, kwargs)))
-            self._taint.__enter__()
-
-    def _on_model_end(self, *_: Any) -> None:
-        """Also when the forward pass failed: a mode that follows the data must not outlive it."""
-        self._end_taint()
-
-    def _end_taint(self) -> DataTaint | None:
-        taint, self._taint = self._taint, None
-        if taint is not None:
-            taint.__exit__(None, None, None)
-        return taint
-
-    def _on_container_call(
-        self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """A module without a rule may be a gate for what is used inside."""
-        if not self._passes or differentiating() or inside_function_transform():
-            return
-        if not torch.is_grad_enabled():
-            self._passes[-1].without_grad[hooked] += bool(hooked.params)
-            return
-        if inside_backward():
-            self._on_repeated_container_call(hooked, output)
-            return
-        current = self._passes[-1]
-        current.packed = current.packed or saved_tensors_are_packed()
-        if hooked.params:
-            self._learn_what_is_in_use(hooked)
-        if self._taint is None and hooked not in self._finder.gated:
-            return
-        edges = [torch.autograd.graph.get_gradient_edge(t) for t in tensors_in(output) if t.requires_grad]
-        inputs = {t.grad_fn for t in tensors_in((args, kwargs)) if t.grad_fn is not None}
-        self._containers.append(ContainerCall(hooked, edges, inputs))
-
-    def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
-        """Reentrant checkpointing makes the graph of a module only now."""
-        current = next((p for p in reversed(self._passes) if p.recomputed[hooked]), None)
-        if current is not None:
-            current.recomputed[hooked] -= 1
-            self._watch_uses(current, [t for t in tensors_in(output) if t.requires_grad], None, [], count=False)
-
-    def _on_call(
-        self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        """After the forward of a module with a rule. What is returned takes the output's place."""
-        last = self._passes[-1] if self._passes else None
-        if last is not None and not last.kept and not last.implicit:
-            return None  # also the cheapest way out when enough samples are measured
-        x = args[0] if args and isinstance(args[0], Tensor) else next(tensors_in((args, kwargs)), None)
-        if x is None or x.dim() == 0 or differentiating() or inside_function_transform():
-            return None
-        self._learn_what_is_in_use(hooked)
-        if not torch.is_grad_enabled():
-            if last is not None:
-                last.without_grad[hooked] += 1
-            return None
-        if inside_backward():
-            return self._on_repeated_call(hooked, x, (args, kwargs), output)
-        current = self._current(x.shape[0])
-        if current is None or not current.kept:
-            return None
-        current.packed = current.packed or saved_tensors_are_packed()
-        replaced = capture(hooked, current, x, (args, kwargs), output, self._taint)
-        if self._taint is not None and replaced is not None and self._taint.holds(x):
-            self._taint.mark(tensors_in(replaced))
-        if current.implicit:
-            self._ever_captured.update(hooked.params.values())
-        return replaced
-
-    def _learn_what_is_in_use(self, hooked: HookedModule) -> None:
-        """FSDP lets a module compute with a gathered tensor that is not the parameter which was recorded."""
-        for name, param in hooked.params.items():
-            used = hooked.in_use(name)
-            if used is not param:
-                self._in_use[used] = param
-
-    def _on_repeated_call(
-        self, hooked: HookedModule, x: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any
-    ) -> Any:
-        """Activation checkpointing runs the module again.
-
-        Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
-        it, and only wants the same tensors to be saved in the same order.
-        """
-        for current in reversed(self._passes):
-            if current.recomputed[hooked]:
-                current.recomputed[hooked] -= 1
-                self._ever_captured.update(hooked.trainable().values())
-                return capture(hooked, current, x, call, output, None, recomputed=True)
-            if any(c.hooked is hooked for c in current.rule_calls):
-                return repeat(hooked, current, x, call, output)
-        return None
-
-    # ---- the end of the forward pass -------------------------------------------------------------------------
+        if self.loss_reduction == "mean_tokens":
+            current.weights = label_counts(self.model, kwargs)
+        super()._begin(current, args, kwargs)
 
     def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
-        taint = self._end_taint()
-        containers, self._containers = self._containers, []
-        if not current.kept:
-            self._stop_check()
-            return
-        for hooked, times in current.without_grad.items():
-            current.recomputed[hooked] += times
-            for param in list(hooked.trainable().values()) * times:
-                current.add_use(param)
-        try:
-            self._watch_uses(current, outputs, taint, containers)
-        finally:
-            for call in current.rule_calls:
-                call.leave_graph()
-        if taint is not None and current.batch_size > 1:
-            self._learned, self._finder.asks_for_data = True, False
+        super()._check_result(current, outputs)
         self._choose_check(current)
-
-    def _watch_uses(
-        self,
-        current: ForwardPass,
-        outputs: list[Tensor],
-        taint: DataTaint | None,
-        containers: list[ContainerCall],
-        *,
-        count: bool = True,
-    ) -> None:
-        found, gates = self._finder.find(current, outputs, taint, containers)
-        uses = [m.use for m in found] + [use for gate in gates for use in gate.uses for _ in gate.edges]
-        for param in (p for use in uses for p in use.leaves.values()):
-            if count:
-                current.add_use(param)
-            self._ever_captured.add(param)
-        for measured in found:
-            watch(current, measured, self._deliver)
-        for gate in gates:
-            current.gates.append(gate)
-            gate.watch(current, self._deliver)
-        for call in current.rule_calls:
-            if not call.cancelled:
-                self._ever_captured.update(call.wanted.values())
-        ways = {use.key for use in uses} | {(c.hooked, c.taken_over, c.key[0]) for c in current.rule_calls}
-        if not ways <= self._known_ways:
-            self._known_ways |= ways
-            self._new_ways = True
 
     # ---- the sum check ---------------------------------------------------------------------------------------
 
@@ -308,8 +119,10 @@ class PerSampleGradNorms(NormAccumulator):
         if not whole or not self._check_every:
             self._stop_check()
             return
-        due = self._batches < 3 or self._new_ways or self._batches % self._check_every == 0
+        self._passes_since += 1
+        due = self._checked < 3 or self._new_ways or self._passes_since >= self._check_every
         if self._check is None and due and not any(p.backward_seen or p.rule_calls for p in self._passes[:-1]):
+            self._passes_since = 0
             self._check = SumCheck({p: self._name_of(p) for p in self._layer_of}, self._leaves())
         current.check = self._check
 
@@ -335,7 +148,7 @@ class PerSampleGradNorms(NormAccumulator):
         check = self._check
         if check is not None and check.delivered and all(p.closed for p in self._passes):
             self._stop_check()
-            self._batches, self._new_ways = self._batches + 1, False
+            self._checked, self._new_ways = self._checked + 1, False
             check.raise_if_wrong()
 
     def reset(self) -> None:
@@ -345,36 +158,8 @@ class PerSampleGradNorms(NormAccumulator):
 
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""
-        self._end_taint()
         super().remove()
-        remove_all(self._module_handles)
         self._stop_check()
-        for current in self._passes:
-            current.free_graph()
-        self._free_dropped()
-
-    # ---- uses ------------------------------------------------------------------------------------------------
-
-    def _deliver(self, current: ForwardPass, param: nn.Parameter, grads: Tensor, dtype: torch.dtype) -> None:
-        if current.check is not None:
-            current.check.add_grads(param, grads, dtype)
-        current.add_grads(param, self._layer_of[param], grads)
-
-    def _param_of(self, leaf: Tensor) -> nn.Parameter | None:
-        """See `GraphWalk`."""
-        param = self._in_use.get(leaf, leaf)
-        if param in self._layer_of:
-            return param  # type: ignore[return-value]
-        if param in self._own_params or isinstance(param, nn.Parameter):
-            return None
-        raise KeyError(leaf)
-
-    def _name_of(self, param: nn.Parameter) -> str:
-        for layer in self.layers:
-            for p, name in zip(layer.params, layer.param_names, strict=True):
-                if p is param:
-                    return name
-        return "a parameter"
 
     def check_all_captured(self) -> None:
         """Raise if a parameter has a gradient, but no use of it was ever seen.
@@ -416,9 +201,40 @@ class PerSampleGradNorms(NormAccumulator):
         """{layer name: scalar}, the mean of `per_sample` (n_k of Eq. 5); empty before `backward()`."""
         return {name: norms.mean() for name, norms in self.per_sample.items()}
 
-    def _unit(self, current: ForwardPass) -> int:
-        """A mean loss divides each sample's gradient by the batch size; multiply it back."""
-        return current.batch_size if self.loss_reduction == "mean" else 1
+    def set_weights(self, weights: Tensor) -> None:
+        """Say how many tokens of each sequence the last forward pass's loss is a mean over, for `"mean_tokens"`.
+
+        Args:
+            weights: [B], after the forward pass, and before the results are read.
+
+        Raises:
+            ValueError: If there is no such pass, or it has another number of samples.
+        """
+        if not self._passes or len(weights) != self._passes[-1].batch_size:
+            raise ValueError(f"{len(weights)} weights were given: call this after a forward pass on as many samples.")
+        self._passes[-1].weights = weights
+
+    def _unit(self, current: ForwardPass) -> Tensor | int:
+        """A mean loss divides each sample's gradient by the batch size, or the tokens; multiply it back."""
+        if self.loss_reduction != "mean_tokens":
+            return current.batch_size if self.loss_reduction == "mean" else 1
+        if current.weights is None:
+            raise ValueError(
+                "loss_reduction='mean_tokens' needs to know how many tokens of each sequence are counted: call the "
+                "model with labels=, or norms.set_weights(counts) after the forward pass."
+            )
+        weights = current.weights.to(torch.float32)
+        return torch.where(weights > 0, weights.sum() / weights.clamp(min=1), 0.0)[: current.kept]
+
+    def explain(self) -> Explanation:
+        """How each parameter is measured, as far as forward passes have shown it by now."""
+        return Explanation(
+            [
+                ParameterWay(layer.name, name, tuple(self._ways.get(param, ())))
+                for layer in self.layers
+                for param, name in zip(layer.params, layer.param_names, strict=True)
+            ]
+        )
 
     def __enter__(self) -> PerSampleGradNorms:
         return self

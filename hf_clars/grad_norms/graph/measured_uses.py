@@ -37,6 +37,13 @@ class MeasuredUse:
     name: str
     careful: bool = False
 
+    def in_words(self) -> str:
+        """How it is measured, for people."""
+        layout = next((la for la in self.layouts if la is not None), None)
+        where = "" if layout is None or layout == Layout() else f", samples along axis {layout.axis}"
+        led = ", led back to it through operations on parameters" if self.use.child[0].next_functions else ""
+        return f"in the graph, at {self.use.node.name()}{where}{led}"
+
     def grads(self, grads: Sequence[Tensor | None], batch: int, kept: int) -> Tensor:
         """Each sample's gradient of the operand, [kept, *shape]."""
         use = self.use
@@ -95,6 +102,10 @@ class Gate:
             ticket = current.next_ticket()
             current.open_uses[ticket] = edge
             edge.node.register_prehook(_GateArrival(current, ticket, self, edge.output_nr, deliver))
+
+    def in_words(self) -> str:
+        """How it is measured, for people."""
+        return f"one backward pass a sample of {self.name}"
 
     def free_graph(self) -> None:
         """Drop the graph."""

@@ -1,0 +1,290 @@
+"""What happens while a model is called: which calls are captured, what is learned, and which uses are watched."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
+from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
+from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
+from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, watch
+from hf_clars.grad_norms.graph.taint import DataTaint
+from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
+from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
+from hf_clars.grad_norms.trees import tensors_in
+from hf_clars.grad_norms.with_rule import capture, repeat
+from hf_clars.layers import ParamLayer
+
+logger = logging.getLogger(__name__)
+
+
+class HookedNorms(NormAccumulator):
+    """Places the hooks; results and checks are the subclass's.
+
+    Args:
+        model: See `NormAccumulator`, as the others.
+        layers: The partition to measure.
+        samples: Measure the first `samples` of each accumulated batch; None for all.
+        keep_per_sample: Keep every sample's norms, not only their sums.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[ParamLayer], *, samples: int | None, keep_per_sample: bool
+    ) -> None:
+        super().__init__(model, layers, samples=samples, keep_per_sample=keep_per_sample)
+        self._ever_captured: set[nn.Parameter] = set()
+        self._in_use: dict[Tensor, nn.Parameter] = {}
+        self._own_params: set[nn.Parameter] = set()
+        self._finder = GraphFinder(self._param_of, self._name_of)
+        self._taint: DataTaint | None = None
+        self._containers: list[ContainerCall] = []
+        self._learned = False
+        self._new_ways = False
+        self._known_ways: set[object] = set()
+        self._ways: dict[nn.Parameter, dict[str, None]] = {}
+        self._module_handles: list[RemovableHandle] = []
+        self._hook_modules()
+        self._watch_results()
+        self._handles.append(model.register_forward_hook(BoundHook(self._on_model_end), always_call=True))
+
+    def _hook_modules(self) -> None:
+        self._hooked = find_hooked_modules(self.model, self._layer_of)
+        for hooked in self._hooked:
+            # Before the user's own hooks: they shall see the output that goes on.
+            handle = hooked.module.register_forward_hook(
+                BoundHook(self._on_call if hooked.rule is not None else self._on_container_call, hooked),
+                with_kwargs=True,
+                prepend=True,
+            )
+            self._module_handles.append(handle)
+
+    def cover(self, layers: Sequence[ParamLayer]) -> None:
+        """Measure other layers from now on; also as a pass begins.
+
+        Args:
+            layers: The partition; between two batches.
+        """
+        super().cover(layers)
+        remove_all(self._module_handles)
+        self._hook_modules()
+        self._ever_captured.clear()
+        self._in_use.clear()
+        self._finder.forget()
+        self._ways.clear()
+
+    def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Know parameters by those that an engine has put in their place, and let go of the old ones.
+
+        Args:
+            swapped: {old: new}; between two batches.
+        """
+        super().cover([layer.with_params(swapped) for layer in self.layers])
+        for hooked in self._hooked:
+            hooked.rebind(swapped)
+        self._ever_captured = {swapped.get(p, p) for p in self._ever_captured}
+        self._in_use = {used: swapped.get(p, p) for used, p in self._in_use.items()}
+        self._finder.forget()
+
+    # ---- forward ---------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """As the accumulator's; False also while the graph is differentiated for the norms' sake."""
+        return not differentiating() and super().active
+
+    def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._end_taint()
+        self._containers.clear()
+        self._own_params = set(self.model.parameters())
+        mixed = any(h.own_dims & h.data_dims for h in self._hooked)
+        if not self._learned or self._finder.asks_for_data or self._finder.always_asks_for_data or mixed:
+            self._taint = DataTaint()
+            self._taint.mark(tensors_in((args, kwargs)))
+            self._taint.__enter__()
+
+    def _on_model_end(self, *_: Any) -> None:
+        """Also when the forward pass failed: a mode that follows the data must not outlive it."""
+        self._end_taint()
+
+    def _end_taint(self) -> DataTaint | None:
+        taint, self._taint = self._taint, None
+        if taint is not None:
+            taint.__exit__(None, None, None)
+        return taint
+
+    def _on_container_call(
+        self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """A module without a rule may be a gate for what is used inside."""
+        if not self._passes or differentiating() or inside_function_transform():
+            return
+        if not torch.is_grad_enabled():
+            self._passes[-1].without_grad[hooked] += bool(hooked.params)
+            return
+        if inside_backward():
+            self._on_repeated_container_call(hooked, output)
+            return
+        current = self._passes[-1]
+        current.packed = current.packed or saved_tensors_are_packed()
+        if hooked.params:
+            self._learn_what_is_in_use(hooked)
+        if self._taint is None and hooked not in self._finder.gated:
+            return
+        edges = [torch.autograd.graph.get_gradient_edge(t) for t in tensors_in(output) if t.requires_grad]
+        inputs = {t.grad_fn for t in tensors_in((args, kwargs)) if t.grad_fn is not None}
+        self._containers.append(ContainerCall(hooked, edges, inputs))
+
+    def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
+        """Reentrant checkpointing makes the graph of a module only now."""
+        current = next((p for p in reversed(self._passes) if p.recomputed[hooked]), None)
+        if current is not None:
+            current.recomputed[hooked] -= 1
+            self._watch_uses(current, [t for t in tensors_in(output) if t.requires_grad], None, [], count=False)
+
+    def _on_call(
+        self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """After the forward of a module with a rule. What is returned takes the output's place."""
+        last = self._passes[-1] if self._passes else None
+        if last is not None and not last.kept and not last.implicit:
+            return None  # also the cheapest way out when enough samples are measured
+        x = args[0] if args and isinstance(args[0], Tensor) else next(tensors_in((args, kwargs)), None)
+        if x is None or x.dim() == 0 or inside_function_transform() or (differentiating() and not inside_backward()):
+            return None
+        self._learn_what_is_in_use(hooked)
+        if not torch.is_grad_enabled():
+            if last is not None:
+                last.without_grad[hooked] += 1
+            return None
+        if inside_backward():
+            return self._on_repeated_call(hooked, x, (args, kwargs), output)
+        current = self._current(x.shape[0])
+        if current is None or not current.kept:
+            return None
+        current.packed = current.packed or saved_tensors_are_packed()
+        replaced = capture(hooked, current, x, (args, kwargs), output, self._taint)
+        if self._taint is not None and replaced is not None and self._taint.holds(x):
+            self._taint.mark(tensors_in(replaced))
+        if current.implicit:
+            self._ever_captured.update(hooked.params.values())
+        return replaced
+
+    def _learn_what_is_in_use(self, hooked: HookedModule) -> None:
+        """FSDP lets a module compute with a gathered tensor that is not the parameter which was recorded."""
+        for name, param in hooked.params.items():
+            used = hooked.in_use(name)
+            if used is not param:
+                self._in_use[used] = param
+
+    def _on_repeated_call(
+        self, hooked: HookedModule, x: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any
+    ) -> Any:
+        """Activation checkpointing runs the module again.
+
+        Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
+        it, and only wants the same tensors to be saved in the same order.
+        """
+        for current in reversed(self._passes):
+            if current.recomputed[hooked] and not differentiating():
+                current.recomputed[hooked] -= 1
+                self._ever_captured.update(hooked.trainable().values())
+                return capture(hooked, current, x, call, output, None, recomputed=True)
+            if any(c.hooked is hooked for c in current.rule_calls):
+                return repeat(hooked, current, x, call, output)
+        return None
+
+    # ---- the end of the forward pass -------------------------------------------------------------------------
+
+    def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
+        taint = self._end_taint()
+        containers, self._containers = self._containers, []
+        if not current.kept:
+            return
+        for hooked, times in current.without_grad.items():
+            current.recomputed[hooked] += times
+            for param in list(hooked.trainable().values()) * times:
+                current.add_use(param)
+        try:
+            self._watch_uses(current, outputs, taint, containers)
+        finally:
+            for call in current.rule_calls:
+                call.leave_graph()
+        if taint is not None and current.batch_size > 1:
+            self._learned, self._finder.asks_for_data = True, False
+
+    def _watch_uses(
+        self,
+        current: ForwardPass,
+        outputs: list[Tensor],
+        taint: DataTaint | None,
+        containers: list[ContainerCall],
+        *,
+        count: bool = True,
+    ) -> None:
+        found, gates = self._finder.find(current, outputs, taint, containers)
+        uses = [m.use for m in found] + [use for gate in gates for use in gate.uses for _ in gate.edges]
+        for param in (p for use in uses for p in use.leaves.values()):
+            if count:
+                current.add_use(param)
+            self._ever_captured.add(param)
+        for measured in found:
+            watch(current, measured, self._deliver)
+        for gate in gates:
+            current.gates.append(gate)
+            gate.watch(current, self._deliver)
+        for call in current.rule_calls:
+            if not call.cancelled:
+                self._ever_captured.update(call.wanted.values())
+        self._note_ways(current, found, gates)
+        ways = {use.key for use in uses} | {(c.hooked, c.taken_over, c.key[0]) for c in current.rule_calls}
+        if not ways <= self._known_ways:
+            self._known_ways |= ways
+            self._new_ways = True
+
+    def _note_ways(self, current: ForwardPass, found: Sequence[MeasuredUse], gates: Sequence[Gate]) -> None:
+        """For `explain`, and for the debug log where something is new."""
+        ways = [(p, c.in_words()) for c in current.rule_calls if not c.cancelled for p in c.wanted.values()]
+        ways += [(p, m.in_words()) for m in found for p in m.use.leaves.values()]
+        ways += [(p, gate.in_words()) for gate in gates for use in gate.uses for p in use.leaves.values()]
+        for param, way in ways:
+            known = self._ways.setdefault(param, {})
+            if way not in known:
+                known[way] = None
+                logger.debug("%s: %s", self._name_of(param), way)
+
+    def remove(self) -> None:
+        """Take every hook off the model. Values read so far stay readable."""
+        self._end_taint()
+        super().remove()
+        remove_all(self._module_handles)
+        for current in self._passes:
+            current.free_graph()
+        self._free_dropped()
+
+    def _deliver(self, current: ForwardPass, param: nn.Parameter, grads: Tensor, dtype: torch.dtype) -> None:
+        if current.check is not None:
+            current.check.add_grads(param, grads, dtype)
+        current.add_grads(param, self._layer_of[param], grads)
+
+    def _param_of(self, leaf: Tensor) -> nn.Parameter | None:
+        """See `GraphWalk`."""
+        param = self._in_use.get(leaf, leaf)
+        if param in self._layer_of:
+            return param  # type: ignore[return-value]
+        if param in self._own_params or isinstance(param, nn.Parameter):
+            return None
+        raise KeyError(leaf)
+
+    def _name_of(self, param: nn.Parameter) -> str:
+        for layer in self.layers:
+            for p, name in zip(layer.params, layer.param_names, strict=True):
+                if p is param:
+                    return name
+        return "a parameter"

@@ -1,0 +1,114 @@
+"""Promise: a use that was missed or counted twice cannot stay silent, because the samples' gradients must add up."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_clars.grad_norms import PerSampleGradNorms, SumCheckError
+from hf_clars.grad_norms.graph import nodes
+from tests.twin import batch, loss_on, small_model
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.gain = nn.Linear(4, 4), nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return self.inner(x) * self.gain
+
+
+def backward(model, norms, x):
+    model.zero_grad()
+    model(x).square().sum(1).mean().backward()
+    return norms.per_sample
+
+
+@pytest.fixture
+def wrong(monkeypatch):
+    """From now on a use is counted twice."""
+
+    def start():
+        real = nodes._summed_over_broadcast
+        monkeypatch.setattr(nodes, "_summed_over_broadcast", lambda *a: 2 * real(*a))
+
+    return start
+
+
+def test_a_use_that_is_counted_twice_is_found_in_the_first_pass(wrong):
+    wrong()
+    model = Scaled()
+    with PerSampleGradNorms(model) as norms, pytest.raises(SumCheckError, match=r"gain: .* do not add up .* norm is"):
+        backward(model, norms, torch.randn(3, 4))
+
+
+def test_a_use_outside_the_model_is_found():
+    model, x = Scaled(), torch.randn(3, 4)
+    with PerSampleGradNorms(model) as norms:
+        (model(x) * model.gain).square().sum(1).mean().backward()
+        with pytest.raises(SumCheckError, match="gain"):
+            norms.per_sample  # noqa: B018
+
+
+@pytest.mark.parametrize(("check", "found"), [(True, 5), (4, 6), (1000, None), (False, None)])
+def test_how_often_it_is_made(check, found, wrong):
+    model, x = Scaled(), torch.randn(3, 4)
+    norms = PerSampleGradNorms(model, check=check)
+    for step in range(9):
+        if step == 5:
+            wrong()
+        if step == found:
+            with pytest.raises(SumCheckError):
+                backward(model, norms, x)
+            break
+        backward(model, norms, x)
+    norms.remove()
+
+
+def test_it_knows_accumulation_several_forward_passes_and_subsets():
+    model, (x, y) = small_model().eval(), batch(0)
+    norms = PerSampleGradNorms(model, check=True)
+    for _ in range(2):
+        model.zero_grad()
+        for _ in range(3):
+            loss_on(x, y)(model).backward()
+        assert len(norms.per_sample["0"]) == 24
+    model.zero_grad()
+    (loss_on(x, y)(model) + loss_on(x, y)(model)).backward()  # two forward passes, one backward pass
+    assert len(norms.per_sample["0"]) == 16
+    model.zero_grad()
+    torch.autograd.grad(loss_on(x, y)(model), list(model.parameters()))
+    norms.per_sample  # noqa: B018
+    norms.remove()
+    with PerSampleGradNorms(model, samples=3, check=True) as some:
+        loss_on(x, y)(model).backward()
+        assert len(some.per_sample["0"]) == 3
+
+
+def test_gradients_that_the_user_changes_are_not_compared():
+    model, x = Scaled(), torch.randn(3, 4)
+    model.gain.register_hook(lambda g: 3 * g)
+    with PerSampleGradNorms(model, check=True) as norms:
+        for _ in range(3):
+            backward(model, norms, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_no_fault(dtype):
+    torch.manual_seed(0)
+    model, (x, y) = small_model(), batch(0)
+    with PerSampleGradNorms(model, check=True) as norms:
+        for _ in range(3):
+            model.zero_grad()
+            with torch.autocast("cpu", dtype=dtype):
+                loss = loss_on(x, y)(model)
+            loss.backward()
+            norms.per_sample  # noqa: B018
+
+
+def test_nothing_is_left_on_the_parameters():
+    model = Scaled()
+    norms = PerSampleGradNorms(model)
+    model(torch.randn(3, 4))
+    norms.remove()
+    assert not any(p._backward_hooks for p in model.parameters())
