@@ -133,11 +133,22 @@ class Checkpointed(nn.Module):
     def __init__(self, reentrant):
         super().__init__()
         self.reentrant, self.embed, self.head = reentrant, nn.Linear(5, 5), nn.Linear(5, 4)
-        self.block = Scale()
+        self.block = Around(Scale())
 
     def forward(self, x):
         hidden = self.embed(x)
         return self.head(checkpoint(self.block, hidden, use_reentrant=self.reentrant))
+
+
+class Around(nn.Module):
+    """Owns a parameter, and a module that owns some."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.tilt = inner, nn.Parameter(torch.rand(5))
+
+    def forward(self, x):
+        return self.inner(x) * self.tilt
 
 
 class Scale(nn.Module):

@@ -146,7 +146,7 @@ class HookedNorms(NormAccumulator):
         current = next((p for p in reversed(self._passes) if p.recomputed[hooked]), None)
         if current is not None:
             current.recomputed[hooked] -= 1
-            self._watch_uses(current, [t for t in tensors_in(output) if t.requires_grad], None, [], count=False)
+            self._watch_uses(current, [t for t in tensors_in(output) if t.requires_grad], None, [], again=True)
 
     def _on_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -226,12 +226,15 @@ class HookedNorms(NormAccumulator):
         taint: DataTaint | None,
         containers: list[ContainerCall],
         *,
-        count: bool = True,
+        again: bool = False,
     ) -> None:
         found, gates = self._finder.find(current, outputs, taint, containers)
+        if again:  # a module inside may have been seen to
+            seen = {(m.use.node, m.use.index) for m in current.open_uses.values() if isinstance(m, MeasuredUse)}
+            found = [m for m in found if (m.use.node, m.use.index) not in seen]
         uses = [m.use for m in found] + [use for gate in gates for use in gate.uses for _ in gate.edges]
         for param in (p for use in uses for p in use.leaves.values()):
-            if count:
+            if not again:
                 current.add_use(param)
             self._ever_captured.add(param)
         for measured in found:

@@ -91,6 +91,7 @@ class RuleCall:
         if self.fired:
             raise second_backward(self.hooked)
         self.fired = True
+        self.leave_graph()
         return True
 
     @property

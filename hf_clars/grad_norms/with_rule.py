@@ -80,7 +80,7 @@ def capture(
         current.add_use(param)
     current.rule_calls.append(measured)
     replaced = _follow(measured, x, call, output, axes, may_take_over=known == "certain")
-    if not current.implicit and not recomputed:
+    if not current.implicit:
         placed = tensors_in(output if replaced is None else replaced)
         measured.edges = [torch.autograd.graph.get_gradient_edge(t) for t in placed if t.requires_grad]
         measured.input_node = x.grad_fn
