@@ -153,7 +153,7 @@ def _short(row: Row) -> str:
 
 
 def _rates(rows: Sequence[Row]) -> tuple[Runs, list[tuple[str, Settings]], str] | None:
-    """SignalLARS and LARS with each warmup and without, on ResNet-8 at B = 2,048."""
+    """SignalLARS and LARS with each warmup and without, on ResNet-8 at B = 2,048; None below two lines of two rates."""
     here = [r for r in rows if (r["network"], r["batch"]) == ("resnet8", 2048)]
     if not here:
         return None
@@ -165,7 +165,8 @@ def _rates(rows: Sequence[Row]) -> tuple[Runs, list[tuple[str, Settings]], str] 
     lines += [(f"LARS, warmup of {w:g} of {base.epochs} epochs", replace(base, warmup=w)) for w in warmups]
     lines += [("LARS, no warmup", base)]
     title = heading(place(here[0])).replace(": by", "\nby")
-    return runs, [(name, s) for name, s in lines if runs.rates(s)], title
+    lines = [(name, s) for name, s in lines if runs.rates(s)]
+    return (runs, lines, title) if sum(len(runs.rates(s)) > 1 for _, s in lines) > 1 else None
 
 
 def _best_by_batch(rows: Sequence[Row], fixed: dict[str, Any]) -> dict[str, Row]:
