@@ -130,11 +130,11 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
         ("shares.png", gpu or given, own if gpu else factor, "SignalLARS" if gpu else "LARS x [1 + 49 s]^(-1/2)"),
         ("shares_cpu.png", cpu, own, "SignalLARS"),
     ):
-        if found := _best_by_batch(group, fixed):
-            picture(name, figures.plot_shares, found, f"{what}, {_short(next(iter(found.values())))}")
-    measured = [r for r in gpu or cpu if r["signal"] and r["batch"] == 2048 and r["seed"] == 0]
-    if measured:
-        shown = max(measured, key=lambda r: r["accuracy"])
+        if measured := _best_by_batch(group, fixed):
+            picture(name, figures.plot_shares, measured, f"{what}, {_short(next(iter(measured.values())))}")
+    kept = [r for r in gpu or cpu if r["signal"] and r["batch"] == 2048 and r["seed"] == 0]
+    if kept:
+        shown = max(kept, key=lambda r: r["accuracy"])
         title = f"Share of signal in each layer: {heading(place(shown)).split(':')[0]}"
         picture("layers.png", figures.plot_layers, shown, title)
     if lines := by_batch(gpu) or by_batch(given):
