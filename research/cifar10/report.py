@@ -130,11 +130,11 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
         ("shares.png", gpu or given, own if gpu else factor, "SignalLARS" if gpu else "LARS x [1 + 49 s]^(-1/2)"),
         ("shares_cpu.png", cpu, own, "SignalLARS"),
     ):
-        if found := _best_by_batch(group, fixed):
-            picture(name, figures.plot_shares, found, f"{what}, {_short(next(iter(found.values())))}")
-    measured = [r for r in gpu or cpu if r["signal"] and r["batch"] == 2048 and r["seed"] == 0]
-    if measured:
-        shown = max(measured, key=lambda r: r["accuracy"])
+        if measured := _best_by_batch(group, fixed):
+            picture(name, figures.plot_shares, measured, f"{what}, {_short(next(iter(measured.values())))}")
+    kept = [r for r in gpu or cpu if r["signal"] and r["batch"] == 2048 and r["seed"] == 0]
+    if kept:
+        shown = max(kept, key=lambda r: r["accuracy"])
         title = f"Share of signal in each layer: {heading(place(shown)).split(':')[0]}"
         picture("layers.png", figures.plot_layers, shown, title)
     if lines := by_batch(gpu) or by_batch(given):
@@ -153,7 +153,7 @@ def _short(row: Row) -> str:
 
 
 def _rates(rows: Sequence[Row]) -> tuple[Runs, list[tuple[str, Settings]], str] | None:
-    """SignalLARS and LARS with each warmup and without, on ResNet-8 at B = 2,048."""
+    """SignalLARS and LARS with each warmup and without, on ResNet-8 at B = 2,048; None below two lines of two rates."""
     here = [r for r in rows if (r["network"], r["batch"]) == ("resnet8", 2048)]
     if not here:
         return None
@@ -165,7 +165,8 @@ def _rates(rows: Sequence[Row]) -> tuple[Runs, list[tuple[str, Settings]], str] 
     lines += [(f"LARS, warmup of {w:g} of {base.epochs} epochs", replace(base, warmup=w)) for w in warmups]
     lines += [("LARS, no warmup", base)]
     title = heading(place(here[0])).replace(": by", "\nby")
-    return runs, [(name, s) for name, s in lines if runs.rates(s)], title
+    lines = [(name, s) for name, s in lines if runs.rates(s)]
+    return (runs, lines, title) if sum(len(runs.rates(s)) > 1 for _, s in lines) > 1 else None
 
 
 def _best_by_batch(rows: Sequence[Row], fixed: dict[str, Any]) -> dict[str, Row]:
