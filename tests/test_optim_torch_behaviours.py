@@ -76,7 +76,6 @@ def test_bad_input_is_refused_or_warned_of(optimizer_class, desc):
 @BOTH
 @EACH_SETTING
 def test_the_loss_goes_down(optimizer_class, settings):
-    """With LARS the default rate times eta is small, and with a decay of 0.5 the decay may win: only NAG must halve it."""
     params, loss = problem()
     values = steps(optimizer_class(params, **({"lr": 0.01} | settings)), params, loss, 20)
     assert values[-1] < values[0]
