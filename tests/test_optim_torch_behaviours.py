@@ -76,7 +76,6 @@ def test_bad_input_is_refused_or_warned_of(optimizer_class, desc):
 @BOTH
 @EACH_SETTING
 def test_the_loss_goes_down(optimizer_class, settings):
-    """LARS moves little at its default rate, and a decay of 0.5 may win: the loss goes down, by however little."""
     params, loss = problem()
     values = steps(optimizer_class(params, **({"lr": 0.01} | settings)), params, loss, 20)
     assert values[-1] < values[0]
