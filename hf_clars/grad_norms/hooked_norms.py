@@ -42,7 +42,7 @@ class HookedNorms(NormAccumulator):
         self._ever_captured: set[nn.Parameter] = set()
         self._in_use: dict[Tensor, nn.Parameter] = {}
         self._own_params: set[nn.Parameter] = set()
-        self._finder = GraphFinder(self._param_of, self._name_of)
+        self._finder = GraphFinder(self._param_of, self._name_of, self._is_split)
         self._taint: DataTaint | None = None
         self._containers: list[ContainerCall] = []
         self._learned = False
@@ -284,6 +284,9 @@ class HookedNorms(NormAccumulator):
         if param in self._own_params or isinstance(param, nn.Parameter):
             return None
         raise KeyError(leaf)
+
+    def _is_split(self) -> bool:
+        return bool(self._in_use) or any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in self._layer_of)
 
     def _name_of(self, param: nn.Parameter) -> str:
         for layer in self.layers:

@@ -139,7 +139,7 @@ def evaluate_image_classifier(settings: RunSettings) -> dict[str, float]:
     finished = replace(settings.model, model=str(folder.resolve()), from_scratch=False, replace_head=False)
     settings = replace(settings, model=replace(finished, model_kwargs=None, ema_decay=0.0))
     choose_pixels(settings.model, settings.data)
-    data = _in_order_of_the_model(_read(settings.data), settings.model)
+    data = _in_order_of_the_model(_read(settings), settings.model)
     if data.eval is None:
         raise ConfigError(f"{settings.data.dataset} has nothing to evaluate on: name a split with --eval_split.")
     with settings_explained():

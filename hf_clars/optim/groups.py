@@ -57,7 +57,7 @@ def model_groups(
         members = [[p for _, p in group["params"]] for group in groups]
         book = LayerBook.of(_split_by_groups(partition, members), members)
         book.adaptive = [scale_norm_and_bias or not layer.norm_or_bias for layer in book.layers]
-    if groups and not book.shown:
+    if (params is None or groups) and not book.shown:
         raise ValueError("There is nothing to train: no parameter has requires_grad=True.")
     return book, groups
 

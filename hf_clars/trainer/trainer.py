@@ -1,4 +1,7 @@
-"""`ClarsTrainer`: transformers' Trainer with layer-wise rates, a right loss scale, and a record of both."""
+"""`ClarsTrainer`: transformers' Trainer with layer-wise rates, a right loss scale, and a record of both.
+
+Private name: `_replace`, of named tuples; Python documents it in spite of its name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A Trainer whose loss is one mean over the accumulated batch, whoever computes it; see `loss_scale.py`."""
+"""A Trainer whose loss is one mean over the accumulated batch, whoever computes it; see `loss_scale.py`.
+
+Private name: `_loss_shifts_labels`, by which Trainer knows that a loss leaves the first label out. It ends when Trainer
+documents it.
+"""
 
 from __future__ import annotations
 

@@ -76,7 +76,10 @@ def _entries(path: Path, recipes: str) -> list[tuple[str, str | None, Any]]:
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: it is no text ({error}).") from error
-    loader = _Loader(content)
+    try:
+        loader = _Loader(content)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     try:
         node = loader.get_single_node()
         if node is None or (isinstance(node, yaml.ScalarNode) and loader.construct_object(node) is None):

@@ -44,6 +44,8 @@ class GraphFinder:
     Args:
         param_of: See `GraphWalk`.
         name_of: A parameter's name.
+        is_split: Whether an engine (ZeRO-3, FSDP2) gathers weights for the backward pass: a backward pass of our own would
+            confuse it, so that nothing can be proven.
 
     Attributes:
         asks_for_data: Whether the next pass must follow the data: something was met that is not known.
@@ -52,6 +54,7 @@ class GraphFinder:
 
     param_of: Callable[[Tensor], nn.Parameter | None]
     name_of: Callable[[nn.Parameter], str]
+    is_split: Callable[[], bool]
     asks_for_data: bool = False
     gated: set[HookedModule] = field(default_factory=set)
 
@@ -231,7 +234,7 @@ class GraphFinder:
         """The layouts of some places; None if the graph cannot be asked."""
         batch = current.batch_size
         whole = [t for t in outputs if t.dim() and t.shape[0] == batch and t.requires_grad and t.is_floating_point()]
-        if batch < 2 or walk.once or any(t.is_meta for t in outputs):
+        if batch < 2 or walk.once or self.is_split() or any(t.is_meta for t in outputs):
             return None
         roots = [(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
         checks: list[tuple[GradientEdge, tuple[int, ...]]] = []

@@ -190,7 +190,10 @@ def lead_back(use: Use, grads: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     found = batched_grads([_gradient_edge(use.child)], list(use.leaves), [grads.to(dtype)])
     pairs = zip(use.leaves.items(), found, strict=True)
     return [
-        (param, grads.new_zeros(len(grads), *leaf.shape) if t is None else at_least_float32(t))
+        (
+            param,
+            grads.new_zeros(len(grads), *getattr(leaf, "ds_shape", leaf.shape)) if t is None else at_least_float32(t),
+        )
         for (leaf, param), t in pairs
     ]
 

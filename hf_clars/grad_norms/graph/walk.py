@@ -52,12 +52,19 @@ class Use:
     @property
     def shape(self) -> tuple[int, ...]:
         """The operand's shape."""
-        variable = getattr(self.child[0], "variable", None)
-        return tuple(variable.shape) if variable is not None else shape_at(*self.child) or ()
+        return shape_of(*self.child)
 
     def result_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the operation's results."""
         return [shape_at(self.node, i) or () for i in range(results_of(self.node))]
+
+
+def shape_of(node: Node, output: int) -> tuple[int, ...]:
+    """Shape of an operand, or of a parameter, also of one that ZeRO has put aside."""
+    variable = getattr(node, "variable", None)
+    if variable is None:
+        return shape_at(node, output) or ()
+    return tuple(getattr(variable, "ds_shape", variable.shape))
 
 
 def results_of(node: Node) -> int:
@@ -181,8 +188,7 @@ class GraphWalk:
         if not name.startswith(_SPREADS) or self.batch < 2:
             return False
         child, k = node.next_functions[0]
-        shape, variable = shape_at(node) or (), getattr(child, "variable", None)
-        before = tuple(variable.shape) if variable is not None else shape_at(child, k) if child else ()
-        if before is None or not shape or shape[0] != self.batch:
+        shape, before = shape_at(node) or (), shape_of(child, k) if child is not None else ()
+        if not shape or shape[0] != self.batch:
             return False
         return (len(before) < len(shape) or before[0] == 1) and not self.is_whole(signature)
