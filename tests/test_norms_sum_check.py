@@ -118,7 +118,7 @@ def test_a_penalty_on_weights_is_named_and_may_be_allowed():
     model, x = Scaled(), torch.randn(3, 4)
     with PerSampleGradNorms(model) as norms:
         (model(x).square().sum(1).mean() + model.gain.square().sum()).backward()
-        with pytest.raises(SumCheckError, match="penalty on weights.*check_every = 0"):
+        with pytest.raises(SumCheckError, match=r"penalty on weights.*check_every = 0"):
             norms.per_sample  # noqa: B018
         norms.check_every = 0
         for _ in range(3):
