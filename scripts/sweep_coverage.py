@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=6, help="memory limit for each subject")
     parser.add_argument("--first", nargs="*", default=[], metavar="START", help="subjects to begin with")
     parser.add_argument("--page", action="store_true", help="only write the page from the results")
+    parser.add_argument("--no-page", action="store_true", help="leave docs/coverage.md as it is")
     args = parser.parse_args()
     if not args.page:
         names = [n for n in subjects(args.suites) if not args.only or n.startswith(tuple(args.only))]
@@ -47,7 +48,8 @@ def main() -> None:
             }
             save(results, args.results)
         sweep(names, args.results, args.seconds, args.gigabytes, say=lambda line: print(line, flush=True))
-    write_page(load(args.results), ROOT / "docs" / "coverage.md", len(subjects(SUITES)))
+    if not args.no_page:
+        write_page(load(args.results), ROOT / "docs" / "coverage.md", len(subjects(SUITES)))
 
 
 if __name__ == "__main__":

@@ -112,3 +112,16 @@ def test_nothing_is_left_on_the_parameters():
     model(torch.randn(3, 4))
     norms.remove()
     assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_a_penalty_on_weights_is_named_and_may_be_allowed():
+    model, x = Scaled(), torch.randn(3, 4)
+    with PerSampleGradNorms(model) as norms:
+        (model(x).square().sum(1).mean() + model.gain.square().sum()).backward()
+        with pytest.raises(SumCheckError, match=r"penalty on weights.*check_every = 0"):
+            norms.per_sample  # noqa: B018
+        norms.check_every = 0
+        for _ in range(3):
+            model.zero_grad()
+            (model(x).square().sum(1).mean() + model.gain.square().sum()).backward()
+            assert (norms.per_sample["Scaled"] > 0).all()

@@ -6,7 +6,7 @@ import copy
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def truth(subject: Subject, precision: str, coupled: bool, prove: bool = True) -
     return one_backward_a_sample(model, losses)
 
 
-def expected(subject: Subject, precisions: Iterable[str]) -> dict[str, dict[str, Any]]:
+def expected(subject: Subject, precisions: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What is right in each precision, how far off may be, and what the oracle has to say about itself.
 
     Raises:
@@ -80,10 +80,16 @@ def expected(subject: Subject, precisions: Iterable[str]) -> dict[str, dict[str,
         best = exact
     except Exception as error:
         note = f"float64 fails ({_short(error)[:100]}), so it is judged in its own precision"
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for precision in precisions:
-        own = truth(subject, precision, coupled, prove=not best) if precision != "float64" or not best else best
-        _check_finite(own)
+        try:
+            own = truth(subject, precision, coupled, prove=not best) if precision != "float64" or not best else best
+            _check_finite(own)
+        except Exception as error:  # some cannot run in one precision; that is no reason to leave out the other
+            if len(precisions) == 1:
+                raise
+            found[precision] = {"unjudged": f"{type(error).__name__}: {_short(error)}"}
+            continue
         want = {n: w.double() for n, w in (best or own).items()}
         largest = torch.stack(list(want.values())).amax(0)
         allowed = {
@@ -109,8 +115,10 @@ def judge(subject: Subject, precision: str, right: dict[str, Any]) -> dict[str, 
         right: What `expected` gave for it.
 
     Returns:
-        `verdict`: "exact", "refused", "wrong" or "crashed", and beside it `why`, `pass`, `ways`, `cost`.
+        `verdict`: "exact", "refused", "wrong", "crashed" or "unjudged", and beside it `why`, `pass`, `ways`, `cost`.
     """
+    if "unjudged" in right:
+        return {"verdict": "unjudged", "why": right["unjudged"]}
     plain, plain_seconds = _plain(subject, precision)
     model = copy.deepcopy(subject.model)
     batch = subject.batch

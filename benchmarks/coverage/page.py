@@ -75,10 +75,12 @@ def _section(title: str, rows: dict[str, Any]) -> str:
 def word_of(row: dict[str, Any]) -> str:
     """One word for a subject: the worst of its verdicts."""
     found = {row["verdict"]} if "verdict" in row else {row[p]["verdict"] for p in PRECISIONS if p in row}
-    for verdict in ("crashed", "wrong", "refused", "unjudged"):
+    for verdict in ("crashed", "wrong", "refused"):
         if verdict in found:
-            return "not run" if verdict == "unjudged" else verdict
-    return "slow" if any(row[p]["cost"] > SLOW for p in PRECISIONS) else "exact"
+            return verdict
+    if "exact" not in found:
+        return "not run"
+    return "slow" if any(row[p].get("cost", 0) > SLOW for p in PRECISIONS) else "exact"
 
 
 def _how(row: dict[str, Any]) -> str:

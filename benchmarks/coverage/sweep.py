@@ -41,7 +41,9 @@ def sweep(names: list[str], path: Path, seconds: float, gigabytes: float, say: C
     """
     results = load(path)
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["benchmarks.coverage.judge", "transformers", "timm", "torchvision"])
+    server.set_forkserver_preload(
+        ["benchmarks.coverage.sweep", "benchmarks.coverage.judge", "transformers", "timm", "torchvision"]
+    )
     for name in names:
         if name in results["rows"]:
             continue
@@ -76,7 +78,8 @@ def save(results: dict[str, Any], path: Path) -> None:
 def _one(server: Any, name: str, seconds: float, gigabytes: float) -> dict[str, Any]:
     """A subject's row; what its process said before it died is kept."""
     receive, send = server.Pipe(duplex=False)
-    process = server.Process(target=_in_child, args=(name, send, seconds, gigabytes), daemon=True)
+    suite, _, own = name.partition("/")
+    process = server.Process(target=_in_child, args=(SUITES[suite], own, send, seconds, gigabytes), daemon=True)
     process.start()
     send.close()
     row: dict[str, Any] = {}
@@ -90,7 +93,7 @@ def _one(server: Any, name: str, seconds: float, gigabytes: float) -> dict[str, 
             else:
                 row[key] = value
     except EOFError:
-        process.join(5)
+        process.join(60)
     if process.is_alive():
         process.kill()
         process.join()
@@ -107,7 +110,7 @@ def _ended(row: dict[str, Any], stage: str, why: str) -> None:
     row.update({stage: died} if stage in PRECISIONS else {"verdict": "unjudged", "why": died["why"]})
 
 
-def _in_child(name: str, send: Connection, seconds: float, gigabytes: float) -> None:
+def _in_child(module: str, name: str, send: Connection, seconds: float, gigabytes: float) -> None:
     """Build one subject and judge it in each precision."""
     import torch
 
@@ -119,9 +122,8 @@ def _in_child(name: str, send: Connection, seconds: float, gigabytes: float) -> 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + int(gigabytes * 2**30),) * 2)
     torch.set_num_threads(1)
-    suite, _, own = name.partition("/")
     try:
-        subject = import_module(SUITES[suite]).build(own)
+        subject = import_module(module).build(name)
     except Exception as error:
         send.send(("verdict", "unjudged"))
         send.send(("why", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))

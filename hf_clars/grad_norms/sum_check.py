@@ -108,8 +108,9 @@ class SumCheck:
                 raise SumCheckError(
                     f"{self._names.get(param, 'a parameter')}: the samples' gradients do not add up to the batch "
                     f"gradient. They differ from it by {difference:.3g}, and its norm is {norm:.3g}. A use of the "
-                    "parameter was missed, or counted twice. Please report this model. Until then freeze the "
-                    f"parameter, or {WITHOUT_SAMPLES}."
+                    "parameter was missed, or counted twice: please report this model, and until then freeze the "
+                    f"parameter, or {WITHOUT_SAMPLES}. Or the loss has a part that is no sample's, as a penalty on "
+                    "weights: use weight_decay for it, or set check_every = 0 on the norms (CLARS: optimizer.norms)."
                 )
 
 

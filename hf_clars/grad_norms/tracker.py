@@ -54,6 +54,9 @@ class PerSampleGradNorms(HookedNorms):
             passes, whenever a parameter is used in a new way, and in every `check`-th pass after that (default 1,000).
             True: in every pass; False: never. Only passes of which every sample is measured can be checked.
 
+    Attributes:
+        check_every: What `check` says, as a number of passes; 0: never.
+
     Raises:
         ValueError: For an unknown `layers` or `loss_reduction`, or `samples` below 1.
         UncoveredParameterError: When results are read, naming a parameter with a gradient whose use was not seen.
@@ -79,7 +82,7 @@ class PerSampleGradNorms(HookedNorms):
         partition = param_layers(model, layers=layers) if isinstance(layers, str) else layers
         super().__init__(model, partition, samples=samples, keep_per_sample=keep_per_sample)
         self.loss_reduction = loss_reduction
-        self._check_every = 1 if check is True else int(check)
+        self.check_every = 1 if check is True else int(check)
         self._check: SumCheck | None = None
         self._checked = self._passes_since = 0
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
@@ -116,11 +119,11 @@ class PerSampleGradNorms(HookedNorms):
     def _choose_check(self, current: ForwardPass) -> None:
         """Check this batch, if it is due and can be."""
         whole = current.kept == current.batch_size and not current.implicit
-        if not whole or not self._check_every:
+        if not whole or not self.check_every:
             self._stop_check()
             return
         self._passes_since += 1
-        due = self._checked < 3 or self._new_ways or self._passes_since >= self._check_every
+        due = self._checked < 3 or self._new_ways or self._passes_since >= self.check_every
         if self._check is None and due and not any(p.backward_seen or p.rule_calls for p in self._passes[:-1]):
             self._passes_since = 0
             self._check = SumCheck({p: self._name_of(p) for p in self._layer_of}, self._leaves())

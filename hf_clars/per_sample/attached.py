@@ -3,8 +3,8 @@
 This file alone knows how `PerSampleGradNorms` is driven. It attaches anew for each measured step, so that nothing is
 left on the model between two of them.
 
-Private names: `_forward_hooks` and `_forward_pre_hooks` of torch's modules, to wrap the tracker's own hooks so that an error
-in them ends the measuring and not the run. They end when `PerSampleGradNorms` takes a handler of its own for errors.
+Private names: `_forward_hooks` and `_forward_pre_hooks` of torch's modules, to wrap the tracker's own hooks so that an
+error in them ends the measuring and not the run. They end when `PerSampleGradNorms` takes a handler for errors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The batch gradient's norm in each layer, in the units that `backward()` left it in.
 
-Private name: `_hp_mapping`, by which DeepSpeed marks a parameter whose gradient it keeps. It has no public way to ask. It ends
-when DeepSpeed has one.
+Private name: `_hp_mapping`, by which DeepSpeed marks a parameter whose gradient it keeps. It has no public way to ask.
+It ends when DeepSpeed has one.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ private methods for it; `tests/test_safe_checkpoints.py` fails loudly when they 
 FSDP) keep their own formats, in folders that are complete or absent too. Checkpoints of the plain Trainer load, by its
 own weights-only loading.
 
-Private name: `_keys_to_ignore_on_save`, transformers' list of tied weights that a file may lack. It ends when a model says
-this in public.
+Private name: `_keys_to_ignore_on_save`, transformers' list of tied weights that a file may lack. It ends when a model
+says this in public.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class GraphFinder:
     Args:
         param_of: See `GraphWalk`.
         name_of: A parameter's name.
-        is_split: Whether an engine (ZeRO-3, FSDP2) gathers weights for the backward pass: a backward pass of our own would
-            confuse it, so that nothing can be proven.
+        is_split: Whether an engine (ZeRO-3, FSDP2) gathers weights for the backward pass. One of our own would confuse
+            it, so that nothing can be proven.
 
     Attributes:
         asks_for_data: Whether the next pass must follow the data: something was met that is not known.
