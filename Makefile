@@ -35,6 +35,7 @@ check: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/build_api_reference.py build/api
 
 docs: setup-test
 	$(BIN)/python scripts/build_api_reference.py build/api

@@ -8,7 +8,20 @@ import pdoc
 
 import hf_clars
 
-PARTS = ("grad_norms", "optim", "trainer", "records", "plots", "hub", "data", "metrics", "layers", "errors", "extras")
+PARTS = (
+    "grad_norms",
+    "per_sample",
+    "optim",
+    "trainer",
+    "records",
+    "plots",
+    "hub",
+    "data",
+    "metrics",
+    "layers",
+    "errors",
+    "extras",
+)
 """Beside `hf_clars` itself, which brings `models` and `theory`."""
 
 
