@@ -129,7 +129,7 @@ def judge(subject: Subject, precision: str, right: dict[str, Any]) -> dict[str, 
     seconds = []
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        norms = None
+        norms: PerSampleGradNorms | None = None
         for number in range(1, PASSES + TIMED + 1):
             row["pass"] = number
             try:
@@ -153,6 +153,7 @@ def judge(subject: Subject, precision: str, right: dict[str, Any]) -> dict[str, 
             fault = _fault(got, right) or _changed(model, before, plain, precision)
             if fault:
                 return row | {"verdict": "wrong", "why": fault}
+        assert norms is not None
         row |= {"verdict": "exact", "ways": ways_of(norms, [str(w.message) for w in seen])}
         norms.remove()
     del row["pass"]

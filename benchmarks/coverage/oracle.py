@@ -79,7 +79,9 @@ def one_copy_a_sample(model: nn.Module, losses_of: Callable[[], Tensor], batch: 
         kept = [torch.zeros_like(named[name]) if g is None else g for g in found]
         want = torch.zeros_like(named[name]) if batch_grad is None else batch_grad
         largest = max(float(g.abs().max()) for g in kept)  # of which much may cancel
-        if rtol is not None and not torch.allclose(sum(kept), want, rtol=rtol, atol=2 * rtol * largest + 1e-7):
+        if rtol is not None and not torch.allclose(
+            torch.stack(kept).sum(0), want, rtol=rtol, atol=2 * rtol * largest + 1e-7
+        ):
             raise OracleFails(f"the copies' gradients of {name} do not add up to the batch gradient")
         result[name] = torch.stack([g.norm() for g in kept]).detach()
     model.zero_grad()

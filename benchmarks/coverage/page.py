@@ -25,7 +25,8 @@ Each norm was compared with plain autograd in float64, one backward pass for eve
 The cost is the processor time of a pass with norms against a plain one, in float32 / bf16. The machine was busy with
 other work, so a figure may be off by half. Tiny models cost the most in proportion.
 
-Made by `python scripts/sweep_coverage.py` with {versions}.
+Made by `python scripts/sweep_coverage.py` with {versions}. Rows that say "no rule" are older: they
+were made with the engine that the present one replaced. Rows that say "in the graph", or "rule" alone, are of either.
 {count} of {all} subjects have been swept.
 """
 _TITLES = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from transformers import PretrainedConfig
 
@@ -95,7 +95,8 @@ def shrink(name: str, value: Any, wide: int) -> Any:
         return value
     for pattern, rule in _RULES:
         if re.fullmatch(pattern, name):
-            return type(value)(rule(value)) if rule(value) != value else value
+            small = rule(cast(Any, value))
+            return type(value)(small) if small != value else value
     if isinstance(value, int) and re.fullmatch(_WIDE, name):
         return narrow(value, wide)
     return value
@@ -144,7 +145,7 @@ def tiny_config(config_class: type[PretrainedConfig], keep_widths: bool = False,
         if not dataclasses.is_dataclass(sub):  # any configuration will do: take what is there by default
             sub = type(getattr(config_class(), name, None))
         if dataclasses.is_dataclass(sub) and sub is not PretrainedConfig:
-            inner = tiny_config(sub, keep_widths, **{k: v for k, v in settings.items() if k != "num_labels"})
+            inner = tiny_config(cast(Any, sub), keep_widths, **{k: v for k, v in settings.items() if k != "num_labels"})
             found[name] = inner.to_dict()
     found.update({k: v for k, v in settings.items() if k in fields or k == "num_labels"})
     return config_class(**found)

@@ -234,7 +234,7 @@ def _fewest_axes(module: nn.Module) -> int:
 
 def _axes(module: nn.Module, args: list[Any]) -> list[int | None]:
     if isinstance(module, RECURRENT):
-        return [0 if module.batch_first else 1] + [1] * (len(args) - 1)
+        return [0 if module.batch_first else 1, *[1] * (len(args) - 1)]
     if isinstance(module, ATTENTION):
         inner = next((m for m in module.modules() if isinstance(m, nn.MultiheadAttention)), None)
         axis = 0 if inner is not None and inner.batch_first else 1

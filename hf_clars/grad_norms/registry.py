@@ -205,7 +205,7 @@ _RULES: dict[type[nn.Module] | str, LayerRule] = {}
 """By class, or by the full name of a class that may not be installed, or that is defined again."""
 
 
-def _name(module_type: type[nn.Module] | str) -> str:
+def _name(module_type: type | str) -> str:
     return module_type if isinstance(module_type, str) else f"{module_type.__module__}.{module_type.__qualname__}"
 
 
