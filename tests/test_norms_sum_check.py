@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_clars.grad_norms import PerSampleGradNorms, SumCheckError
+from hf_clars.grad_norms import PerSampleGradNorms, SumCheckError, tracker
 from hf_clars.grad_norms.graph import nodes
 from tests.twin import batch, loss_on, small_model
 
@@ -125,3 +125,19 @@ def test_a_penalty_on_weights_is_named_and_may_be_allowed():
             model.zero_grad()
             (model(x).square().sum(1).mean() + model.gain.square().sum()).backward()
             assert (norms.per_sample["Scaled"] > 0).all()
+
+
+def test_a_large_model_is_checked_in_parts(monkeypatch, wrong):
+    monkeypatch.setattr(tracker, "CHECKED_AT_ONCE", 16)  # the inner layer's weight; then its bias and the scale
+    wrong()
+    model, x = Scaled(), torch.randn(3, 4)
+    norms = PerSampleGradNorms(model, layers="tensor")
+    found = []
+    for _ in range(3):
+        try:
+            backward(model, norms, x)
+            found.append(False)
+        except SumCheckError:
+            found.append(True)
+    assert sorted(found) == [False, False, True] or sorted(found) == [False, True, True]
+    norms.remove()

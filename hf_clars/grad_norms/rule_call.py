@@ -157,7 +157,7 @@ class RuleCall:
         self, name: str, saved: tuple[Tensor, ...], g: Tensor, squares: Tensor | None, dtype: torch.dtype
     ) -> None:
         """In a pass that is checked, make the gradients of which only the norm was taken."""
-        if self.current.check is not None:
+        if self.current.check is not None and self.current.check.wants(self.wanted[name]):
             total = self.rule.summed_grad(self.module, saved, g, name, elements=self.wanted[name].numel())
             size = total.norm() if squares is None else squares.clamp(min=0).sqrt().sum()
             self.current.check.add(self.wanted[name], total, size, dtype)
@@ -220,4 +220,5 @@ class RuleCall:
     def _check_taken_over(self, sums: dict[str, Tensor], dtype: torch.dtype, measured: bool) -> None:
         if self.current.check is not None and measured:
             for name, total in sums.items():
-                self.current.check.add(self.wanted[name], total, total.norm(), dtype)
+                if self.current.check.wants(self.wanted[name]):
+                    self.current.check.add(self.wanted[name], total, total.norm(), dtype)

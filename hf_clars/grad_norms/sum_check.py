@@ -27,7 +27,7 @@ class SumCheck:
 
     Args:
         names: Of all measured parameters.
-        in_use: The tensor that is computed with in each parameter's place.
+        in_use: The tensor that is computed with in the place of each parameter that is looked at.
 
     Attributes:
         delivered: Parameters for which autograd has delivered a gradient.
@@ -36,6 +36,7 @@ class SumCheck:
     def __init__(self, names: Mapping[nn.Parameter, str], in_use: Mapping[nn.Parameter, Tensor]) -> None:
         self.delivered: dict[nn.Parameter, Tensor] = {}
         self._names = names
+        self._wanted = set(in_use)
         self._balance: dict[nn.Parameter, Tensor] = {}
         self._sizes: dict[nn.Parameter, Tensor] = {}
         self._coarsest: dict[nn.Parameter, torch.dtype] = {}
@@ -44,8 +45,12 @@ class SumCheck:
             leaf.register_hook(_Take(self, p)) for p, leaf in in_use.items() if not leaf._backward_hooks
         ]
 
+    def wants(self, param: nn.Parameter) -> bool:
+        """Whether a parameter is looked at: of a large model, only a part is in one batch."""
+        return param in self._wanted
+
     def add(self, param: nn.Parameter, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
-        """Note one use.
+        """Note one use of a parameter that is looked at.
 
         Args:
             param: The parameter.
@@ -60,7 +65,8 @@ class SumCheck:
 
     def add_grads(self, param: nn.Parameter, grads: Tensor, dtype: torch.dtype) -> None:
         """As `add`, of one use's per-sample gradients [b, *shape]."""
-        self.add(param, grads.sum(0), squared_sum(grads).sqrt().sum(), dtype)
+        if self.wants(param):
+            self.add(param, grads.sum(0), squared_sum(grads).sqrt().sum(), dtype)
 
     def _note_precision(self, param: nn.Parameter, dtype: torch.dtype) -> None:
         known = self._coarsest.get(param, torch.float64)
