@@ -7,6 +7,7 @@ from pathlib import Path
 import pdoc
 
 import hf_clars
+from hf_clars import per_sample
 
 PARTS = (
     "grad_norms",
@@ -31,8 +32,9 @@ def main(folder: Path) -> None:
     Args:
         folder: Where to.
     """
-    for name in hf_clars.__all__:
-        getattr(hf_clars, name)  # what is imported at first use is no member before
+    for module in (hf_clars, per_sample):
+        for name in module.__all__:
+            getattr(module, name)  # what is imported at first use is no member before
     generator = Path(pdoc.__file__).parent
     pdoc.render.configure(docformat="google", show_source=False)
     with warnings.catch_warnings(record=True) as caught:
