@@ -18,7 +18,7 @@ from hf_clars.grad_norms.graph.taint import DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
-from hf_clars.grad_norms.trees import tensors_in
+from hf_clars.grad_norms.trees import tensor_given, tensors_in
 from hf_clars.grad_norms.with_rule import capture, repeat
 from hf_clars.layers import ParamLayer
 
@@ -41,7 +41,6 @@ class HookedNorms(NormAccumulator):
         super().__init__(model, layers, samples=samples, keep_per_sample=keep_per_sample)
         self._ever_captured: set[nn.Parameter] = set()
         self._in_use: dict[Tensor, nn.Parameter] = {}
-        self._own_params: set[nn.Parameter] = set()
         self._finder = GraphFinder(self._param_of, self._name_of, self._is_split)
         self._taint: DataTaint | None = None
         self._containers: list[ContainerCall] = []
@@ -78,6 +77,7 @@ class HookedNorms(NormAccumulator):
         self._in_use.clear()
         self._finder.forget()
         self._ways.clear()
+        self._known_ways.clear()
 
     def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Know parameters by those that an engine has put in their place, and let go of the old ones.
@@ -102,7 +102,6 @@ class HookedNorms(NormAccumulator):
     def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._end_taint()
         self._containers.clear()
-        self._own_params = set(self.model.parameters())
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
         if not self._learned or self._finder.asks_for_data or self._finder.always_asks_for_data or mixed:
             self._taint = DataTaint()
@@ -155,7 +154,7 @@ class HookedNorms(NormAccumulator):
         last = self._passes[-1] if self._passes else None
         if last is not None and not last.kept and not last.implicit:
             return None  # also the cheapest way out when enough samples are measured
-        x = args[0] if args and isinstance(args[0], Tensor) else next(tensors_in((args, kwargs)), None)
+        x = tensor_given(args, kwargs)
         if x is None or x.dim() == 0 or inside_function_transform() or (differentiating() and not inside_backward()):
             return None
         self._learn_what_is_in_use(hooked)
@@ -245,11 +244,11 @@ class HookedNorms(NormAccumulator):
         for call in current.rule_calls:
             if not call.cancelled:
                 self._ever_captured.update(call.wanted.values())
-        self._note_ways(current, found, gates)
         ways = {use.key for use in uses} | {(c.hooked, c.taken_over, c.key[0]) for c in current.rule_calls}
         if not ways <= self._known_ways:
             self._known_ways |= ways
             self._new_ways = True
+            self._note_ways(current, found, gates)
 
     def _note_ways(self, current: ForwardPass, found: Sequence[MeasuredUse], gates: Sequence[Gate]) -> None:
         """For `explain`, and for the debug log where something is new."""
@@ -281,7 +280,7 @@ class HookedNorms(NormAccumulator):
         param = self._in_use.get(leaf, leaf)
         if param in self._layer_of:
             return param  # type: ignore[return-value]
-        if param in self._own_params or isinstance(param, nn.Parameter):
+        if isinstance(param, nn.Parameter):
             return None
         raise KeyError(leaf)
 

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 NO_BACKWARD = -1
 
-_BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
+BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
 _LAYER_NORM_NODES = ("NativeLayerNormBackward",)
 _GROUP_NORM_NODES = ("NativeGroupNormBackward",)
 # Between a normalisation and its module's output stand at most a view, an activation and a dropout.
@@ -90,7 +90,7 @@ def batch_statistics(x: Tensor, output: Tensor, eps: float) -> tuple[Tensor, Ten
         output: Its output, or an activation's after it.
         eps: Added to the variance.
     """
-    found = _statistics_in_graph(x, output, _BATCH_NORM_NODES, (x.shape[1],))
+    found = _statistics_in_graph(x, output, BATCH_NORM_NODES, (x.shape[1],))
     if found is None:
         _, mean, rstd = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, eps)
         return mean, rstd
@@ -261,33 +261,6 @@ def saved(node: torch.autograd.graph.Node, name: str) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def may_spread(node: torch.autograd.graph.Node) -> bool:
-    """Whether an operation is one that `broadcast_factor` knows; looks at its name alone, not at what it saved."""
-    return node.name() in ("ExpandBackward0", "AddBackward0", "SubBackward0", "MulBackward0")
-
-
-def broadcast_factor(node: torch.autograd.graph.Node, index: int) -> Tensor | float | None:
-    """What turns the gradient of the result of `expand`, `+`, `-` or `*` into that of an operand, before it is summed.
-
-    Args:
-        node: The operation's place in the graph, not yet run backward.
-        index: Which operand.
-
-    Returns:
-        The factor; None for other operations.
-    """
-    kind = node.name()
-    if kind == "ExpandBackward0" or (kind in ("AddBackward0", "SubBackward0") and index == 0):
-        return 1.0
-    if kind in ("AddBackward0", "SubBackward0"):
-        alpha = getattr(node, "_saved_alpha", None)
-        return None if alpha is None else float(alpha) * (1 if kind == "AddBackward0" else -1)
-    if kind == "MulBackward0":
-        other = getattr(node, "_saved_other" if index == 0 else "_saved_self", None)
-        return None if other is None else other.detach()
-    return None
-
-
 def shape_at(node: torch.autograd.graph.Node, output: int = 0) -> tuple[int, ...] | None:
     """Shape of what an operation of the graph returned; None where the node does not say.
 
@@ -303,3 +276,8 @@ def dtype_at(node: torch.autograd.graph.Node, output: int = 0) -> torch.dtype:
     """Type of what an operation of the graph returned, for nodes with a `shape_at`."""
     dtype: torch.dtype = node._input_metadata[output].dtype
     return dtype
+
+
+def results_of(node: torch.autograd.graph.Node) -> int:
+    """How many results an operation of the graph has."""
+    return len(getattr(node, "_input_metadata", ()))

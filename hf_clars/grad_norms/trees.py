@@ -25,15 +25,28 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(tree, field.name, None))
 
 
+def is_differentiable(t: Tensor) -> bool:
+    """Whether a gradient may come to a tensor."""
+    return t.requires_grad and t.is_floating_point()
+
+
+def differentiable_in(tree: Any) -> list[Tensor]:
+    """The tensors of a nested structure to which a gradient may come, in a fixed order."""
+    return [t for t in tensors_in(tree) if is_differentiable(t)]
+
+
+def tensor_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor that a module was called with; None if there is none."""
+    return args[0] if args and isinstance(args[0], Tensor) else next(tensors_in((args, kwargs)), None)
+
+
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The first tensor that a module was called with.
 
     Raises:
         ValueError: If there is none.
     """
-    if args and isinstance(args[0], Tensor):
-        return args[0]
-    found = next(tensors_in((args, kwargs)), None)
+    found = tensor_given(args, kwargs)
     if found is None:
         raise ValueError("The module was called without a tensor.")
     return found

@@ -17,7 +17,7 @@ from hf_clars.grad_norms.observation import observe, observe_several
 from hf_clars.grad_norms.one_product import is_taken_over, replace_backward, take_over
 from hf_clars.grad_norms.own_place import own_place
 from hf_clars.grad_norms.rule_call import RuleCall
-from hf_clars.grad_norms.trees import map_tensors, tensors_in
+from hf_clars.grad_norms.trees import differentiable_in, is_differentiable, map_tensors, tensors_in
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -49,7 +49,7 @@ def capture(
     wanted = hooked.trainable()
     rule = hooked.rule
     assert rule is not None
-    results = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
+    results = differentiable_in(output)
     if not wanted or not results or not (rule.several_results or isinstance(output, Tensor)):
         return None
     tainted = None if taint is None else taint.holds(x) or current.was_given(x)
@@ -116,7 +116,7 @@ def repeat(hooked: HookedModule, current: ForwardPass, x: Tensor, call: Call, ou
     """
     rule, wanted = hooked.rule, hooked.trainable()
     assert rule is not None
-    results = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
+    results = differentiable_in(output)
     if not wanted or not results:
         return None
     axes = rule.batch_axes(hooked.module, results)
@@ -168,9 +168,8 @@ def _follow(call: RuleCall, x: Tensor, given: Call, output: Any, axes: Sequence[
     call.tokens = rule.lookup_tokens(saved)
     if not rule.several_results:
         return observe(call, saved, output)
-    placed = map_tensors(lambda t: own_place(t) if t.requires_grad and t.is_floating_point() else t, output)
-    results = [t for t in tensors_in(placed) if t.requires_grad and t.is_floating_point()]
-    observe_several(call, saved, results, axes)
+    placed = map_tensors(lambda t: own_place(t) if is_differentiable(t) else t, output)
+    observe_several(call, saved, differentiable_in(placed), axes)
     return placed
 
 

@@ -15,11 +15,12 @@ from hf_clars.grad_norms.forward_pass import ForwardPass, quietly
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, prove
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
 from hf_clars.grad_norms.graph.taint import DataTaint
-from hf_clars.grad_norms.graph.walk import GraphWalk, Region, Signature, Use
+from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.one_product import OWN_NODES
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import dtype_at, shape_at
+from hf_clars.grad_norms.trees import differentiable_in
 
 
 @dataclass(eq=False)
@@ -35,6 +36,10 @@ class ContainerCall:
     hooked: HookedModule
     edges: list[GradientEdge]
     inputs: set[Node]
+
+    def batch_first(self, batch: int) -> list[GradientEdge]:
+        """Results that are [B, ...]."""
+        return [edge for edge in self.edges if _place(edge)[1][:1] == (batch,)]
 
 
 @dataclass(eq=False)
@@ -100,20 +105,20 @@ class GraphFinder:
         for _ in range(4):
             walk = self._walk(current, outputs, taint)
             unproven = [c for c in current.rule_calls if not c.proven and not c.cancelled]
-            unknown = [use for use in walk.uses if self._known(use, current.batch_size, taint) is None]
+            unknown = [use for use in walk.uses if self._known(use, current.batch_size) is None]
             if not unproven and not unknown:
                 break
-            if not self._learn(current, outputs, walk, unproven, unknown, containers):
+            if not self._learn(current, outputs, walk, unproven, unknown):
                 break
         measured: list[MeasuredUse] = []
         gates: dict[ContainerCall, Gate] = {}
         for use in walk.uses:
-            at_node = self._at_node(use, current, taint)
+            at_node = self._at_node(use, current)
             if at_node is not None:
                 measured.append(at_node)
                 continue
             container = self._container_of(use, current, containers)
-            edges = [e for e in container.edges if (shape_at(e.node, e.output_nr) or (0,))[0] == current.batch_size]
+            edges = container.batch_first(current.batch_size)
             gates.setdefault(container, Gate(edges, str(container.hooked))).uses.append(use)
         return measured, list(gates.values())
 
@@ -130,8 +135,9 @@ class GraphFinder:
             lambda node, signature: self._is_data(node, signature, taint),
             self._whole.__contains__,
             current.batch_size,
+            OWN_NODES,
         )
-        walk.run(outputs, OWN_NODES)
+        walk.run(outputs)
         return walk
 
     def _is_data(self, node: Node, signature: Signature, taint: DataTaint | None) -> bool:
@@ -149,19 +155,19 @@ class GraphFinder:
 
     # ---- layouts ---------------------------------------------------------------------------------------------
 
-    def _known(self, use: Use, batch: int, taint: DataTaint | None) -> list[Layout | None] | None:
+    def _known(self, use: Use, batch: int) -> list[Layout | None] | None:
         """The layouts of a use's results, if they are known or certain."""
-        shapes = use.result_shapes()
+        shapes = use.result_shapes
         if batch == 1:
             return [Layout() for _ in shapes]
-        key = _key(use, shapes)
+        key = _key(use)
         known = self._layouts.get(key)
         if known is not None:
             fits = all(la is None or la.sizes(s, batch) is not None for la, s in zip(known, shapes, strict=True))
             return known if fits else None
         if key in self._gate_of:
             return [None for _ in shapes]
-        spreads = use.node.name().startswith(("Expand", "Repeat"))
+        spreads = use.node.name().startswith(SPREADS)
         if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not is_open(shapes[0], batch) and not spreads:
             return [Layout()]
         return None
@@ -173,14 +179,11 @@ class GraphFinder:
         walk: GraphWalk,
         unproven: Sequence[RuleCall],
         unknown: Sequence[Use],
-        containers: Sequence[ContainerCall],
     ) -> bool:
         """Follow one sample's gradient. Returns whether anything was cancelled, so that the graph looks different."""
-        places: list[tuple[GradientEdge, tuple[int, ...]]] = []
-        for call in unproven:
-            places.append((call.edges[0], shape_at(call.edges[0].node, call.edges[0].output_nr) or ()))
+        places = [_place(call.edges[0]) for call in unproven]
         for use in unknown:
-            places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(use.result_shapes())]
+            places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(use.result_shapes)]
         proven = self._prove(current, outputs, walk, places)
         if proven is None:
             self._take_as_they_look(unproven, current)
@@ -198,7 +201,7 @@ class GraphFinder:
                 call.hooked.calls[call.key] = "observed" if right else "graph"
         rest = iter(proven[len(unproven) :])
         for use in unknown:
-            shapes = use.result_shapes()
+            shapes = use.result_shapes
             found_of = [next(rest) for _ in shapes]
             again |= self._learn_use(use, shapes, found_of, current.batch_size)
         return again
@@ -208,7 +211,7 @@ class GraphFinder:
     ) -> bool:
         if all(f is None for f in found):
             return False  # no gradient arrived: nothing is learned
-        if use.node.name().startswith(("Expand", "Repeat")) and found[0] and not found[0].layouts:
+        if use.node.name().startswith(SPREADS) and found[0] and not found[0].layouts:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
             return True
@@ -221,7 +224,7 @@ class GraphFinder:
             else:
                 layouts.append(None)
         if any(la is not None for la in layouts):
-            self._layouts[_key(use, shapes)] = layouts
+            self._layouts[_key(use)] = layouts
         return False
 
     def _prove(
@@ -233,7 +236,7 @@ class GraphFinder:
     ) -> list[Arrival | None] | None:
         """The layouts of some places; None if the graph cannot be asked."""
         batch = current.batch_size
-        whole = [t for t in outputs if t.dim() and t.shape[0] == batch and t.requires_grad and t.is_floating_point()]
+        whole = [t for t in differentiable_in(outputs) if t.dim() and t.shape[0] == batch]
         if batch < 2 or walk.once or self.is_split() or any(t.is_meta for t in outputs):
             return None
         roots = [(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
@@ -241,7 +244,7 @@ class GraphFinder:
         if not roots:
             roots = _inner_roots(outputs, batch)
             checks = [
-                (c.edges[0], shape_at(c.edges[0].node, c.edges[0].output_nr) or ())
+                _place(c.edges[0])
                 for c in current.rule_calls
                 if c.edges and c.proven and not c.cancelled and c.on_given
             ]
@@ -265,10 +268,10 @@ class GraphFinder:
 
     # ---- gates -----------------------------------------------------------------------------------------------
 
-    def _at_node(self, use: Use, current: ForwardPass, taint: DataTaint | None) -> MeasuredUse | None:
-        shapes = use.result_shapes()
+    def _at_node(self, use: Use, current: ForwardPass) -> MeasuredUse | None:
+        shapes = use.result_shapes
         name = self.name_of(next(iter(use.leaves.values())))
-        layouts = self._known(use, current.batch_size, taint)
+        layouts = self._known(use, current.batch_size)
         if layouts is not None:
             known = any(la is not None for la in layouts)
             return MeasuredUse(use, layouts, name, careful=current.packed) if known else None
@@ -278,15 +281,12 @@ class GraphFinder:
 
     def _container_of(self, use: Use, current: ForwardPass, containers: Sequence[ContainerCall]) -> ContainerCall:
         """The innermost module around a use whose results have the batch first."""
-        key = _key(use, use.result_shapes())
+        key = _key(use)
         wanted = self._gate_of.get(key)
         for container in containers:
             if wanted is not None and container.hooked is not wanted:
                 continue
-            shapes = [shape_at(e.node, e.output_nr) or (0,) for e in container.edges]
-            starts = [
-                e.node for e, shape in zip(container.edges, shapes, strict=True) if shape[0] == current.batch_size
-            ]
+            starts = [edge.node for edge in container.batch_first(current.batch_size)]
             if starts and _reaches(starts, use.node, container.inputs):
                 if key not in self._gate_of and current.kept > 1:
                     _announce(container, [self.name_of(p) for p in use.leaves.values()])
@@ -295,6 +295,11 @@ class GraphFinder:
                 return container
         self.asks_for_data = True
         raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), current.batch_size)
+
+
+def _place(edge: GradientEdge) -> tuple[GradientEdge, tuple[int, ...]]:
+    """A place in the graph, and the shape of the value there."""
+    return edge, shape_at(edge.node, edge.output_nr) or ()
 
 
 def _announce(container: ContainerCall, names: Sequence[str]) -> None:
@@ -306,8 +311,8 @@ def _announce(container: ContainerCall, names: Sequence[str]) -> None:
     )
 
 
-def _key(use: Use, shapes: Sequence[tuple[int, ...]]) -> tuple[object, ...]:
-    return (use.key, tuple(len(s) for s in shapes))
+def _key(use: Use) -> tuple[object, ...]:
+    return (use.key, tuple(len(s) for s in use.result_shapes))
 
 
 def _reaches(starts: Sequence[Node], node: Node, ends: set[Node]) -> bool:

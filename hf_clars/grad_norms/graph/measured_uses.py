@@ -8,15 +8,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, quietly
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.nodes import call_for_each, operand_grads
-from hf_clars.grad_norms.graph.walk import Use, results_of
+from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
-from hf_clars.grad_norms.torch_internals import no_autocast
+from hf_clars.grad_norms.torch_internals import dtype_at, no_autocast, results_of
 
 Deliver = Callable[[ForwardPass, nn.Parameter, Tensor, torch.dtype], None]
 
@@ -60,7 +60,7 @@ class MeasuredUse:
         for start in range(0, kept, step):
             samples = slice(start, min(start + step, kept))
             stacks = [layout.one_sample_each(g, batch, samples) for _, g, layout in known]
-            (found,) = batched_grads([edge for edge, _, _ in known], [_gradient_edge(use.child)], stacks)
+            (found,) = batched_grads([edge for edge, _, _ in known], [GradientEdge(*use.child)], stacks)
             parts.append(stacks[0].new_zeros(len(stacks[0]), *use.shape) if found is None else found)
         return torch.cat(parts)
 
@@ -186,8 +186,7 @@ def lead_back(use: Use, grads: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     node = use.child[0]
     if not node.next_functions:
         return [(param, grads) for param in use.leaves.values()]
-    dtype = node._input_metadata[use.child[1]].dtype
-    found = batched_grads([_gradient_edge(use.child)], list(use.leaves), [grads.to(dtype)])
+    found = batched_grads([GradientEdge(*use.child)], list(use.leaves), [grads.to(dtype_at(*use.child))])
     pairs = zip(use.leaves.items(), found, strict=True)
     return [
         (
@@ -196,10 +195,6 @@ def lead_back(use: Use, grads: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         )
         for (leaf, param), t in pairs
     ]
-
-
-def _gradient_edge(edge: tuple[Node, int]) -> GradientEdge:
-    return GradientEdge(*edge)
 
 
 def batched_grads(
@@ -237,7 +232,7 @@ def batched_grads(
 
 def refuse(use: Use, names: str, batch: int) -> BatchAxisError:
     """The error for a use whose operation shows no samples, and that no module around could be asked for."""
-    shapes = ", ".join(str(s) for s in use.result_shapes())
+    shapes = ", ".join(str(s) for s in use.result_shapes)
     return BatchAxisError(
         f"{names}: used by {use.node.name()} with results of shape {shapes}, in which the {batch} samples of the batch "
         "have no rows of their own, and no module around it returns the batch. Return the batch from a module around "

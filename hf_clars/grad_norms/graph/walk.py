@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from hf_clars.grad_norms.torch_internals import shape_at
+from hf_clars.grad_norms.torch_internals import BATCH_NORM_NODES, results_of, shape_at
 
 Edge = tuple[Node, int]
 Signature = tuple[object, ...]
 
-_COUPLING = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
 _ONCE = ("CheckpointFunction", "CompiledFunction")
-_SPREADS = ("ExpandBackward", "RepeatBackward")
+SPREADS = ("ExpandBackward", "RepeatBackward")
+"""Operations by which what is made of parameters may be given to each sample."""
 
 
 @dataclass(eq=False)
@@ -49,11 +50,12 @@ class Use:
     leaves: dict[Tensor, nn.Parameter]
     key: Signature
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The operand's shape."""
         return shape_of(*self.child)
 
+    @cached_property
     def result_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the operation's results."""
         return [shape_at(self.node, i) or () for i in range(results_of(self.node))]
@@ -67,11 +69,6 @@ def shape_of(node: Node, output: int) -> tuple[int, ...]:
     return tuple(getattr(variable, "ds_shape", variable.shape))
 
 
-def results_of(node: Node) -> int:
-    """How many results an operation has."""
-    return len(getattr(node, "_input_metadata", ()))
-
-
 @dataclass(eq=False)
 class GraphWalk:
     """One look at a pass's graph.
@@ -83,6 +80,7 @@ class GraphWalk:
         is_data: Whether an operation, all of whose known operands are made of parameters, takes data too.
         is_whole: Whether an operation that looks as if it spread a value over the samples is known not to.
         batch: B.
+        measured_by_itself: Names of operations whose parameters are measured by their own backward function.
 
     Attributes:
         uses: What was found.
@@ -95,6 +93,7 @@ class GraphWalk:
     is_data: Callable[[Node, Signature], bool]
     is_whole: Callable[[Signature], bool]
     batch: int
+    measured_by_itself: Sequence[str]
     uses: list[Use] = field(default_factory=list)
     couplings: list[Node] = field(default_factory=list)
     once: bool = False
@@ -104,25 +103,20 @@ class GraphWalk:
         self._leaves: dict[Node, dict[Tensor, nn.Parameter]] = {}
         self._covered: dict[Node, set[nn.Parameter]] = {}
 
-    def run(self, outputs: Iterable[Tensor], measured_by_itself: Sequence[str]) -> None:
-        """Visit everything below some tensors.
-
-        Args:
-            outputs: What the model returned.
-            measured_by_itself: Names of operations whose parameters are measured by their own backward function.
-        """
+    def run(self, outputs: Iterable[Tensor]) -> None:
+        """Visit everything below what the model returned."""
         for root in outputs:
             if root.grad_fn is not None:
-                self._visit(root.grad_fn, measured_by_itself)
+                self._visit(root.grad_fn)
 
-    def _visit(self, root: Node, measured_by_itself: Sequence[str]) -> None:
+    def _visit(self, root: Node) -> None:
         """Depth first, children before parents, without recursion."""
         stack: list[tuple[Node, bool]] = [(root, False)]
         own = self._own
         while stack:
             node, children_done = stack.pop()
             if children_done:
-                self._close(node, measured_by_itself)
+                self._close(node)
                 continue
             if node in own:
                 continue
@@ -143,17 +137,17 @@ class GraphWalk:
             known |= region.params
             stack += [child for child, _ in inner.next_functions if child is not None and child is not region.end]
 
-    def _close(self, node: Node, measured_by_itself: Sequence[str]) -> None:
+    def _close(self, node: Node) -> None:
         children = node.next_functions
         if not children:
             self._close_leaf(node)
             return
         name = node.name()
-        if name.startswith(_COUPLING):
+        if name.startswith(BATCH_NORM_NODES):
             self.couplings.append(node)
         elif name.startswith(_ONCE):
             self.once = True
-        if name in measured_by_itself:
+        if name in self.measured_by_itself:
             return
         own = [(i, child, k) for i, (child, k) in enumerate(children) if child is not None and self._own[child]]
         if not own:
@@ -185,7 +179,7 @@ class GraphWalk:
 
     def _parts(self, node: Node, name: str, signature: Signature) -> bool:
         """Whether an operation spreads what is made of parameters over the samples: there they part."""
-        if not name.startswith(_SPREADS) or self.batch < 2:
+        if not name.startswith(SPREADS) or self.batch < 2:
             return False
         child, k = node.next_functions[0]
         shape, before = shape_at(node) or (), shape_of(child, k) if child is not None else ()
