@@ -1,16 +1,20 @@
 """What several processes share: sums over them, and layer norms of weights that are split over them."""
 
 from hf_clars.distributed.collectives import sum_over_ranks, world_size
-from hf_clars.distributed.shards import LocalNorms, local_norms, on_device
-from hf_clars.distributed.zero import ZeroPieces, keeps_gradients_elsewhere, zero_pieces
+from hf_clars.distributed.shards import LocalNorms, is_split, local_norms, local_part, on_device
+from hf_clars.distributed.zero import ZeroPieces, is_zeros, keeps_gradients_elsewhere, whole_shape, zero_pieces
 
 __all__ = [
     "LocalNorms",
     "ZeroPieces",
+    "is_split",
+    "is_zeros",
     "keeps_gradients_elsewhere",
     "local_norms",
+    "local_part",
     "on_device",
     "sum_over_ranks",
+    "whole_shape",
     "world_size",
     "zero_pieces",
 ]

@@ -117,6 +117,16 @@ def _partial_per_layer(held: Sequence[_Held], layer: Sequence[int], layers: int,
     return norms.new_zeros(layers).index_add_(0, on_device(tuple(layer), norms.device), squares).sqrt()
 
 
+def is_split(tensor: Any) -> bool:
+    """Whether FSDP2 has split a tensor over processes. A split parameter's gradient is averaged when it arrives."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local_part(tensor: Any) -> Tensor:
+    """What this process holds of a tensor: of one that is not split, all."""
+    return tensor.to_local() if is_split(tensor) else tensor
+
+
 def _held(tensor: Any) -> _Held:
     """The local part of a DTensor; other tensors are whole."""
     mesh = getattr(tensor, "device_mesh", None)

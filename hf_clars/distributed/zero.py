@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_clars.distributed.collectives import world_size
-from hf_clars.distributed.shards import LocalNorms, local_norms
+from hf_clars.distributed.shards import LocalNorms, is_split, local_norms
 from hf_clars.errors import HfClarsError
 
 
@@ -30,7 +30,17 @@ class UnsupportedEngineError(HfClarsError, RuntimeError):
 
 def keeps_gradients_elsewhere(param: nn.Parameter) -> bool:
     """Whether an engine that splits weights or gradients holds this parameter: its `grad` is None in between then."""
-    return hasattr(param, "device_mesh") or hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
+    return is_split(param) or is_zeros(param)
+
+
+def is_zeros(param: nn.Parameter) -> bool:
+    """Whether DeepSpeed's ZeRO holds this parameter's gradient, in pieces of its own."""
+    return hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
+
+
+def whole_shape(param: Any) -> tuple[int, ...]:
+    """A parameter's shape, also while ZeRO-3 has put its values aside."""
+    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def is_flat_piece(tensor: Tensor, params: Sequence[nn.Parameter]) -> bool:

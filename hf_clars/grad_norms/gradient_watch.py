@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_clars.distributed import keeps_gradients_elsewhere
+from hf_clars.distributed import is_zeros, local_part
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.torch_internals import version
 
@@ -31,8 +30,7 @@ class GradientWatch:
 
     @torch.no_grad()
     def _on_gradient(self, param: nn.Parameter) -> None:
-        split_by_zero = keeps_gradients_elsewhere(param) and not hasattr(param, "device_mesh")
-        if param.grad is not None and not split_by_zero:
+        if param.grad is not None and not is_zeros(param):
             self._noted[param] = (param.grad, _versions(param.grad))
 
     @torch.no_grad()
@@ -47,7 +45,7 @@ class GradientWatch:
         now = {p: p.grad for p in self._noted if p.grad is not None}
         if all(self._noted[p][0] is grad and self._noted[p][1] == _versions(grad) for p, grad in now.items()):
             return not now
-        return not any(bool(_local(grad).any()) for grad in now.values())
+        return not any(bool(local_part(grad).any()) for grad in now.values())
 
     def forget(self) -> None:
         """A new batch begins."""
@@ -62,8 +60,4 @@ class GradientWatch:
 
 def _versions(grad: Tensor) -> tuple[int, int]:
     """How often a gradient has been changed; of one that FSDP2 has split, operations count at either end."""
-    return version(grad), version(_local(grad))
-
-
-def _local(grad: Any) -> Tensor:
-    return grad.to_local() if hasattr(grad, "device_mesh") else grad
+    return version(grad), version(local_part(grad))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_clars.distributed import is_split
 from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
 from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
@@ -285,7 +286,7 @@ class HookedNorms(NormAccumulator):
         raise KeyError(leaf)
 
     def _is_split(self) -> bool:
-        return bool(self._in_use) or any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in self._layer_of)
+        return bool(self._in_use) or any(hasattr(p, "ds_id") or is_split(p) for p in self._layer_of)
 
     def _name_of(self, param: nn.Parameter) -> str:
         for layer in self.layers:

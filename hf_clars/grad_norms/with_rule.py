@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_clars.distributed import is_split
 from hf_clars.grad_norms.errors import BatchAxisError, MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Layout, is_open
@@ -182,7 +183,7 @@ def _way(call: RuleCall, x: Tensor, output: Tensor) -> Callable[[RuleCall, Tenso
     key = (x.shape, output.dtype, x.device, tuple(call.wanted), call.module.training, x.stride(), output.stride())
     if key not in decisions:
         # Weights that an engine has split or put aside are differentiated by the engine's own graph.
-        plain = weight.numel() > 0 and not hasattr(weight, "device_mesh")
+        plain = weight.numel() > 0 and not is_split(weight)
         way = None
         if plain and call.rule.supplies_backward(call.module, x, output):
             way = replace_backward

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.distributed import LocalNorms, ZeroPieces, local_norms, on_device, sum_over_ranks, zero_pieces
+from hf_clars.distributed import LocalNorms, ZeroPieces, is_split, local_norms, on_device, sum_over_ranks, zero_pieces
 from hf_clars.distributed.zero import UnsupportedEngineError, is_flat_piece, is_partitioned
 from hf_clars.layers import LayerMode
 from hf_clars.optim.gradient_scale import all_zero
@@ -137,7 +137,7 @@ class LayerwiseOptimizer(GroupedOptimizer):
         """The state is there; nothing moves. Processes with parts of the weights must reduce together all the same."""
         self._makes_state = True
         try:
-            if any(hasattr(p, "device_mesh") for p in tensors.params):
+            if any(is_split(p) for p in tensors.params):
                 self._measure(tensors)
         finally:
             self._makes_state = False

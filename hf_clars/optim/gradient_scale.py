@@ -8,13 +8,12 @@ the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_clars.distributed import keeps_gradients_elsewhere
+from hf_clars.distributed import is_split, is_zeros, keeps_gradients_elsewhere, local_part
 from hf_clars.grad_norms.hooks import BoundHook
 
 ELEMENTS = 128  # of each witness, at most
@@ -32,12 +31,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def _size(param: nn.Parameter) -> int:
     """How many numbers of a parameter processes tell each other."""
-    return 2 if _is_split(param) else len(range(0, param.numel(), _stride(param.numel())))
-
-
-def _is_split(param: Any) -> bool:
-    """Whether FSDP2 has split a parameter, and with it the gradient, which is averaged when it arrives."""
-    return hasattr(param, "device_mesh")
+    return 2 if is_split(param) else len(range(0, param.numel(), _stride(param.numel())))
 
 
 def _witnesses(params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -84,7 +78,7 @@ class GradientScale:
     @torch.no_grad()
     def _on_gradient(self, param: nn.Parameter) -> None:
         if param.grad is not None and not param.grad.is_sparse:
-            self._before[param] = _sample(local(param.grad))
+            self._before[param] = _sample(local_part(param.grad))
 
     @torch.no_grad()
     def local_sample(self) -> Tensor:
@@ -99,11 +93,11 @@ class GradientScale:
 
     def _share(self, param: nn.Parameter) -> Tensor:
         before = None if param.grad is None else self._before.get(param)
-        if before is None or (keeps_gradients_elsewhere(param) and not _is_split(param)):
+        if before is None or is_zeros(param):
             return torch.zeros(_size(param), device=param.device)
-        if not _is_split(param):
+        if not is_split(param):
             return before
-        return torch.stack([before.square().sum(), _sample(local(param.grad)).square().sum()])
+        return torch.stack([before.square().sum(), _sample(local_part(param.grad)).square().sum()])
 
     @torch.no_grad()
     def scale_since(self, sample: Tensor) -> Tensor:
@@ -149,7 +143,7 @@ class GradientScale:
         """Sums of squares over the witnesses that have both: (before, now)."""
         before, after = sample.new_zeros(()), sample.new_zeros(())
         for param, part in zip(self._witnesses, self._parts(sample), strict=True):
-            if _is_split(param):
+            if is_split(param):
                 before, after = before + part[0], after + part[1]
             elif param.grad is not None and not keeps_gradients_elsewhere(param):
                 before = before + part.square().sum()
@@ -167,14 +161,9 @@ class GradientScale:
         self._handles.clear()
 
 
-def local(grad: Any) -> Tensor:
-    """This process's part of a gradient."""
-    return grad.to_local() if _is_split(grad) else grad
-
-
 def all_zero(grads: Sequence[Tensor]) -> bool:
     """Whether there are gradients, and all are zero in this process; waits for the device."""
-    return bool(grads) and not any(bool(local(grad).any()) for grad in grads)
+    return bool(grads) and not any(bool(local_part(grad).any()) for grad in grads)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

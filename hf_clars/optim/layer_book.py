@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_clars.distributed import is_split
 from hf_clars.layers import ParamLayer
 
 
@@ -121,7 +122,7 @@ class LayerBook:
             old: new
             for known, group in zip(self.tensors, groups, strict=True)
             for old, new in zip(known, group["params"], strict=False)
-            if old is not new and hasattr(new, "device_mesh")
+            if old is not new and is_split(new)
         }
         if found:
             self.tensors = [[found.get(p, p) for p in known] for known in self.tensors]

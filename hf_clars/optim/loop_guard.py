@@ -20,11 +20,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from hf_clars.distributed import local_part
 from hf_clars.distributed.zero import trains_without
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.torch_internals import version
-from hf_clars.optim.gradient_scale import GradientScale, local
+from hf_clars.optim.gradient_scale import GradientScale
 
 
 class OptimizerNotSteppedError(HfClarsError, RuntimeError):
@@ -140,7 +141,7 @@ class LoopGuard:
 
     def _place(self) -> Tensor:
         """Some of the weights, enough to tell whether they are where they were."""
-        few = [local(p.detach()) for p in self._params[:: max(1, len(self._params) // 8)]]
+        few = [local_part(p.detach()) for p in self._params[:: max(1, len(self._params) // 8)]]
         return torch.cat([p.reshape(-1)[:64].to(few[0].device, torch.float32, copy=True) for p in few])
 
     def _on_any_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

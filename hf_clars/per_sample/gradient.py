@@ -1,8 +1,4 @@
-"""The batch gradient's norm in each layer, in the units that `backward()` left it in.
-
-Private name: `_hp_mapping`, by which DeepSpeed marks a parameter whose gradient it keeps. It has no public way to ask.
-It ends when DeepSpeed has one.
-"""
+"""The batch gradient's norm in each layer, in the units that `backward()` left it in."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_clars.distributed import local_norms, sum_over_ranks, world_size
+from hf_clars.distributed import is_split, is_zeros, local_norms, sum_over_ranks, world_size
 from hf_clars.errors import HfClarsError
 from hf_clars.layers import ParamLayer
 
@@ -36,7 +32,7 @@ def gradient_squares(layers: Sequence[ParamLayer]) -> Tensor:
         GradientNotHereError: If there is none, or under DeepSpeed ZeRO, which keeps gradients elsewhere.
     """
     params = [(k, p) for k, layer in enumerate(layers) for p in layer.params]
-    if any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for _, p in params):
+    if any(is_zeros(p) for _, p in params):
         raise GradientNotHereError(
             "DeepSpeed ZeRO keeps the batch gradient in pieces of its own, where its norm in a layer cannot be read: "
             "set noise_scale=False to have the samples' norms alone."
@@ -89,7 +85,7 @@ class GradientProbe:
         """
         device = self._params[0].device
         wide = wide_dtype(device)
-        split = any(hasattr(p, "device_mesh") for p in self._params)
+        split = any(is_split(p) for p in self._params)
         before, after = [torch.zeros(1, dtype=wide, device=device)], [torch.zeros(1, dtype=wide, device=device)]
         for param in self._params:
             grad = param.grad

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from hf_clars.distributed import whole_shape
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, quietly
 from hf_clars.grad_norms.graph.layout import Layout
@@ -191,7 +192,7 @@ def lead_back(use: Use, grads: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     return [
         (
             param,
-            grads.new_zeros(len(grads), *getattr(leaf, "ds_shape", leaf.shape)) if t is None else at_least_float32(t),
+            grads.new_zeros(len(grads), *whole_shape(leaf)) if t is None else at_least_float32(t),
         )
         for (leaf, param), t in pairs
     ]

@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from hf_clars.distributed import whole_shape
 from hf_clars.grad_norms.torch_internals import BATCH_NORM_NODES, results_of, shape_at
 
 Edge = tuple[Node, int]
@@ -66,7 +67,7 @@ def shape_of(node: Node, output: int) -> tuple[int, ...]:
     variable = getattr(node, "variable", None)
     if variable is None:
         return shape_at(node, output) or ()
-    return tuple(getattr(variable, "ds_shape", variable.shape))
+    return whole_shape(variable)
 
 
 @dataclass(eq=False)
