@@ -3,6 +3,8 @@
 import multiprocessing
 import socket
 
+import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 PRELOADED = ["hf_clars.image_classification.run", "tests.killed_runs", "torchvision"]
@@ -19,3 +21,16 @@ def free_port():
 def run_two(worker, folder):
     """Run `worker(rank, 2, port, folder)` in two processes; an exception in one of them is raised here."""
     mp.start_processes(worker, args=(2, free_port(), str(folder)), nprocs=2, start_method="forkserver")
+
+
+def leave(results, folder, rank):
+    """What a worker does last: its results are for `results_of_two`."""
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def results_of_two(worker, folder):
+    """Run a worker as `run_two`; what each process left."""
+    run_two(worker, folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

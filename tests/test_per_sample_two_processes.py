@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
@@ -13,7 +12,7 @@ from transformers import Trainer
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.per_sample import NormMonitor, PerSampleNormsCallback, with_index
-from tests.processes import run_two
+from tests.processes import leave, results_of_two
 from tests.test_callback import Images, Plain, plain_args
 from tests.twin import batch, loss_on
 
@@ -88,9 +87,7 @@ def worker(rank, world, port, folder):
         fully_shard(module)
     results["fsdp"] = measured(split, split, rank, world)
     results["failed"] = one_process_fails(rank)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(results, folder, rank)
 
 
 def make_ready(model):
@@ -101,8 +98,7 @@ def make_ready(model):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run_two(worker, folder)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return results_of_two(worker, folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_clars.grad_norms.errors import SharedStatisticsError
 from hf_clars.optim import CLARS, LARS, NAG
-from tests.processes import run_two
+from tests.processes import leave, results_of_two
 from tests.twin import batch, loss_on
 
 STEPS = 4
@@ -143,16 +143,13 @@ def worker(rank, world, port, folder):
     results["uneven, scaled"] = train_unevenly(rank, world, loss_scale=2.0**12)
     results["one without samples"] = train_unevenly(rank, world, first=32)
     results["shared statistics"] = what_shared_statistics_say()
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(results, folder, rank)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run_two(worker, folder)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return results_of_two(worker, folder)
 
 
 @pytest.mark.distributed

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from hf_clars.optim import CLARS, LARS, NAG, SignalLARS, TrainsAloneError
-from tests.processes import run_two
+from tests.processes import leave, results_of_two
 from tests.test_two_processes import make_model
 from tests.twin import batch, loss_on
 
@@ -179,16 +179,13 @@ def worker(rank, world, port, folder):
     results["clipped"] = clipped("CLARS", rank, world)
     for name, how in CLEARED.items():
         results["cleared", name] = thrown_away(how, rank, world)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(results, folder, rank)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run_two(worker, folder)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return results_of_two(worker, folder)
 
 
 @pytest.mark.distributed
