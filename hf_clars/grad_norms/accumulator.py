@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_clars.distributed import keeps_gradients_elsewhere
 from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals, differentiating
 from hf_clars.grad_norms.gradient_watch import GradientWatch
-from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.grad_norms.hooks import ModelReturns, PassBegins
 from hf_clars.grad_norms.torch_internals import NO_BACKWARD, backward_number, inside_backward, inside_function_transform
 from hf_clars.grad_norms.trees import tensors_in
 from hf_clars.layers import ParamLayer
@@ -59,13 +59,12 @@ class NormAccumulator:
         self._squares: Tensor | None = None
         self._watch = GradientWatch(list(self._layer_of))
         self._last_backward = NO_BACKWARD
-        self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(BoundHook(self._on_model_call), with_kwargs=True)
-        ]
+        self._call_hook, self._result_hook = PassBegins(self._on_model_call), ModelReturns(self._on_model_result)
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._call_hook, with_kwargs=True)]
 
     def _watch_results(self) -> None:
         """Hook the model's result; after the subclass has placed its own hooks, so that they come first."""
-        self._handles.append(self.model.register_forward_hook(BoundHook(self._on_model_result)))
+        self._handles.append(self.model.register_forward_hook(self._result_hook))
 
     # ---- which pass is open ----------------------------------------------------------------------------------
 

@@ -67,6 +67,8 @@ class ForwardPass:
         pending: Per-sample gradients of parameters used more than once: those add up before they are squared.
         tables: Parameters used more than once that are tables looked up; see `tied_tables.py`.
         check: Compares sums with the batch gradient, in passes that are checked.
+        compiled: Parameters that compiled code measures in it.
+        unchecked: Whether compiled code in it does not hand over what the sum check compares.
         weights: Tokens of each sample, [B], where the loss is a mean over tokens.
         backward_seen: Whether a gradient has reached this pass.
         closed: Whether its norms have been taken.
@@ -94,6 +96,8 @@ class ForwardPass:
     pending: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     tables: dict[nn.Parameter, TiedTable | None] = field(default_factory=dict)
     check: SumCheck | None = None
+    compiled: set[nn.Parameter] = field(default_factory=set)
+    unchecked: bool = False
     weights: Tensor | None = None
     backward_seen: bool = False
     closed: bool = False

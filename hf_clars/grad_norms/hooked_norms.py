@@ -12,12 +12,14 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
+from hf_clars.grad_norms.compiled.calls import CompiledCall
+from hf_clars.grad_norms.compiled.passes import CompiledPasses
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
 from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, watch
 from hf_clars.grad_norms.graph.taint import DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
-from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.grad_norms.hooks import BoundHook, PassEnds
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
 from hf_clars.grad_norms.trees import tensor_given, tensors_in
 from hf_clars.grad_norms.with_rule import capture, repeat
@@ -50,16 +52,21 @@ class HookedNorms(NormAccumulator):
         self._known_ways: set[object] = set()
         self._ways: dict[nn.Parameter, dict[str, None]] = {}
         self._module_handles: list[RemovableHandle] = []
+        self._end_hook = PassEnds(self._on_model_end)
         self._hook_modules()
         self._watch_results()
-        self._handles.append(model.register_forward_hook(BoundHook(self._on_model_end), always_call=True))
+        self._handles.append(model.register_forward_hook(self._end_hook, always_call=True))
 
     def _hook_modules(self) -> None:
         self._hooked = find_hooked_modules(self.model, self._layer_of)
+        self._compiled = CompiledPasses(self, self._hooked)
+        self._call_hook.traced = self._compiled.model_hook(begins=True)
+        self._result_hook.traced = self._end_hook.traced = self._compiled.model_hook(begins=False)
         for hooked in self._hooked:
             # Before the user's own hooks: they shall see the output that goes on.
+            method = self._on_call if hooked.rule is not None else self._on_container_call
             handle = hooked.module.register_forward_hook(
-                BoundHook(self._on_call if hooked.rule is not None else self._on_container_call, hooked),
+                BoundHook(method, hooked, traced=self._compiled.hook_of(hooked)),
                 with_kwargs=True,
                 prepend=True,
             )
@@ -89,6 +96,7 @@ class HookedNorms(NormAccumulator):
         super().cover([layer.with_params(swapped) for layer in self.layers])
         for hooked in self._hooked:
             hooked.rebind(swapped)
+        self._compiled.rebind(swapped)
         self._ever_captured = {swapped.get(p, p) for p in self._ever_captured}
         self._in_use = {used: swapped.get(p, p) for used, p in self._in_use.items()}
         self._finder.forget()
@@ -108,10 +116,12 @@ class HookedNorms(NormAccumulator):
             self._taint = DataTaint()
             self._taint.mark(tensors_in((args, kwargs)))
             self._taint.__enter__()
+        self._compiled.join(current, args, kwargs)
 
     def _on_model_end(self, *_: Any) -> None:
         """Also when the forward pass failed: a mode that follows the data must not outlive it."""
         self._end_taint()
+        self._compiled.calls.end()
 
     def _end_taint(self) -> DataTaint | None:
         taint, self._taint = self._taint, None
@@ -205,8 +215,13 @@ class HookedNorms(NormAccumulator):
     def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
         taint = self._end_taint()
         containers, self._containers = self._containers, []
+        compiled = self._compiled.part(current)
         if not current.kept:
             return
+        self._note_compiled(compiled)
+        for param in (p for call in compiled for p in call.hooked.trainable().values()):
+            current.add_use(param)
+            current.compiled.add(param)
         for hooked, times in current.without_grad.items():
             current.recomputed[hooked] += times
             for param in list(hooked.trainable().values()) * times:
@@ -261,6 +276,46 @@ class HookedNorms(NormAccumulator):
             if way not in known:
                 known[way] = None
                 logger.debug("%s: %s", self._name_of(param), way)
+
+    # ---- compiled code ---------------------------------------------------------------------------------------
+
+    @property
+    def paused(self) -> bool:
+        """While True, hooks do nothing: no pass begins, and nothing is kept."""
+        return self._paused
+
+    @paused.setter
+    def paused(self, paused: bool) -> None:
+        self._paused = paused
+        if hasattr(self, "_compiled"):
+            self._compiled.calls.paused = paused
+
+    def why_not_compiled(self) -> str:
+        """Names of the parameters that keep the model from being compiled as a whole; "" if it can be.
+
+        Compiled with `fullgraph=True`, every measured parameter must belong to a module with a layer rule, or be a
+        table that is looked up and a Linear layer's weight too.
+        """
+        return self._compiled.calls.reason
+
+    def _open_compiled(self, batch: int) -> ForwardPass:
+        return self._open(batch)
+
+    def _choose_check(self, current: ForwardPass) -> None:
+        """Subclasses may check a pass."""
+
+    def _stop_check(self) -> None:
+        """Subclasses may check a pass."""
+
+    def _add_compiled_sum(self, param: nn.Parameter, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+        """Subclasses may check a pass."""
+
+    def _note_compiled(self, calls: Sequence[CompiledCall]) -> None:
+        """Compiled code has made these calls in a pass."""
+        for call in calls:
+            for param in call.hooked.trainable().values():
+                self._ever_captured.add(param)
+                self._ways.setdefault(param, {}).setdefault(call.in_words())
 
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from types import FunctionType
+from typing import Any, Protocol
 
 import torch
 
@@ -21,24 +22,43 @@ class InertHook:
         """Do nothing."""
 
 
+class TracedHook(Protocol):
+    """What a compiler sees of a hook."""
+
+    def ready(self, *args: Any) -> bool:
+        """Whether it can do the hook's work."""
+
+    def __call__(self, *args: Any) -> Any:
+        """Do it."""
+
+
 class BoundHook:
     """A hook method that is not copied or pickled with the module that holds it, and does not keep its owner alive.
 
     Args:
         method: A bound method, called with `first` and whatever torch passes to the hook.
         first: Arguments before torch's.
+        traced: What takes its place while a compiler looks on, if that is ready: its `ready()` says so. Otherwise the
+            compiled code is left for the method.
         keep_owner: Whether the hook keeps the method's owner alive. Default False: the hook does nothing once the
             owner is gone, as after `optimizer = CLARS(model)` was run a second time in a notebook.
     """
 
-    def __init__(self, method: Callable[..., Any], *first: Any, keep_owner: bool = False) -> None:
+    def __init__(
+        self, method: Callable[..., Any], *first: Any, traced: TracedHook | None = None, keep_owner: bool = False
+    ) -> None:
         self.method: Callable[[], Callable[..., Any] | None]
         self.method = (lambda: method) if keep_owner else weakref.WeakMethod(method)
         self.first = first
+        self.traced = traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method, if its owner is there and not paused (has no true attribute `paused`)."""
-        return self._outside(args, kwargs) if torch.compiler.is_compiling() else self._call(args, kwargs)
+        if torch.compiler.is_compiling():
+            if self.traced is not None and self.traced.ready(*args):
+                return self.traced(*args, **kwargs)
+            return self._outside(args, kwargs)
+        return self._call(args, kwargs)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         method = self.method()
@@ -47,8 +67,9 @@ class BoundHook:
         return method(*self.first, *args, **kwargs)
 
     @torch.compiler.disable(
-        reason="hf_clars measures gradient norms between two pieces of compiled code: compile the model without "
-        "fullgraph=True, or take the norms off it (remove())"
+        reason="hf_clars measures gradient norms between two pieces of compiled code, because a parameter of this "
+        "model has no layer rule (norms.why_not_compiled() names it): compile the model without fullgraph=True, register a "
+        "rule, or take the norms off it (remove())"
     )
     def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A compiled model calls its hooks between two pieces of compiled code."""
@@ -59,3 +80,19 @@ class BoundHook:
 
     def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
         return InertHook, ()
+
+
+def kind_of_hook(name: str) -> type[BoundHook]:
+    """A class of hooks with compiled code of its own.
+
+    torch.compile compiles a model's hooks by themselves, keeps a few variants of one function, and gives up beyond
+    these: hooks of several kinds on one model must not share the function.
+
+    Args:
+        name: Of the class.
+    """
+    code = BoundHook.__call__.__code__.replace(co_name=name)
+    return type(name, (BoundHook,), {"__call__": FunctionType(code, globals(), name)})
+
+
+PassBegins, PassEnds, ModelReturns = (kind_of_hook(n) for n in ("PassBegins", "PassEnds", "ModelReturns"))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, unfold
 
 from hf_clars.grad_norms.torch_internals import convolution_weight_grad
 
@@ -105,6 +105,9 @@ def thin_convolution_weight_grads(
     dilation: tuple[int, ...],
 ) -> Tensor:
     """`convolution_weight_grads` of a 2-D convolution without groups by written-out patches: for very few inputs."""
+    if torch.compiler.is_compiling():  # a compiler knows no strides
+        patches = unfold(x, kernel_shape[2:], dilation, padding, stride)
+        return (g.flatten(2) @ patches.mT).view(-1, *kernel_shape)
     x = pad(x, (padding[1], padding[1], padding[0], padding[0]))
     batch, channel, row, column = x.stride()
     taps = (row * dilation[0], column * dilation[1])

@@ -215,7 +215,8 @@ def register_rule(
     """Class decorator: use this rule for these module classes and for subclasses that keep their `forward`.
 
     Args:
-        module_types: Module classes; or full names, for classes of packages that may not be installed.
+        module_types: Module classes; or full names, for classes of packages that may not be installed. A name that
+            begins with "*" stands for all classes whose name ends like it: `applies` must then tell the right ones.
         override: Replace a rule that a class has already. Default False. A class that is defined again under the name
             of the rule, as in a notebook cell that is run twice, replaces it in any case.
 
@@ -241,6 +242,11 @@ def register_rule(
     return decorate
 
 
+def _by_ending(cls: type) -> LayerRule | None:
+    endings = (key for key in _RULES if isinstance(key, str) and key.startswith("*"))
+    return next((_RULES[key] for key in endings if cls.__name__.endswith(key[1:])), None)
+
+
 def find_rule(module: nn.Module) -> LayerRule | None:
     """The rule for a module, or None when only the general fallback can serve it.
 
@@ -251,7 +257,7 @@ def find_rule(module: nn.Module) -> LayerRule | None:
     if "forward" in vars(module):
         return None
     for cls in type(module).__mro__:
-        rule = _RULES.get(cls) or _RULES.get(_name(cls))
+        rule = _RULES.get(cls) or _RULES.get(_name(cls)) or _by_ending(cls)
         if rule is not None:
             own_forward = getattr(type(module), "forward", None) is not getattr(cls, "forward", None)
             names = {name for name, _ in module.named_parameters()}

@@ -69,6 +69,10 @@ def storage_of(t: Tensor) -> StorageReference | None:
 _NOTHING = nullcontext()
 
 
+COMPILED = "CompiledFunction"
+"""How the name of compiled code's place in the graph begins."""
+
+
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -110,9 +114,9 @@ def _statistics_in_graph(
     x: Tensor, output: Tensor, kinds: tuple[str, ...], shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor] | None:
     """What the normalisation of `x` saved for its own backward pass."""
+    if torch.compiler.is_compiling() or saved_tensors_are_packed():
+        return None  # a compiler finds by itself what is computed twice
     node = output.grad_fn
-    if saved_tensors_are_packed():
-        return None
     for steps in range(_NODES_TO_SEARCH):
         if node is None:
             return None
@@ -164,7 +168,7 @@ def operand_of(output: Tensor, x: Tensor) -> Tensor:
     """
     if x.dtype == output.dtype:
         return x
-    node = None if saved_tensors_are_packed() else output.grad_fn
+    node = None if torch.compiler.is_compiling() or saved_tensors_are_packed() else output.grad_fn
     for _ in range(3):
         if node is None:
             break
@@ -197,7 +201,8 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
     mean, rstd = _for_each_channel(mean, channels), _for_each_channel(rstd, channels)
     if x.dim() == 2:
         return g * (x - mean) * rstd, g
-    if not (x.is_contiguous() and g.is_contiguous()) or x.numel() == 0:
+    compiling = torch.compiler.is_compiling()
+    if compiling or not (x.is_contiguous() and g.is_contiguous()) or x.numel() == 0:
         # Channels last: no kernel to borrow; the mean goes first, for g * x - mean * g would cancel.
         centred = (x.flatten(2) - mean.unsqueeze(-1)).mul_(g.flatten(2))
         return centred.sum(2) * rstd, g.flatten(2).sum(2)

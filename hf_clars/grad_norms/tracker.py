@@ -122,15 +122,28 @@ class PerSampleGradNorms(HookedNorms):
     def _choose_check(self, current: ForwardPass) -> None:
         """Check this batch, if it is due and can be."""
         whole = current.kept == current.batch_size and not current.implicit
-        if not whole or not self.check_every:
+        if not whole or not self.check_every or current.unchecked:
+            self._passes_since += current.unchecked
             self._stop_check()
             return
         self._passes_since += 1
-        due = self._checked < 3 or self._new_ways or self._passes_since >= self.check_every
+        due = self._check_is_due()
         if self._check is None and due and not any(p.backward_seen or p.rule_calls for p in self._passes[:-1]):
             self._passes_since = 0
             self._check = SumCheck({p: self._name_of(p) for p in self._layer_of}, self._leaves())
         current.check = self._check
+
+    def _check_is_due(self) -> bool:
+        return self._checked < 3 or self._new_ways or self._passes_since >= self.check_every
+
+    def _plan_compiled_check(self) -> None:
+        """Compiled code is another one where sums are checked: say it before the next batch begins."""
+        if hasattr(self, "check_every"):
+            self._compiled.calls.checked = bool(self.check_every) and self._check_is_due()
+
+    def _add_compiled_sum(self, param: nn.Parameter, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+        if self._check is not None and self._check.wants(param):
+            self._check.add(param, total, size, dtype)
 
     def _leaves(self) -> dict[nn.Parameter, Tensor]:
         """The tensor that is computed with in each parameter's place; of a large model a part, the next part later."""
@@ -164,12 +177,14 @@ class PerSampleGradNorms(HookedNorms):
         if check is not None and check.delivered and all(p.closed for p in self._passes):
             self._stop_check()
             self._checked, self._new_ways = self._checked + 1, False
+            self._plan_compiled_check()
             check.raise_if_wrong()
 
     def reset(self) -> None:
         """Forget the batch accumulated so far."""
         self._stop_check()
         super().reset()
+        self._plan_compiled_check()
 
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""

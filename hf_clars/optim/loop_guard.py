@@ -10,6 +10,7 @@ torch documents the counter.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod
@@ -23,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from hf_clars.distributed import local_part
 from hf_clars.distributed.zero import trains_without
 from hf_clars.errors import HfClarsError
-from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.grad_norms.compiled.operations import Told
+from hf_clars.grad_norms.hooks import BoundHook, kind_of_hook
 from hf_clars.grad_norms.torch_internals import version
 from hf_clars.optim.gradient_scale import GradientScale
 
@@ -40,6 +42,20 @@ def _entry(output: Any, name: str) -> Tensor | None:
     """A tensor of a model's output by name, or None."""
     value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     return value if isinstance(value, Tensor) else None
+
+
+GuardBegins, GuardEnds = kind_of_hook("GuardBegins"), kind_of_hook("GuardEnds")
+
+
+class _WithoutItems:
+    """In compiled code a result is not looked at, unless Trainer says how many items the whole batch has."""
+
+    def ready(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+        """Whether there is nothing to look at."""
+        return kwargs.get("num_items_in_batch") is None
+
+    def __call__(self, *args: Any) -> None:
+        """Do nothing."""
 
 
 MOVES = 3
@@ -90,17 +106,27 @@ class LoopGuard:
             model: The module that is trained.
         """
         self._handles += [
-            model.register_forward_pre_hook(BoundHook(self._on_forward, keep_owner=True)),
-            model.register_forward_hook(BoundHook(self._on_result, keep_owner=True), with_kwargs=True),
+            model.register_forward_pre_hook(GuardBegins(self._on_forward, traced=Told(self), keep_owner=True)),
+            model.register_forward_hook(
+                GuardEnds(self._on_result, traced=_WithoutItems(), keep_owner=True), with_kwargs=True
+            ),
         ]
         if self._watch_weights:
             self._steps = register_optimizer_step_post_hook(BoundHook(self._on_any_step))
         self.scale.watch(self._params)
         # The guard outlives an optimizer that a launcher drops; one that another of ours follows has nothing to say.
+        self._training = weakref.ref(model)
         previous = _GUARDS.get(model)
         if previous is not None and previous is not self:
             previous._watch_weights = False
         _GUARDS[model] = self
+
+    def compiled_model_is_called(self) -> None:
+        """Compiled code is about to call the model."""
+        model = self._training()
+        if model is not None and not self.paused:
+            with torch.enable_grad():
+                self._on_forward(model, ())
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.is_grad_enabled():

@@ -130,7 +130,7 @@ class GraphFinder:
             for edge in c.edges
         }
         walk = GraphWalk(
-            self.param_of,
+            lambda leaf: None if (param := self.param_of(leaf)) in current.compiled else param,
             regions,
             lambda node, signature: self._is_data(node, signature, taint),
             self._whole.__contains__,

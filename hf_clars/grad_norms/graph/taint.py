@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from hf_clars.grad_norms.torch_internals import StorageReference, storage_of
+from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of
 from hf_clars.grad_norms.trees import tensors_in
 
 
@@ -41,7 +42,9 @@ class DataTaint(TorchFunctionMode):
                 self._mark_nodes(t.grad_fn)
 
     def holds(self, t: Tensor) -> bool:
-        """Whether a tensor depends on the data."""
+        """Whether a tensor depends on the data; what compiled code made is taken to."""
+        if t.grad_fn is not None and t.grad_fn.name().startswith(COMPILED):
+            return True
         storage = storage_of(t)
         return storage is not None and storage.key in self._marked
 
@@ -62,6 +65,8 @@ class DataTaint(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, and mark its results if one of its arguments is marked."""
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
         taken = list(tensors_in((args, kwargs)))
         # Where the function begins in the graph; looked at before, as an in-place function moves its argument there.
         self._visited.update(t.grad_fn for t in taken if t.grad_fn is not None)

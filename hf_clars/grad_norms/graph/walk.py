@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from hf_clars.distributed import whole_shape
-from hf_clars.grad_norms.torch_internals import BATCH_NORM_NODES, results_of, shape_at
+from hf_clars.grad_norms.torch_internals import BATCH_NORM_NODES, COMPILED, results_of, shape_at
 
 Edge = tuple[Node, int]
 Signature = tuple[object, ...]
 
-_ONCE = ("CheckpointFunction", "CompiledFunction")
+_ONCE = ("CheckpointFunction", COMPILED)
 SPREADS = ("ExpandBackward", "RepeatBackward")
 """Operations by which what is made of parameters may be given to each sample."""
 

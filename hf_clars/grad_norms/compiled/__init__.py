@@ -1,0 +1,1 @@
+"""Models under `torch.compile`: norms that are a part of the compiled graph."""

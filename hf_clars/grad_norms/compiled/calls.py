@@ -1,0 +1,323 @@
+"""What happens while a model is compiled: which calls of its modules get a function of ours, and with which rows.
+
+Everything here that is called while a compiler looks on must be what it understands: tensors, plain attributes, loops
+over fixed things.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_clars.distributed import is_split
+from hf_clars.grad_norms.compiled.functions import OneProduct, Watched
+from hf_clars.grad_norms.compiled.operations import begin_pass, check_sum
+from hf_clars.grad_norms.compiled.tied import Linked, Tie, TiedLookup
+from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
+from hf_clars.grad_norms.hooked_modules import HookedModule
+from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
+from hf_clars.grad_norms.registry import LayerRule
+from hf_clars.grad_norms.token_weights import label_counts
+from hf_clars.grad_norms.trees import tensor_given, tensors_in
+
+_LEARN = (
+    "Run one forward and backward pass on a batch without torch.compile first (with the norms attached): the layout of "
+    "the batch is learned there."
+)
+
+
+class CompiledCalls:
+    """A tracker's state in compiled code.
+
+    Args:
+        receiver: Its number, see `operations.enlist`.
+        hooked: The modules.
+
+    Attributes:
+        calls: One for each module with a rule, by its path.
+        measures: Whether the model is being called, and its calls have rows.
+        number: Of the last pass. Kept so that a compiler lets a pass begin in the forward pass: what only the backward
+            pass needs, it would put there.
+        whole: Whether every measured parameter can be measured in a compiled graph, so that the model may be compiled
+            as a whole.
+        expected: Whether calls outside compiled code should prepare rows for compiled code inside.
+        checked: Whether sums are checked in this batch.
+        paused: As the tracker's.
+        by_tokens: Whether the loss is a mean over tokens.
+        reason: Which parameters stand in the way of `whole`, in words.
+    """
+
+    def __init__(self, model: nn.Module, receiver: int, hooked: list[HookedModule]) -> None:
+        self.model = model
+        self.receiver = receiver
+        self.measures = False
+        self.number: Tensor | None = None
+        self.given_axes: tuple[int, ...] = ()
+        self.expected = self.checked = True
+        self.paused = self.by_tokens = False
+        self.calls: dict[str, CompiledCall] = {}
+        owners: dict[nn.Parameter, list[HookedModule]] = {}
+        for h in hooked:
+            for p in h.params.values():
+                owners.setdefault(p, []).append(h)
+        self.ties = {p: Tie() for p, of in owners.items() if _is_tied_head(of)}
+        alone = {p for p, of in owners.items() if len(of) == 1} | self.ties.keys()
+        calls = [h for h in hooked if h.rule and _can_be_compiled(h.rule) and alone.issuperset(h.params.values())]
+        self.params = list(dict.fromkeys(p for h in calls for p in h.params.values()))
+        rows = {p: i for i, p in enumerate(self.params)}
+        for h in calls:
+            tie = next((self.ties[p] for p in h.params.values() if p in self.ties), None)
+            self.calls[h.path] = CompiledCall(self, h, [rows[p] for p in h.params.values()], tie)
+        missing = [
+            of[0].full_name(n) for p, of in owners.items() if p not in rows for n, q in of[0].params.items() if q is p
+        ]
+        self.whole = bool(self.params) and not missing
+        self.reason = ", ".join(missing)
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
+        self.leaf = torch.zeros((), dtype=wide, requires_grad=True)
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is called: make rows. In compiled code and outside."""
+        self.measures = False
+        given = [t for t in tensors_in((args, kwargs)) if t.dim() > 0]
+        if not given or self.paused or not torch.is_grad_enabled():
+            return
+        weights = label_counts(self.model, kwargs) if self.by_tokens else None
+        rows, number = begin_pass(self.leaf, given[0], weights, self.receiver, len(self.params), self.checked)
+        each = rows.unbind(0)
+        for call in self.calls.values():
+            call.rows = tuple(each[i] for i in call.row_numbers)
+        self.measures = True
+        self.number = number
+        self.given_axes = tuple(given[0].shape[1:])
+
+    def end(self) -> None:
+        """The model returns. In compiled code and outside."""
+        self.measures = False
+        for call in self.calls.values():
+            call.rows = ()
+        for tie in self.ties.values():
+            tie.forget()
+
+    def ran(self) -> list[CompiledCall]:
+        """The calls that compiled code has made since `forget`."""
+        return [call for call in self.calls.values() if call.ran]
+
+    def forget(self) -> None:
+        """A pass begins outside compiled code."""
+        for call in self.calls.values():
+            call.ran = False
+
+
+def _can_be_compiled(rule: LayerRule) -> bool:
+    return not rule.several_results and type(rule).batch_axes is LayerRule.batch_axes
+
+
+def _is_tied_head(owners: list[HookedModule]) -> bool:
+    """Whether a parameter is a table that is looked up, and a Linear layer's weight."""
+    rules = [h.rule for h in owners]
+    looked_up = [r for r in rules if r is not None and type(r).lookup_tokens is not LayerRule.lookup_tokens]
+    dense = [r for r in rules if r is not None and r.is_dense_weight]
+    return len(owners) == 2 and len(looked_up) == len(dense) == 1
+
+
+class CompiledCall:
+    """One module in compiled code; a hook.
+
+    Args:
+        state: The tracker's.
+        hooked: The module.
+        row_numbers: The row of each of its parameters.
+        tie: What it shares with another module that has the same table.
+
+    Attributes:
+        names: Of its parameters.
+        rows: For each a row of zeros [B], while the model is called.
+        ran: Whether compiled code has called it.
+    """
+
+    def __init__(self, state: CompiledCalls, hooked: HookedModule, row_numbers: list[int], tie: Tie | None) -> None:
+        assert hooked.rule is not None
+        self.state = state
+        self.hooked = hooked
+        self.module = hooked.module
+        self.rule = hooked.rule
+        self.tie = tie
+        self.row_numbers = row_numbers
+        self.places = torch.tensor(row_numbers)  # as numbers they would make different code of equal blocks
+        self.names = tuple(hooked.params)
+        self.rows: tuple[Tensor, ...] = ()
+        self.ran = False
+
+    def in_words(self) -> str:
+        """How it is measured, for people."""
+        return f"{type(self.rule).__name__} of {self.hooked}: in the compiled graph"
+
+    def ready(self, *args: Any) -> bool:
+        """Whether it can do its work in compiled code."""
+        if not (self.state.measures or self.state.paused) and torch.is_grad_enabled():
+            self.state.expected = True
+            return False
+        return True
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """After the module's forward, while a compiler looks on. What is returned takes the output's place."""
+        x = tensor_given(args, kwargs)
+        if not torch.is_grad_enabled() or x is None or not any(getattr(module, n).requires_grad for n in self.names):
+            return None
+        if not self.rows:
+            raise self._used_twice()
+        named = [(n, row) for n, row in zip(self.names, self.rows, strict=True) if getattr(module, n).requires_grad]
+        self.rows = ()
+        self.ran = True
+        names, rows = tuple(n for n, _ in named), [row for _, row in named]
+        batch = rows[0].shape[0]
+        y = output
+        spread = output.shape[0] == 1 and batch != 1
+        self._check_layout(x, output, batch)
+        if spread:  # what is made of parameters, and added to every sample
+            y = output.expand(batch, *output.shape[1:])
+        elif self._takes_over(names, x, output, batch):
+            params = [getattr(self.module, n) for n in names]
+            return OneProduct.apply(y.detach(), self, names, x, *rows, *params)
+        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        kwargs = {k: a.detach() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
+        saved = self.rule.save(self.module, args, kwargs, output.detach(), names)
+        if spread:
+            saved = tuple(t.expand(batch, *t.shape[1:]) if t.shape[0] == 1 else t for t in saved)
+        if self.tie is None:
+            return Watched.apply(y, self, names, *rows, *saved)
+        return self._tied(y, x, names, rows, saved)
+
+    def _tied(
+        self, y: Tensor, x: Tensor, names: tuple[str, ...], rows: list[Tensor], saved: tuple[Tensor, ...]
+    ) -> Tensor:
+        tie = self.tie
+        assert tie is not None
+        if self.rule.lookup_tokens(saved) is not None:
+            tie.tokens = x
+            y, tie.link = TiedLookup.apply(y, self, names, *rows, *saved)
+            return y
+        if tie.link is not None and tie.tokens is not None:
+            y = Linked.apply(y, tie.link, tie.tokens, x.detach())
+        return Watched.apply(y, self, names, *rows, *saved)
+
+    def _used_twice(self) -> UncoveredParameterError:
+        """Two uses add up before they are squared, which a row cannot do."""
+        return UncoveredParameterError(
+            f"{self.hooked} is called more than once in one pass of compiled code, and its gradients must be added "
+            "before their norms are taken: compile the model without it, or in parts that call it once."
+        )
+
+    def _takes_over(self, names: tuple[str, ...], x: Tensor, output: Tensor, batch: int) -> bool:
+        if self.tie is not None or "weight" not in names or x.shape[0] != batch or is_split(self.module.weight):
+            return False
+        return self.rule.takes_over(self.module, x, output)
+
+    def _check_layout(self, x: Tensor, output: Tensor, batch: int) -> None:
+        """The first axis must be the batch, or fold it as an uncompiled pass has shown."""
+        hooked = self.hooked
+        if not self.rule.has_batch_axis(self.module, x) or output.shape[0] != x.shape[0]:
+            raise self._refusal(x, batch)
+        if x.shape[0] == batch:
+            if not hooked.calls and not hooked.data_dims:  # nothing is known: what comes from no parameter may be a
+                # table as long as the batch by chance, as T5's position buckets [T, T] are
+                chance = not x.requires_grad and x.dim() == 2 and x.shape[1] == batch and batch in self.state.given_axes
+                if chance and batch > 1:
+                    raise self._refusal(x, batch)
+            elif x.dim() in hooked.own_dims and x.dim() not in hooked.data_dims:
+                raise self._refusal(x, batch)
+        elif x.shape[0] != 1:
+            rows = x.shape[0] // batch
+            known = hooked.calls.get((rows, *x.shape[1:])) if rows * batch == x.shape[0] else None
+            if known not in ("certain", "observed"):
+                raise self._refusal(x, batch)
+
+    def _refusal(self, x: Tensor, batch: int) -> BatchAxisError:
+        return BatchAxisError(
+            f"{self.hooked} is called on {tuple(x.shape)} in compiled code, and the batch has {batch} samples: which "
+            f"rows are whose is not known. {_LEARN}"
+        )
+
+    # ---- arithmetic of the backward pass ---------------------------------------------------------------------
+
+    def squares(self, names: tuple[str, ...], saved: tuple[Tensor, ...], g: Tensor, batch: int) -> list[Tensor]:
+        """Every sample's squared norms of each parameter named, [B] each."""
+        rule, module = self.rule, self.module
+        rows = g.shape[0] // batch
+        dtype = g.dtype
+        saved, g = tuple(at_least_float32(t) for t in saved), at_least_float32(g)
+        if rows > 1 and rule.positions_in_the_middle:
+            saved, g = tuple(t.unflatten(0, (batch, rows)) for t in saved), g.unflatten(0, (batch, rows))
+            rows = 1
+        if rows > 1 or not rule.squares_without_grads:
+            grads = rule.per_sample_grads(module, saved, g, set(names))
+            grads = {n: t.unflatten(0, (batch, rows)).sum(1) if rows > 1 else t for n, t in grads.items()}
+            found = {n: squared_sum(t) for n, t in grads.items()}
+        else:
+            found = rule.squared_norms(module, saved, g, set(names))
+        if self.state.checked:
+            for n in names:
+                total = rule.summed_grad(module, saved, g, n, elements=getattr(module, n).numel())
+                found[n] = self._checked(n, found[n], total, dtype)
+        return [found[n].to(self.state.leaf.dtype) for n in names]
+
+    def sums_and_squares(self, names: tuple[str, ...], x: Tensor, g: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradient of each parameter named, and every sample's squared norms [B] of it."""
+        size = sum(getattr(self.module, n).numel() for n in names)
+        sums: dict[str, Tensor] = {}
+        parts: dict[str, list[Tensor]] = {n: [] for n in names}
+        for x_part, g_part in slices_of(x, g, elements_per_sample=size):
+            grads = self.rule.per_sample_grads(self.module, (x_part,), g_part, set(names))
+            for n in names:
+                t = at_least_float32(grads[n])
+                sums[n] = sums[n] + t.sum(0) if n in sums else t.sum(0)
+                parts[n].append(squared_sum(t))
+        squares = {n: part[0] if len(part) == 1 else torch.cat(part) for n, part in parts.items()}
+        if self.state.checked:
+            squares = {n: self._checked(n, t, sums[n], g.dtype) for n, t in squares.items()}
+        return [sums[n] for n in names], [squares[n].to(self.state.leaf.dtype) for n in names]
+
+    def _checked(self, name: str, squares: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+        size = squares.clamp(min=0).sqrt().sum()
+        return check_sum(squares, total, size, self.places, self.names.index(name), self.state.receiver, dtype)
+
+
+class CompiledContainer:
+    """A module all of whose parameters belong to compiled calls inside; a hook that does nothing in compiled code."""
+
+    def __init__(self, state: CompiledCalls) -> None:
+        self.state = state
+
+    def ready(self, *args: Any) -> bool:
+        """Whether the modules inside can do their work."""
+        return self.state.measures or self.state.paused or not torch.is_grad_enabled()
+
+    def __call__(self, *args: Any) -> None:
+        """Do nothing."""
+
+
+class CompiledModel:
+    """The model's own hooks in compiled code.
+
+    Args:
+        state: The tracker's.
+        begins: Whether it is the hook before the model's forward, or one after it.
+    """
+
+    def __init__(self, state: CompiledCalls, *, begins: bool) -> None:
+        self.state = state
+        self.begins = begins
+
+    def ready(self, *args: Any) -> bool:
+        """Whether the model may be compiled as a whole."""
+        return self.state.whole or self.state.paused or not torch.is_grad_enabled()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], rest: Any, *output: Any) -> None:
+        """A pass begins, or ends."""
+        if self.begins:
+            self.state.begin(args, rest)
+        else:
+            self.state.end()

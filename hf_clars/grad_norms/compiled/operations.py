@@ -1,0 +1,150 @@
+"""The operations by which a compiled graph meets a tracker: a pass begins, its squared norms arrive, a sum is checked.
+
+A compiler keeps an operation of `torch.library` as it is and runs it, in Python, whenever the compiled code runs. What
+happens in between is a pure function of tensors, which it may fuse and order as it likes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Receiver(Protocol):
+    """What the operations call."""
+
+    def compiled_pass_begins(self, batch: int, weights: Tensor | None, checked: bool) -> int:
+        """A pass on so many samples begins; its number."""
+
+    def compiled_norms_arrive(self, number: int, squares: Tensor) -> None:
+        """The squared norms of pass `number`, [rows, B]."""
+
+    def compiled_sum_arrives(self, row: int, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+        """The sum of the samples' gradients of the parameter in a row, the sum of their norms, and the precision."""
+
+
+_receivers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def enlist(receiver: Any) -> int:
+    """A number by which compiled code knows a `Receiver`; it is forgotten with the receiver."""
+    number = next(_numbers)
+    _receivers[number] = receiver
+    return number
+
+
+@torch.library.custom_op("hf_clars::tell", mutates_args=())
+def tell(place: Tensor, receiver: int) -> Tensor:
+    """Call a receiver's `compiled_model_is_called()`; returns a copy of `place`, any tensor."""
+    found = _receivers.get(receiver)
+    if found is not None:
+        found.compiled_model_is_called()
+    return place.clone()
+
+
+@tell.register_fake
+def _(place: Tensor, receiver: int) -> Tensor:
+    return torch.empty_like(place)
+
+
+class Told:
+    """A model's forward pre-hook in compiled code that tells a receiver whenever the code runs.
+
+    Args:
+        receiver: Has a method `compiled_model_is_called()`; it is not kept alive.
+    """
+
+    def __init__(self, receiver: Any) -> None:
+        self.receiver = enlist(receiver)
+        self.place = torch.zeros(())
+
+    def ready(self, *args: Any) -> bool:
+        """It can always do its work."""
+        return True
+
+    def __call__(self, *args: Any) -> None:
+        """Tell, if there may be a backward pass. The result is kept, or a compiler would leave the operation out."""
+        if torch.is_grad_enabled():
+            self.place = tell(self.place, self.receiver)
+
+
+@torch.library.custom_op("hf_clars::begin_pass", mutates_args=())
+def begin_pass(
+    leaf: Tensor, like: Tensor, weights: Tensor | None, receiver: int, rows: int, checked: bool
+) -> tuple[Tensor, Tensor]:
+    """A forward pass begins.
+
+    Args:
+        leaf: A scalar that requires a gradient, so that one comes back.
+        like: A tensor [B, ...] that the model was called with.
+        weights: Tokens of each sample [B], where the loss is a mean over tokens.
+        receiver: Its number, see `enlist`.
+        rows: How many rows of norms there are.
+        checked: Whether this code hands over what the sum check compares.
+
+    Returns:
+        Zeros [rows, B], whose "gradient" will be the squared norms; the number of the pass.
+    """
+    found = _receivers.get(receiver)
+    number = 0 if found is None else found.compiled_pass_begins(like.shape[0], weights, checked)
+    return like.new_zeros(rows, like.shape[0], dtype=leaf.dtype), torch.tensor(number)
+
+
+@begin_pass.register_fake
+def _(
+    leaf: Tensor, like: Tensor, weights: Tensor | None, receiver: int, rows: int, checked: bool
+) -> tuple[Tensor, Tensor]:
+    return like.new_empty(rows, like.shape[0], dtype=leaf.dtype), torch.empty((), dtype=torch.int64)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.receiver = inputs[3]
+    ctx.save_for_backward(output[1])
+
+
+def _end(ctx: Any, squares: Tensor, number: Tensor | None) -> tuple[Tensor | None, ...]:
+    return deliver(squares, ctx.saved_tensors[0], ctx.receiver), None, None, None, None, None
+
+
+begin_pass.register_autograd(_end, setup_context=_remember)
+
+
+@torch.library.custom_op("hf_clars::deliver", mutates_args=())
+def deliver(squares: Tensor, number: Tensor, receiver: int) -> Tensor:
+    """The backward pass has come to where the forward pass began: hand over the squared norms [rows, B].
+
+    Returns:
+        Zero, the gradient of the leaf: what is not used, a compiler would leave out.
+    """
+    found = _receivers.get(receiver)
+    if found is not None:
+        found.compiled_norms_arrive(int(number), squares.detach().clone())
+    return torch.zeros((), dtype=squares.dtype)
+
+
+@deliver.register_fake
+def _(squares: Tensor, number: Tensor, receiver: int) -> Tensor:
+    return torch.empty((), dtype=squares.dtype)
+
+
+@torch.library.custom_op("hf_clars::check_sum", mutates_args=())
+def check_sum(
+    squares: Tensor, total: Tensor, size: Tensor, rows: Tensor, which: int, receiver: int, dtype: torch.dtype
+) -> Tensor:
+    """Hand over what the sum check compares; returns a copy of `squares` [B], which goes on."""
+    found = _receivers.get(receiver)
+    if found is not None:
+        found.compiled_sum_arrives(int(rows[which]), total.detach().clone(), size.detach().clone(), dtype)
+    return squares.clone()
+
+
+@check_sum.register_fake
+def _(
+    squares: Tensor, total: Tensor, size: Tensor, rows: Tensor, which: int, receiver: int, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_like(squares)

@@ -1,0 +1,112 @@
+"""A tracker's side of compiled code: the passes that it begins, and the norms that it hands over."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_clars.grad_norms.compiled.calls import CompiledCall, CompiledCalls, CompiledContainer, CompiledModel
+from hf_clars.grad_norms.compiled.operations import enlist
+from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, second_backward
+
+if TYPE_CHECKING:
+    from hf_clars.grad_norms.hooked_modules import HookedModule
+    from hf_clars.grad_norms.hooked_norms import HookedNorms
+
+
+class CompiledPasses:
+    """Receives what compiled code hands over, and adds it to the tracker's passes.
+
+    Args:
+        norms: The tracker.
+        hooked: Its modules.
+
+    Attributes:
+        calls: What compiled code sees.
+    """
+
+    def __init__(self, norms: HookedNorms, hooked: list[HookedModule]) -> None:
+        self._norms = weakref.proxy(norms)
+        self._open: weakref.WeakValueDictionary[int, ForwardPass] = weakref.WeakValueDictionary()
+        self._number = 0
+        self._joined: ForwardPass | None = None
+        self._arrived: set[int] = set()
+        self.calls = CompiledCalls(norms.model, enlist(self), hooked)
+        layers = [norms._layer_of[p] for p in self.calls.params]
+        self._layers, self._layer_index = sorted(set(layers)), torch.tensor(layers)
+
+    def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Know parameters by those that an engine has put in their place: {old: new}."""
+        self.calls.params = [swapped.get(p, p) for p in self.calls.params]
+
+    def hook_of(self, hooked: HookedModule) -> CompiledCall | CompiledContainer | None:
+        """What stands for a module's hook in compiled code."""
+        if hooked.rule is not None:
+            return self.calls.calls.get(hooked.path)
+        known = set(self.calls.params)
+        inside = (p for p in hooked.module.parameters() if p in self._norms._layer_of)
+        return CompiledContainer(self.calls) if all(p in known for p in inside) else None
+
+    def model_hook(self, *, begins: bool) -> CompiledModel:
+        """What stands for the model's own hooks in compiled code."""
+        return CompiledModel(self.calls, begins=begins)
+
+    # ---- the model is called outside compiled code -----------------------------------------------------------
+
+    def join(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pass has begun outside compiled code: prepare rows for compiled code inside, if there may be any."""
+        for call in self.calls.calls.values():
+            call.ran = False
+        if self.calls.expected and self.calls.params:
+            self._joined = current
+            try:
+                self.calls.begin(args, kwargs)
+            finally:
+                self._joined = None
+
+    def part(self, current: ForwardPass) -> list[CompiledCall]:
+        """The forward pass has ended: the calls that compiled code has made in it."""
+        ran = [call for call in self.calls.calls.values() if call.ran]
+        if self.calls.measures:
+            self.calls.expected = bool(ran)
+        self.calls.end()
+        current.unchecked = current.unchecked and bool(ran)
+        return ran
+
+    # ---- what compiled code calls ----------------------------------------------------------------------------
+
+    def compiled_pass_begins(self, batch: int, weights: Tensor | None, checked: bool) -> int:
+        """See `operations.Receiver`."""
+        self._number += 1
+        current = self._joined or self._norms._open_compiled(batch)
+        current.unchecked = not checked
+        if self._joined is None:
+            current.weights = weights
+            self._norms._choose_check(current)
+        self._open[self._number] = current
+        return self._number
+
+    def compiled_norms_arrive(self, number: int, squares: Tensor) -> None:
+        """See `operations.Receiver`."""
+        current = self._open.get(number)
+        if current is None or differentiating():
+            return
+        current.mark(current)
+        if number in self._arrived:
+            self._norms._stop_check()
+            raise second_backward("the compiled model")
+        self._arrived = {n for n in self._arrived if n in self._open} | {number}
+        self._norms._note_compiled([call for call in self.calls.calls.values() if call.ran])
+        found = squares[:, : current.kept]
+        of_layers = found.new_zeros(self._layers[-1] + 1, found.shape[1])
+        of_layers.index_add_(0, self._layer_index.to(found.device), found)
+        for layer in self._layers:
+            current.add_squares(layer, of_layers[layer])
+
+    def compiled_sum_arrives(self, row: int, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+        """See `operations.Receiver`."""
+        self._norms._add_compiled_sum(self.calls.params[row], total, size, dtype)

@@ -1,0 +1,247 @@
+"""Promise: norms are a part of a model compiled as a whole, and right there; what cannot be is refused by name."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_clars.grad_norms import BatchAxisError, PerSampleGradNorms
+from hf_clars.optim import CLARS
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Images(nn.Module):
+    """Convolution, train-mode BatchNorm with an in-place activation, tokens, LayerNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.normalization = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.linear, self.layer_norm, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu_(self.normalization(self.convolution(x)))
+        return self.head(self.layer_norm(self.linear(x.flatten(2).mT)).mean(1))
+
+
+def in_sequence():
+    layers = (nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(True), nn.Flatten(2), nn.Linear(36, 8))
+    return nn.Sequential(*layers, nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(32, 5))
+
+
+def images(batch):
+    return (torch.randn(batch, 3, 6, 6),)
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def vit():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=6, patch_size=3, **sizes))
+
+
+def llama():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.LlamaConfig(vocab_size=50, use_cache=False, pad_token_id=0, **sizes)
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=50,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=16,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def tokens(batch):
+    return (torch.randint(1, 50, (batch, 7)),)
+
+
+def loss_of(model, inputs):
+    output = model(*inputs)
+    scores = output if isinstance(output, torch.Tensor) else output.logits
+    return (scores.flatten(1).square().sum(1) * torch.arange(1, len(scores) + 1)).sum()
+
+
+def whole(model, **kwargs):
+    return torch.compile(model, fullgraph=True, backend="aot_eager", **kwargs)
+
+
+def in_place(model):
+    model.compile(fullgraph=True, backend="aot_eager")
+    return model
+
+
+def compare(model, compiled, inputs_of, batches, dtype=torch.float64):
+    """Compiled norms and gradients against the uncompiled ones, which other tests compare with autograd."""
+    model.to(dtype)
+    plain = copy.deepcopy(model)
+    with (
+        PerSampleGradNorms(model, loss_reduction="sum") as norms,
+        PerSampleGradNorms(plain, loss_reduction="sum") as expected,
+    ):
+        call = compiled(model)
+        for batch in batches:
+            inputs = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs_of(batch))
+            model.zero_grad()
+            plain.zero_grad()
+            loss_of(call, inputs).backward()
+            loss_of(plain, inputs).backward()
+            found, right = norms.per_sample, expected.per_sample
+            assert found.keys() == right.keys()
+            for name, values in right.items():
+                torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-9)
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-8)
+        assert norms._checked == 3  # with sums that were compared in compiled code
+        return norms
+
+
+@pytest.mark.parametrize("compiled", [whole, in_place])
+@pytest.mark.parametrize("make", [Images, in_sequence])
+def test_images(make, compiled):
+    torch.manual_seed(0)
+    norms = compare(make(), compiled, images, (6, 6, 6, 6, 4))
+    assert "in the compiled graph" in str(norms.explain())
+
+
+@pytest.mark.parametrize("make", [bert, vit, llama, gpt2])
+def test_transformers(make):
+    torch.manual_seed(0)
+    compare(make(), whole, images if make is vit else tokens, (4, 4, 4, 4))
+
+
+def test_blocks_compiled_one_by_one_inside_a_model_that_is_not():
+    def blocks(model):
+        for layer in model.transformer.h:
+            layer.compile(fullgraph=True, backend="aot_eager")
+        return model
+
+    torch.manual_seed(0)
+    norms = compare(gpt2(), blocks, tokens, (4, 4, 4, 4))
+    assert "in the compiled graph" in str(norms.explain())
+
+
+def test_clars_with_accumulation_and_evaluation_between_steps():
+    torch.manual_seed(0)
+    model = Images()
+    plain = copy.deepcopy(model)
+    optimizers = [CLARS(m, 1.0, eta=0.02, weight_decay=1e-4) for m in (model, plain)]
+    call = whole(model)
+    for _ in range(5):
+        (x,) = images(8)
+        for m, optimizer in zip((call, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            for part in x.split(4):
+                loss_of(m, (part,)).backward()
+            optimizer.step()
+        with torch.no_grad():
+            call(x)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_a_parameter_without_a_rule_is_named():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return self.linear(x) * self.scale
+
+    model = Scaled()
+    with PerSampleGradNorms(model) as norms:
+        assert norms.why_not_compiled() == "scale"
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="no layer rule"):
+            whole(model)(torch.randn(3, 4))
+
+
+def test_a_module_that_is_called_twice_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(torch.relu(self.linear(x)))
+
+    model = Twice()
+    with PerSampleGradNorms(model), pytest.raises(torch._dynamo.exc.Unsupported, match="more than once"):
+        whole(model)(torch.randn(3, 4))
+
+
+def test_rows_that_are_folded_into_the_batch_are_refused_until_an_uncompiled_pass_has_shown_them():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x.reshape(-1, 4)).view(len(x), -1)
+
+    model, x = Windows(), torch.randn(3, 2, 4)
+    norms = PerSampleGradNorms(model)
+    with pytest.raises((torch._dynamo.exc.Unsupported, BatchAxisError), match="whose"):
+        whole(model)(x)
+    norms.remove()
+    torch._dynamo.reset()
+    with PerSampleGradNorms(model) as norms:
+        model(x).square().sum().backward()
+        expected = norms.per_sample["linear"]
+        model.zero_grad()
+        whole(model)(x).square().sum().backward()
+        torch.testing.assert_close(norms.per_sample["linear"], expected)
+
+
+def test_a_second_backward_pass_is_seen():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with PerSampleGradNorms(model) as norms:
+        output = whole(model)(torch.randn(3, 4)).sum()
+        output.backward(retain_graph=True)
+        with pytest.raises(Exception, match="second backward"):
+            output.backward()
+        del norms
+
+
+def test_paused_norms_measure_nothing_in_compiled_code():
+    torch.manual_seed(0)
+    model = Images()
+    with PerSampleGradNorms(model) as norms:
+        call = whole(model)
+        norms.paused = True
+        loss_of(call, images(3)).backward()
+        assert norms.totals() is None
+        norms.paused = False
+        model.zero_grad()
+        loss_of(call, images(3)).backward()
+        assert all(len(values) == 3 for values in norms.per_sample.values())
