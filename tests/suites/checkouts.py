@@ -78,6 +78,13 @@ SUITES = [
         "nag",
         "(test_disable_adapters or test_parameters_after_loading or test_training_works) and MLP "
         "and (LoRA or IA3 or LoHa or VeRA)",
+        {
+            # It asks for Adam. With momentum at Adam's rate weights grow until merging and unmerging them rounds too
+            # much; torch's SGD with the same momentum fails in the same tests.
+            "*disable_adapters_with_merging*lora_b bias*": _FIGURES,
+            "*disable_adapters_with_merging*pvera*": _FIGURES,
+            "*disable_adapters_with_merging*adalora*": _FIGURES,
+        },
     ),
     Suite("trl", ("tests/test_sft_trainer.py",), "trainer"),
     Suite("lightning", ("tests/tests_pytorch/trainer/optimization/test_optimizers.py",), "lars"),
@@ -110,10 +117,11 @@ def outcomes(suite: Suite, checkout: Path, stand_in: str, report: Path) -> dict[
     for test in suite.tests:
         if not (checkout / test).exists():
             raise FileNotFoundError(f"{checkout / test} is not there: the checkout is of another version.")
+    # The plugin by a name of its own: many projects have a package `tests`, which would hide ours.
+    places = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "HF_CLARS_STAND_IN": stand_in,
-        # The plugin by a name of its own: many projects have a package `tests`, which would hide ours.
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT), *sys.path[1:]]),
+        "PYTHONPATH": os.pathsep.join(p for p in places if p),
         "HF_HUB_OFFLINE": "1",
     }
     command = [
