@@ -32,7 +32,7 @@ class NormAccumulator:
 
     Attributes:
         paused: While True, hooks do nothing: no pass begins, and nothing is kept.
-        take_error: Gets an error of a hook in a forward pass, which then does not reach the model's caller; None: it does.
+        take_error: Gets an error of a hook in a forward pass, in place of the model's caller; None: nobody does.
         engine_dropped_a_batch: For engines that hold the gradients: whether one was dropped since this was last called.
     """
 

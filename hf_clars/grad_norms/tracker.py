@@ -53,9 +53,9 @@ class PerSampleGradNorms(HookedNorms):
             `"mean_tokens"`: the loss is a mean over tokens, and norms are those of each sequence's own mean; tokens are
             the labels that are not -100, or what `set_weights` was given.
         keep_per_sample: Keep the [B] tensors. False keeps sums only, in constant memory.
-        on_error: Called once with an error of the measuring in a forward pass, in place of whoever called the model; then
-            nothing is measured any more. An error in a backward pass is kept, and raised where results are read. None
-            (default): both are raised where they happen.
+        on_error: Called with an error of the measuring in a forward pass, in place of whoever called the model; then it
+            is paused. An error in a backward pass is kept, and raised where results are read. None (default): both are
+            raised where they happen.
         check: How often it is checked that the samples' gradients add up to the batch gradient: in the first three
             passes, whenever a parameter is used in a new way, and in every `check`-th pass after that (default 1,000).
             True: in every pass; False: never. Only passes of which every sample is measured can be checked.
