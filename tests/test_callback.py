@@ -369,6 +369,13 @@ def test_a_log_that_cannot_be_written_ends_the_measuring_only(tmp_path, caplog):
     assert any("are not measured" in r.getMessage() for r in caplog.records)
 
 
+def test_where_nothing_can_be_measured_the_index_column_is_taken_out_all_the_same(tmp_path):
+    (tmp_path / FOLDER).write_text("a file in the folder's place")
+    trainer = train(tmp_path, PerSampleNormsCallback(every=1), dataset=with_index(Images()))
+    assert trainer.state.global_step == 6
+    assert hooks_on(trainer.model) == 0
+
+
 def test_two_callbacks_are_one_too_many(tmp_path, caplog):
     first, second = PerSampleNormsCallback(every=2), PerSampleNormsCallback(every=1)
     with caplog.at_level(logging.WARNING, LOGGER):

@@ -69,7 +69,8 @@ def test_the_curve_stands_below_the_map_and_a_cell_reads_the_noise_scale(chromiu
     layer, ((_, value, _, first, last),) = read(chromium)
     assert (layer, first, last) == ("b", 30, 30)
     assert value == pytest.approx(float(log.noise_scale()[1].value[-1, 1]), rel=1e-6)
-    painted = "[...noise.getContext('2d').getImageData(80, 10, 900, 150).data].filter((v, i) => i % 4 == 3 && v > 20).length"
+    box = "noise.getContext('2d').getImageData(80, 10, 900, 150).data"
+    painted = f"[...{box}].filter((v, i) => i % 4 == 3 && v > 20).length"
     assert chromium.run(painted) > 2000  # the band is there, not only a line
     assert not chromium.complaints()
 

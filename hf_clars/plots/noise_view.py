@@ -1,4 +1,4 @@
-"""A log of per-sample norms as the interactive page takes it: quantities of layers over steps, and the model's curve."""
+"""A log of per-sample norms as the interactive page takes it: quantities by layer, and the model's curve."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_clars.per_sample.log import PerSampleLog
 from hf_clars.plots.columns import Values
@@ -29,7 +30,7 @@ class NoiseView:
     """
 
     layers: list[str]
-    steps: Values
+    steps: NDArray[np.int64]
     settings: Mapping[str, Any]
     quantities: tuple[str, ...]
     curve: Curve

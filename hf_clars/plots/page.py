@@ -24,9 +24,9 @@ def write_page(runs: Sequence[Run], path: str | Path, *, title: str | None = Non
     """Write a page that shows the layer-rate logs of runs in a browser, and their logs of per-sample norms.
 
     The reader points at a cell to read layer, step and value, chooses the quantity, zooms, and sets two runs side by
-    side; charts have the losses and the model's noise scale over the same steps. Logs are reduced to what fits 3 MB (see `page_data`); the page
-    says how exact a value is. Names and settings of runs are data, never markup or code, and the page's own policy
-    forbids any other script and any connection.
+    side; charts have the losses and the model's noise scale over the same steps. Logs are reduced to what fits 3 MB
+    (see `page_data`); the page says how exact a value is. Names and settings of runs are data, never markup or code,
+    and the page's own policy forbids any other script and any connection.
 
     Args:
         runs: From `open_runs`, each with a log of one kind or both.
@@ -42,10 +42,11 @@ def write_page(runs: Sequence[Run], path: str | Path, *, title: str | None = Non
     logs = []
     for run in runs:
         logs += _page_runs(run)
+    shown = "Layer-wise rates" if any(run.log for run in runs) else "Per-sample gradient norms"
     script, style = "\n".join(_part(name) for name in SCRIPTS), _part("page.css")
     parts = {
         "mark": MARK,
-        "title": html.escape(title or f"Layer-wise rates: {', '.join(run.name for run in runs)}"),
+        "title": html.escape(title or f"{shown}: {', '.join(run.name for run in runs)}"),
         "style": style,
         "style_hash": _hash(style),
         "script": script,

@@ -28,11 +28,11 @@ NO_VALUE, ZERO, INFINITE, FIRST, LAST = 0, 1, 2, 3, 65535
 
 DESCRIPTIONS = {
     "rate": ("rate γₖ", "γₖ", "viridis"),
+    "noise_scale": ("noise scale Bₖ = tr Σₖ / ‖Gₖ‖², in samples", "Bₖ", "viridis"),
     "ratio": ("agreement of samples Rₖ = ‖gₖ‖ / nₖ", "Rₖ", "cividis"),
     "weight_norm": ("weight norm ‖wₖ‖", "‖wₖ‖", "viridis"),
     "grad_norm": ("gradient norm ‖gₖ‖", "‖gₖ‖", "viridis"),
     "mean_sample_norm": ("mean norm of the samples' gradients nₖ", "nₖ", "viridis"),
-    "noise_scale": ("noise scale Bₖ = tr Σₖ / ‖Gₖ‖², in samples", "Bₖ", "viridis"),
     "signal": ("share of signal sₖ in ‖gₖ‖²", "sₖ", "cividis"),
     "damping": ("factor fₖ of the step", "fₖ", "viridis"),
 }
