@@ -475,3 +475,32 @@ def test_a_second_monitor_on_a_model_is_refused_until_the_first_is_closed():
     with NormMonitor(model), pytest.raises(ConfigError, match="Another monitor"):
         NormMonitor(model)
     NormMonitor(model).close()
+
+
+def test_a_loss_scale_is_out_of_norms_and_an_overflow_leaves_the_noise_scale_alone():
+    """As fp16 trains: the loss is scaled; a step whose gradients overflow is told as not finite."""
+
+    def measured(scale, overflows):
+        torch.manual_seed(0)
+        model, data = Plain(), Images(16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+        found = []
+        with NormMonitor(model, every=1, strict=True) as monitor:
+            for number in range(3):
+                with monitor.batch(loss_scale=scaler.get_scale()):
+                    loss = model(data.x, data.y)["loss"]
+                    scaler.scale(loss * float("inf") if number == 1 and overflows else loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                found.append(monitor.last)
+        return found, monitor.noise.read().value
+
+    plain, _ = measured(1, overflows=False)
+    scaled, value = measured(1024.0, overflows=True)
+    for one, other in ((plain[0], scaled[0]), (plain[1], scaled[2])):  # the overflow's step was skipped
+        for name in ("sample_square", "batch_square", "top_norm", "quantiles"):
+            torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=1e-4, atol=0, equal_nan=True)
+    assert not scaled[1].finite
+    assert bool(value.isfinite().any())
