@@ -1,5 +1,6 @@
 """Promise: in any Trainer, with any optimizer, the callback measures exactly, changes nothing, and never ends a run."""
 
+import importlib
 import json
 import logging
 
@@ -11,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from hf_clars.errors import ConfigError, HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms.graph.taint import DataTaint
 from hf_clars.per_sample import IndexedDataset, NormMonitor, PerSampleLog, PerSampleNormsCallback, with_index
 from hf_clars.per_sample.log import FOLDER
 from tests.trainer_kit import Images, Plain, plain_args
@@ -70,18 +72,62 @@ def test_only_every_nth_step_is_measured_and_the_first(tmp_path):
     assert PerSampleLog.open(tmp_path).read()["steps"].tolist() == [1, 4, 8]
 
 
-def test_between_measured_steps_and_at_the_end_no_hook_of_the_engine_is_on_the_model(tmp_path):
-    counts = []
+def test_between_measured_steps_the_engine_is_paused_and_at_the_end_no_hook_is_on_the_model(tmp_path, monkeypatch):
+    begun, paused = [], []
+    original = PerSampleGradNorms._begin
+    monkeypatch.setattr(PerSampleGradNorms, "_begin", lambda self, *a: (begun.append(1), original(self, *a)))
+    callback = PerSampleNormsCallback(every=3, strict=True)
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
-            counts.append(hooks_on(model))
+            paused.append(callback.monitor._attached.paused)
 
-    callback = PerSampleNormsCallback(every=3, strict=True)
     trainer = train(tmp_path, [callback, Watch()], max_steps=6)
-    taker = 1  # takes the index column out
-    assert [count == taker for count in counts] == [False, True, False, True, True, False]
+    assert paused == [False, True, False, True, True, False]
+    assert len(begun) == 3
     assert hooks_on(trainer.model) == 0
+
+
+def test_what_is_learned_of_the_model_is_learned_once(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("hf_clars.grad_norms.hooked_norms.DataTaint", lambda: made.append(1) or DataTaint())
+    train(tmp_path, PerSampleNormsCallback(every=1, strict=True), max_steps=4)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "hf_clars.grad_norms.hooked_norms.HookedNorms._on_call",  # a hook on a module
+        "hf_clars.grad_norms.hooked_norms.HookedNorms._watch_uses",  # the hook on the model's result
+        "hf_clars.grad_norms.rule_call.RuleCall.measure",  # a hook on a tensor, in the backward pass
+        "hf_clars.grad_norms.sum_check.SumCheck._take",  # one on a parameter
+    ],
+)
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_error_in_a_hook_is_reported_once_and_changes_nothing(tmp_path, caplog, monkeypatch, broken, step):
+    if broken.endswith("_take"):
+        step = 1  # later steps are not checked
+    place, _, name = broken.rpartition(".")
+    owner = getattr(importlib.import_module(place.rpartition(".")[0]), place.rpartition(".")[2])
+    original, callback = getattr(owner, name), PerSampleNormsCallback(every=1)
+
+    def raises(self, *args, **kwargs):
+        if callback.monitor is not None and callback.monitor.step + 1 == step:
+            raise ZeroDivisionError
+        return original(self, *args, **kwargs)
+
+    without = train(tmp_path / "without", []).model.state_dict()
+    monkeypatch.setattr(owner, name, raises)
+    with caplog.at_level(logging.WARNING, LOGGER):
+        trainer = train(tmp_path / "with", callback)
+    assert trainer.state.global_step == 6
+    assert callback.monitor.ended.startswith("ZeroDivisionError")
+    assert sum("no longer measured" in r.getMessage() for r in caplog.records) == 1
+    assert hooks_on(trainer.model) == 0
+    assert not torch.overrides._get_current_function_mode_stack()
+    for name, weight in trainer.model.state_dict().items():
+        torch.testing.assert_close(weight, without[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"gradient_checkpointing": True}])
@@ -323,6 +369,13 @@ def test_a_log_that_cannot_be_written_ends_the_measuring_only(tmp_path, caplog):
     assert any("are not measured" in r.getMessage() for r in caplog.records)
 
 
+def test_where_nothing_can_be_measured_the_index_column_is_taken_out_all_the_same(tmp_path):
+    (tmp_path / FOLDER).write_text("a file in the folder's place")
+    trainer = train(tmp_path, PerSampleNormsCallback(every=1), dataset=with_index(Images()))
+    assert trainer.state.global_step == 6
+    assert hooks_on(trainer.model) == 0
+
+
 def test_two_callbacks_are_one_too_many(tmp_path, caplog):
     first, second = PerSampleNormsCallback(every=2), PerSampleNormsCallback(every=1)
     with caplog.at_level(logging.WARNING, LOGGER):
@@ -422,3 +475,32 @@ def test_a_second_monitor_on_a_model_is_refused_until_the_first_is_closed():
     with NormMonitor(model), pytest.raises(ConfigError, match="Another monitor"):
         NormMonitor(model)
     NormMonitor(model).close()
+
+
+def test_a_loss_scale_is_out_of_norms_and_an_overflow_leaves_the_noise_scale_alone():
+    """As fp16 trains: the loss is scaled; a step whose gradients overflow is told as not finite."""
+
+    def measured(scale, overflows):
+        torch.manual_seed(0)
+        model, data = Plain(), Images(16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+        found = []
+        with NormMonitor(model, every=1, strict=True) as monitor:
+            for number in range(3):
+                with monitor.batch(loss_scale=scaler.get_scale()):
+                    loss = model(data.x, data.y)["loss"]
+                    scaler.scale(loss * float("inf") if number == 1 and overflows else loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                found.append(monitor.last)
+        return found, monitor.noise.read().value
+
+    plain, _ = measured(1, overflows=False)
+    scaled, value = measured(1024.0, overflows=True)
+    for one, other in ((plain[0], scaled[0]), (plain[1], scaled[2])):  # the overflow's step was skipped
+        for name in ("sample_square", "batch_square", "top_norm", "quantiles"):
+            torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=1e-4, atol=0, equal_nan=True)
+    assert not scaled[1].finite
+    assert bool(value.isfinite().any())

@@ -43,7 +43,10 @@ def is_coupled(subject: Subject) -> bool:
     model = copy.deepcopy(subject.model)
     with torch.no_grad():
         values = subject.losses(model, subject.batch)
-        others = subject.losses(model, other_sample(subject.batch, subject.samples))
+        try:
+            others = subject.losses(model, other_sample(subject.batch, subject.samples))
+        except RuntimeError as error:  # as targets one after the other, of other lengths
+            raise NotRunnable(f"one sample cannot take the place of another: {error}") from error
     if not values.isfinite().all():
         raise NotRunnable("its loss is not finite on a batch of random numbers")
     return bool((others[0] - values[0]).abs() > 1e-4 * values[0].abs() + 1e-6)

@@ -32,6 +32,7 @@ class NormAccumulator:
 
     Attributes:
         paused: While True, hooks do nothing: no pass begins, and nothing is kept.
+        take_error: Gets an error of a hook in a forward pass, in place of the model's caller; None: nobody does.
         engine_dropped_a_batch: For engines that hold the gradients: whether one was dropped since this was last called.
     """
 
@@ -49,6 +50,7 @@ class NormAccumulator:
         self.layers = list(layers)
         self.samples = samples
         self.paused = False
+        self.take_error: Callable[[Exception], None] | None = None
         self._layer_of = {p: k for k, layer in enumerate(self.layers) for p in layer.params}
         self._keep = keep_per_sample
         self.engine_dropped_a_batch: Callable[[], bool] = lambda: False
@@ -91,8 +93,9 @@ class NormAccumulator:
         current = self._passes[-1]
         outputs = [t for t in tensors_in(output) if t.requires_grad]
         self._check_result(current, outputs)
+        mark = current.guarded(lambda _, p=current: None if differentiating() else self._mark(p))
         for tensor in outputs:
-            tensor.register_hook(lambda _, p=current: None if differentiating() else self._mark(p))
+            tensor.register_hook(mark)
 
     def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
         """Subclasses may verify a pass here."""
@@ -116,7 +119,7 @@ class NormAccumulator:
         if self.samples is not None:
             held = sum(p.kept for p in self._passes)
             kept = max(0, min(batch_size, self.samples - held))
-        opened = ForwardPass(batch_size, kept, implicit, mark=self._mark)
+        opened = ForwardPass(batch_size, kept, implicit, mark=self._mark, keeps_errors=self.take_error is not None)
         self._passes.append(opened)
         return opened
 

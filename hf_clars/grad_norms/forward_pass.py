@@ -53,6 +53,7 @@ class ForwardPass:
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
         recomputed: Modules whose parameters were counted for such calls already.
         error: What was found wrong in a backward pass, to be raised when the norms are asked for.
+        keeps_errors: Whether an error of a hook in the backward pass is kept so, in place of ending that pass.
         device: Where the first captured call took place.
         packed: Whether saved tensors went through hooks in some module: checkpointing, or offloading.
         uses: How often each parameter is used.
@@ -82,6 +83,7 @@ class ForwardPass:
     without_grad: Counter[HookedModule] = field(default_factory=Counter)
     recomputed: Counter[HookedModule] = field(default_factory=Counter)
     error: Exception | None = None
+    keeps_errors: bool = False
     device: torch.device | None = None
     packed: bool = False
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
@@ -131,6 +133,10 @@ class ForwardPass:
         if ticket in self.fired:
             raise second_backward(what)
         self.fired.add(ticket)
+
+    def guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
+        """A hook for the backward pass, whose error is kept if this pass keeps errors."""
+        return _Guarded(self, hook) if self.keeps_errors else hook
 
     def next_ticket(self) -> int:
         """A number for a use."""
@@ -204,6 +210,21 @@ class ForwardPass:
         norms = torch.stack([self.squares.get(k, zeros) for k in range(layers)]).sqrt()
         self.squares.clear()
         return norms
+
+
+class _Guarded:
+    """See `ForwardPass.guarded`."""
+
+    def __init__(self, current: ForwardPass, hook: Callable[..., None]) -> None:
+        self.current, self.hook = current, hook
+
+    def __call__(self, *args: Any) -> None:
+        if self.current.error is not None:
+            return
+        try:
+            self.hook(*args)
+        except Exception as error:
+            self.current.error = error
 
 
 def second_backward(what: object) -> SecondBackwardError:

@@ -18,9 +18,13 @@ class GradientWatch:
 
     Args:
         params: The parameters that train.
+
+    Attributes:
+        paused: While True, gradients are not noted.
     """
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        self.paused = False
         self._noted: dict[nn.Parameter, tuple[Tensor, tuple[int, int]]] = {}
         self._handles: list[RemovableHandle] = []
         trained = [p for p in params if p.requires_grad]

@@ -2,7 +2,8 @@
 
 A copied or unpickled model (an EMA, a saved module) takes its hooks along, and they would feed the original's norms.
 These become inert in the copy instead. A hook whose owner is paused does nothing either, so that a model can be looked
-at between two steps (evaluated, differentiated, mapped) as if it had no hooks.
+at between two steps (evaluated, differentiated, mapped) as if it had no hooks. And an error in a hook may be taken by
+the owner, so that it does not end what the user does.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ class TracedHook(Protocol):
 class BoundHook:
     """A hook method that is not copied or pickled with the module that holds it, and does not keep its owner alive.
 
+    An error in it goes to the owner's `take_error`, if there is such a thing (and it is not None), in place of whoever
+    called the module.
+
     Args:
         method: A bound method, called with `first` and whatever torch passes to the hook.
         first: Arguments before torch's.
@@ -64,7 +68,14 @@ class BoundHook:
         method = self.method()
         if method is None or getattr(method.__self__, "paused", False):  # type: ignore[attr-defined]
             return None
-        return method(*self.first, *args, **kwargs)
+        try:
+            return method(*self.first, *args, **kwargs)
+        except Exception as error:
+            take_error = getattr(method.__self__, "take_error", None)  # type: ignore[attr-defined]
+            if take_error is None:
+                raise
+            take_error(error)
+            return None
 
     @torch.compiler.disable(
         reason="hf_clars measures gradient norms between two pieces of compiled code, because a parameter of this "

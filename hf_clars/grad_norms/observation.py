@@ -33,7 +33,7 @@ def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> Tensor
             # Let go at once, as autograd does with what it saved, and not when the whole graph goes.
             call.measure(held.pop()(), g.detach())
 
-    watched.register_hook(on_gradient)
+    watched.register_hook(call.current.guarded(on_gradient))
     return watched if view else None
 
 
@@ -53,7 +53,7 @@ def observe_several(call: RuleCall, saved: tuple[Tensor, ...], results: Sequence
             first = tuple(None if g is None else g.detach().movedim(a, 0) for g, a in zip(grads, axes, strict=True))
             call.measure(held.pop()(), first)
 
-    torch.autograd.graph.register_multi_grad_hook(list(results), on_gradients, mode="all")
+    torch.autograd.graph.register_multi_grad_hook(list(results), call.current.guarded(on_gradients), mode="all")
 
 
 def hold(tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:

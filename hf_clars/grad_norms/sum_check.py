@@ -28,12 +28,18 @@ class SumCheck:
     Args:
         names: Of all measured parameters.
         in_use: The tensor that is computed with in the place of each parameter that is looked at.
+        keeps_errors: Whether an error of its hooks is kept until sums are compared, in place of ending the backward
+            pass.
 
     Attributes:
         delivered: Parameters for which autograd has delivered a gradient.
     """
 
-    def __init__(self, names: Mapping[nn.Parameter, str], in_use: Mapping[nn.Parameter, Tensor]) -> None:
+    def __init__(
+        self, names: Mapping[nn.Parameter, str], in_use: Mapping[nn.Parameter, Tensor], *, keeps_errors: bool = False
+    ) -> None:
+        self._keeps_errors = keeps_errors
+        self._error: Exception | None = None
         self.delivered: dict[nn.Parameter, Tensor] = {}
         self._names = names
         self._wanted = set(in_use)
@@ -74,8 +80,17 @@ class SumCheck:
 
     def take(self, param: nn.Parameter, g: Tensor) -> None:
         """Take a gradient that autograd delivers for a parameter."""
-        if differentiating() or g.is_sparse:
+        if differentiating() or g.is_sparse or self._error is not None:
             return
+        try:
+            self._take(param, g)
+        except Exception as error:
+            if not self._keeps_errors:
+                raise
+            self._error = error
+            self.delivered[param] = g.new_zeros(())  # so that the comparison comes, and raises it
+
+    def _take(self, param: nn.Parameter, g: Tensor) -> None:
         with torch.no_grad():
             wide = g.detach().to(torch.promote_types(g.dtype, torch.float32))
             held = self._balance.get(param)
@@ -96,6 +111,8 @@ class SumCheck:
         Raises:
             SumCheckError: Naming the parameter, and both numbers.
         """
+        if self._error is not None:
+            raise self._error
         if not self.delivered:
             return
         zero = torch.zeros(())

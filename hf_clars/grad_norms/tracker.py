@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -53,6 +53,9 @@ class PerSampleGradNorms(HookedNorms):
             `"mean_tokens"`: the loss is a mean over tokens, and norms are those of each sequence's own mean; tokens are
             the labels that are not -100, or what `set_weights` was given.
         keep_per_sample: Keep the [B] tensors. False keeps sums only, in constant memory.
+        on_error: Called with an error of the measuring in a forward pass, in place of whoever called the model; then it
+            is paused. An error in a backward pass is kept, and raised where results are read. None (default): both are
+            raised where they happen.
         check: How often it is checked that the samples' gradients add up to the batch gradient: in the first three
             passes, whenever a parameter is used in a new way, and in every `check`-th pass after that (default 1,000).
             True: in every pass; False: never. Only passes of which every sample is measured can be checked.
@@ -77,6 +80,7 @@ class PerSampleGradNorms(HookedNorms):
         loss_reduction: Literal["mean", "sum", "mean_tokens"] = "mean",
         keep_per_sample: bool = True,
         check: bool | int = CHECK_EVERY,
+        on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         if loss_reduction not in ("mean", "sum", "mean_tokens"):
             raise ValueError(
@@ -85,6 +89,8 @@ class PerSampleGradNorms(HookedNorms):
         partition = param_layers(model, layers=layers) if isinstance(layers, str) else layers
         super().__init__(model, partition, samples=samples, keep_per_sample=keep_per_sample)
         self.loss_reduction = loss_reduction
+        self._on_error = on_error
+        self.take_error = None if on_error is None else self._give_up
         self.check_every = 1 if check is True else int(check)
         self._check: SumCheck | None = None
         self._checked = self._passes_since = self._next_checked = 0
@@ -130,7 +136,8 @@ class PerSampleGradNorms(HookedNorms):
         due = self._check_is_due()
         if self._check is None and due and not any(p.backward_seen or p.rule_calls for p in self._passes[:-1]):
             self._passes_since = 0
-            self._check = SumCheck({p: self._name_of(p) for p in self._layer_of}, self._leaves())
+            names = {p: self._name_of(p) for p in self._layer_of}
+            self._check = SumCheck(names, self._leaves(), keeps_errors=current.keeps_errors)
         current.check = self._check
 
     def _check_is_due(self) -> bool:
@@ -185,6 +192,24 @@ class PerSampleGradNorms(HookedNorms):
         self._stop_check()
         super().reset()
         self._plan_compiled_check()
+
+    def pause(self) -> None:
+        """Forget the batch, and do nothing until `resume()`: what was learned about the model is kept."""
+        self.paused = self._watch.paused = True
+        self._end_taint()
+        self.reset()
+        self._free_dropped()
+
+    def resume(self) -> None:
+        """Measure from the next forward pass on."""
+        self.paused = self._watch.paused = False
+        self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
+
+    def _give_up(self, error: Exception) -> None:
+        """An error in a forward pass: the pass goes on without the norms, and so does all that follows."""
+        self.pause()
+        if self._on_error is not None:
+            self._on_error(error)
 
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""

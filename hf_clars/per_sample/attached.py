@@ -1,23 +1,16 @@
-"""The engine on a model for one measured step: attached before its first forward pass, taken off after its last.
+"""The engine on a model, measuring some of its steps and paused between them.
 
-This file alone knows how `PerSampleGradNorms` is driven. It attaches anew for each measured step, so that nothing is
-left on the model between two of them.
-
-Private names: `_forward_hooks` and `_forward_pre_hooks` of torch's modules, to wrap the tracker's own hooks so that an
-error in them ends the measuring and not the run. They end when `PerSampleGradNorms` takes a handler for errors.
+This file alone knows how `PerSampleGradNorms` is driven.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from hf_clars.grad_norms import PerSampleGradNorms
@@ -61,13 +54,19 @@ class _Open:
 
 
 class AttachedNorms:
-    """Measures one step of one model.
+    """Measures steps of one model.
+
+    Its hooks stay on the model, so that what is learned of the model is learned once, and so that a compiled model
+    knows them. Between two measured steps they do nothing.
 
     Args:
         model: The module itself, not a launcher's wrapper.
         layers: The partition to measure.
         on_error: Called once with an error that a hook of the engine raised in a forward pass, in place of letting it
-            end the training; None: errors pass.
+            end the training; one in a backward pass is raised where results are read. None: errors pass.
+
+    Attributes:
+        paused: Whether it is between two measured steps; at first it measures.
     """
 
     def __init__(
@@ -75,11 +74,24 @@ class AttachedNorms:
     ) -> None:
         self.model = model
         self.layers = list(layers)
+        self.paused = False
+        self.take_error = on_error
         self._passes: list[_Pass] = []
         self._open = _Open()
-        with _hooks_that_report(model, on_error) if on_error is not None else _as_they_are():
-            self._norms = PerSampleGradNorms(model, layers=self.layers, loss_reduction="sum")
+        self._norms = PerSampleGradNorms(model, layers=self.layers, loss_reduction="sum", on_error=on_error)
         self._handle: RemovableHandle | None = model.register_forward_hook(BoundHook(self._note_loss))
+
+    def pause(self) -> None:
+        """A measured step is over: let go of it, and do nothing until `resume()`."""
+        self.paused = True
+        self._passes.clear()
+        self._open = _Open()
+        self._norms.pause()
+
+    def resume(self) -> None:
+        """A step that is to be measured begins."""
+        self.paused = False
+        self._norms.resume()
 
     def _note_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled():
@@ -105,7 +117,7 @@ class AttachedNorms:
         self._open = _Open()
 
     def read(self) -> LocalSamples:
-        """What was measured since it was attached.
+        """What was measured since it was attached or resumed.
 
         Raises:
             HfClarsError: As the engine does, for what it cannot see.
@@ -134,6 +146,7 @@ class AttachedNorms:
 
     def remove(self) -> None:
         """Take every hook off the model."""
+        self.pause()
         self._norms.remove()
         if self._handle is not None:
             self._handle.remove()
@@ -158,68 +171,3 @@ def _index_of(one: _Pass, device: torch.device) -> Tensor:
 def _loss_of(one: _Pass, device: torch.device) -> Tensor:
     nothing = torch.full((), torch.nan, device=device)
     return nothing if one.loss is None else one.loss.detach().to(device, torch.float32)
-
-
-@contextmanager
-def _as_they_are() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _hooks_that_report(model: nn.Module, on_error: Callable[[Exception], None]) -> Iterator[None]:
-    """Hooks placed on the model inside the block report their first error, and do nothing after it.
-
-    An error in a forward hook, or in a hook on a tensor that it has placed, would end the user's training. torch has no
-    public way to replace a module's hook in its place, so this function, and no other, reads `Module._forward_hooks`;
-    an argument of `PerSampleGradNorms` that takes errors would end that.
-    """
-    known = {module: (set(module._forward_hooks), set(module._forward_pre_hooks)) for module in model.modules()}
-    yield
-    broken: list[Exception] = []
-    for module, (after, before) in known.items():
-        for held, old in ((module._forward_hooks, after), (module._forward_pre_hooks, before)):
-            for key in set(held) - old:
-                held[key] = _Reporting(held[key], broken, on_error)
-
-
-class _Reporting:
-    """A hook that reports the first error of all, and does nothing from then on.
-
-    Args:
-        hook: The hook.
-        broken: Shared by all hooks of one attachment: holds the error.
-        on_error: Called with it.
-    """
-
-    def __init__(
-        self, hook: Callable[..., Any], broken: list[Exception], on_error: Callable[[Exception], None]
-    ) -> None:
-        self.hook, self.broken, self.on_error = hook, broken, on_error
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.broken:
-            return None
-        try:
-            with _ReportingTensorHooks(self.broken, self.on_error):
-                return self.hook(*args, **kwargs)
-        except Exception as error:
-            self.broken.append(error)
-            self.on_error(error)
-            return None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.hook, memo)  # the engine's hooks are inert in a copy of the model
-
-
-class _ReportingTensorHooks(TorchFunctionMode):
-    """Inside it, hooks that are placed on tensors report as those on modules do."""
-
-    def __init__(self, broken: list[Exception], on_error: Callable[[Exception], None]) -> None:
-        super().__init__()
-        self.broken, self.on_error = broken, on_error
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As torch calls it for every function of its own."""
-        if func is Tensor.register_hook:
-            args = (args[0], _Reporting(args[1], self.broken, self.on_error))
-        return func(*args, **(kwargs or {}))

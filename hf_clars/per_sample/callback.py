@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_clars.errors import HfClarsError
 from hf_clars.layers import LayerMode, ParamLayer
 from hf_clars.per_sample.gradient import GradientProbe
-from hf_clars.per_sample.indexing import INDEX_COLUMN
+from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexTaker
 from hf_clars.per_sample.monitor import NormMonitor
 from hf_clars.per_sample.reporting import Reporter, layer_values, model_values
 from hf_clars.per_sample.setup import any_process, check_settings
@@ -29,7 +29,7 @@ class PerSampleNormsCallback(TrainerCallback):
 
         Trainer(model, args, train_dataset=dataset, callbacks=[PerSampleNormsCallback(every=50)])
 
-    It attaches before the first measured step, takes its hooks off after each, and leaves none at the end. Gradients,
+    It attaches before the first step, does nothing between measured ones, and leaves no hook at the end. Gradients,
     random numbers and the optimizer are left alone. In the output folder it keeps `per_sample_norms/` (see
     `PerSampleLog`; `windows.jsonl` and `spikes.jsonl` beside it), which `hf-clars plot` draws. Trainer's own log gets
     the model's values, and tensorboard, trackio and wandb, where `report_to` names them, those of each layer too.
@@ -84,6 +84,7 @@ class PerSampleNormsCallback(TrainerCallback):
             "strict": strict,
         }
         self.monitor: NormMonitor | None = None
+        self._taker: IndexTaker | None = None
         self._probe: GradientProbe | None = None
         self._reporter: Reporter | None = None
         self._begun = False
@@ -115,9 +116,12 @@ class PerSampleNormsCallback(TrainerCallback):
             logger.warning(
                 "Per-sample norms are not measured, and training goes on. %s: %s", type(error).__name__, error
             )
-        if any_process(self.monitor is None, args.device) and self.monitor is not None:
-            self.monitor.close()  # all take part in the sums, or none
-            self.monitor = None
+        if any_process(self.monitor is None, args.device):
+            if self.monitor is not None:
+                self.monitor.close()  # all take part in the sums, or none
+                self.monitor = None
+            # The data set has the column all the same, and the model does not know it.
+            self._taker = IndexTaker(model, self._settings["index_column"], lambda _: None)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -130,6 +134,9 @@ class PerSampleNormsCallback(TrainerCallback):
         self._drop_probe()
         if self.monitor is not None:
             self.monitor.close()
+        if self._taker is not None:
+            self._taker.remove()
+            self._taker = None
         if self._reporter is not None:
             self._reporter.close()
             self._reporter = None

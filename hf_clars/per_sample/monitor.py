@@ -169,19 +169,23 @@ class NormMonitor:
 
     def begin(self) -> None:
         """Before the forward pass of a step's first micro-batch; further calls do nothing."""
+        if self._attached is None and self.ended is None and not self._stopped:
+            with self._guarded():
+                # Also before a step that is not measured: a model that is compiled must know the hooks from the start.
+                on_error = None if self.strict else self._end
+                self._attached = AttachedNorms(self.model, self.layers, on_error=on_error)
+                self._attached.pause()
         if self._measuring or not self.due:
             return
         self._measuring = True
-        if self.ended is None:
-            with self._guarded():
-                on_error = None if self.strict else self._end
-                self._attached = AttachedNorms(self.model, self.layers, on_error=on_error)
+        if self._attached is not None:
+            self._attached.resume()
 
     def note_index(self, index: Tensor | None) -> None:
         """The data set's indices of the pass that comes, or of the one that has just begun."""
         if index is not None:
             self.knows_indices = True
-            if self._attached is not None:
+            if self._attached is not None and self._measuring:
                 self._attached.note_index(index)
 
     def _receive_index(self, index: Any) -> None:
@@ -189,12 +193,12 @@ class NormMonitor:
 
     def end_pass(self, loss: Tensor | None = None) -> None:
         """After the backward pass of each micro-batch."""
-        if self._attached is not None:
+        if self._attached is not None and self._measuring:
             with self._guarded():
                 self._attached.end_pass(loss)
 
     def measure(self, *, factor: Callable[[], Tensor] | None = None, loss_scale: float = 1.0) -> StepMeasures | None:
-        """After the last micro-batch's backward pass, while `p.grad` is there: read, and take the hooks off.
+        """After the last micro-batch's backward pass, while `p.grad` is there: read, and pause.
 
         Args:
             factor: Gives what gradients have been multiplied with since `backward()`; default: nothing.
@@ -206,13 +210,14 @@ class NormMonitor:
         if not self._measuring:
             return None
         self._measuring = False
-        attached, self._attached = self._attached, None
         local = None
-        if attached is not None:
-            with self._guarded():
-                local = attached.read()
-            attached.remove()
+        if self._attached is not None:
+            if self.ended is None:
+                with self._guarded():
+                    local = self._attached.read()
+            self._attached.pause()
         if self._any_process_failed(local is None or self.ended is not None) or local is None:
+            self._detach()
             return None
         with self._guarded():
             self._take(local, factor, loss_scale)
@@ -295,6 +300,7 @@ class NormMonitor:
             yield
         except Exception as error:
             if self.strict:
+                self._detach()
                 raise
             self._end(error)
 
@@ -306,6 +312,11 @@ class NormMonitor:
                 self.ended,
             )
 
+    def _detach(self) -> None:
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
+
     def flush(self) -> None:
         """Write the log."""
         if self._log is not None:
@@ -314,9 +325,7 @@ class NormMonitor:
 
     def close(self) -> None:
         """Take every hook off the model, and write the log."""
-        if self._attached is not None:
-            self._attached.remove()
-            self._attached = None
+        self._detach()
         if self._taker is not None:
             self._taker.remove()
             self._taker = None

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from hf_clars.plots.layer_rates import opened
+from hf_clars.plots.noise_view import noise_view
 from hf_clars.plots.page_data import PageRun, page_data
 from hf_clars.plots.runs import Run
 from hf_clars.plots.style import MARK, NothingToShowError, PlotError
@@ -20,15 +21,15 @@ SCRIPTS = ("runs.js", "draw.js", "page.js")
 
 
 def write_page(runs: Sequence[Run], path: str | Path, *, title: str | None = None) -> Path:
-    """Write a page that shows the layer-rate logs of runs in a browser.
+    """Write a page that shows the layer-rate logs of runs in a browser, and their logs of per-sample norms.
 
     The reader points at a cell to read layer, step and value, chooses the quantity, zooms, and sets two runs side by
-    side; a chart has the losses over the same steps. Logs are reduced to what fits 3 MB (see `page_data`); the page
-    says how exact a value is. Names and settings of runs are data, never markup or code, and the page's own policy
-    forbids any other script and any connection.
+    side; charts have the losses and the model's noise scale over the same steps. Logs are reduced to what fits 3 MB
+    (see `page_data`); the page says how exact a value is. Names and settings of runs are data, never markup or code,
+    and the page's own policy forbids any other script and any connection.
 
     Args:
-        runs: From `open_runs`, each with a log.
+        runs: From `open_runs`, each with a log of one kind or both.
         path: The file to write; it is replaced if it exists.
         title: Default: the names of the runs.
 
@@ -40,13 +41,12 @@ def write_page(runs: Sequence[Run], path: str | Path, *, title: str | None = Non
     """
     logs = []
     for run in runs:
-        if run.log is None:
-            raise NothingToShowError(f"The run {run.name} kept no layer-rate log for a page to show.")
-        logs.append(PageRun(run.name, opened(run.log), *(_drawable(run, key) for key in (LOSS, EVAL_LOSS))))
+        logs += _page_runs(run)
+    shown = "Layer-wise rates" if any(run.log for run in runs) else "Per-sample gradient norms"
     script, style = "\n".join(_part(name) for name in SCRIPTS), _part("page.css")
     parts = {
         "mark": MARK,
-        "title": html.escape(title or f"Layer-wise rates: {', '.join(run.name for run in runs)}"),
+        "title": html.escape(title or f"{shown}: {', '.join(run.name for run in runs)}"),
         "style": style,
         "style_hash": _hash(style),
         "script": script,
@@ -61,6 +61,21 @@ def write_page(runs: Sequence[Run], path: str | Path, *, title: str | None = Non
     except OSError as error:
         raise PlotError(f"The page could not be saved to {target}: {error}.") from error
     return target
+
+
+def _page_runs(run: Run) -> list[PageRun]:
+    """A run, or where it kept both logs two: layer rates, and per-sample norms."""
+    losses = [_drawable(run, key) for key in (LOSS, EVAL_LOSS)]
+    found = [] if run.log is None else [PageRun(run.name, opened(run.log), *losses)]
+    view = None if run.samples is None else noise_view(run.samples)
+    if view is not None and len(view):
+        name = run.name if run.log is None else f"{run.name}, per-sample norms"
+        found.append(PageRun(name, view, *losses))
+    if not found:
+        raise NothingToShowError(
+            f"The run {run.name} kept no layer-rate log and no per-sample norms for a page to show."
+        )
+    return found
 
 
 def _drawable(run: Run, key: str) -> list[tuple[int, float]]:

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib import colormaps
 
 from hf_clars.plots.columns import Columns, Values, common_prefix, log_range, on_log_scale, shortened
+from hf_clars.plots.noise_view import NoiseView
 from hf_clars.records import LayerRateLog
 
 BUDGET = 2_600_000
@@ -27,6 +28,7 @@ NO_VALUE, ZERO, INFINITE, FIRST, LAST = 0, 1, 2, 3, 65535
 
 DESCRIPTIONS = {
     "rate": ("rate γₖ", "γₖ", "viridis"),
+    "noise_scale": ("noise scale Bₖ = tr Σₖ / ‖Gₖ‖², in samples", "Bₖ", "viridis"),
     "ratio": ("agreement of samples Rₖ = ‖gₖ‖ / nₖ", "Rₖ", "cividis"),
     "weight_norm": ("weight norm ‖wₖ‖", "‖wₖ‖", "viridis"),
     "grad_norm": ("gradient norm ‖gₖ‖", "‖gₖ‖", "viridis"),
@@ -46,13 +48,13 @@ class PageRun:
 
     Attributes:
         name: What tells it from the others.
-        log: With at least one step.
+        log: With at least one step; of layer rates, or of per-sample norms.
         loss: (step, training loss), finite and above zero.
         eval_loss: (step, evaluation loss), likewise.
     """
 
     name: str
-    log: LayerRateLog
+    log: LayerRateLog | NoiseView
     loss: Sequence[tuple[int, float]] = ()
     eval_loss: Sequence[tuple[int, float]] = ()
 
@@ -86,7 +88,7 @@ def _run_data(run: PageRun, exact: bool, most_columns: int) -> dict[str, Any]:
     firsts = steps[:: columns.width]
     lasts = steps[np.minimum(np.arange(1, columns.count + 1) * columns.width, len(steps)) - 1]
     quantities = {}
-    for quantity in DESCRIPTIONS:
+    for quantity in (name for name in DESCRIPTIONS if name in log.quantities):
         values = log[quantity]
         if not on_log_scale(values).any():
             continue  # not measured (or useless): the page says so
@@ -101,6 +103,7 @@ def _run_data(run: PageRun, exact: bool, most_columns: int) -> dict[str, Any]:
         "prefix": shortened(prefix.removesuffix(".")),
         "loss": _thinned(run.loss),
         "eval_loss": _thinned(run.eval_loss),
+        "noise": _every_few(log.curve) if isinstance(log, NoiseView) else [],
         "settings": {key: _text(value) for key, value in log.settings.items()},
         "first_steps": firsts.tolist(),
         "last_steps": lasts.tolist(),
@@ -111,8 +114,12 @@ def _run_data(run: PageRun, exact: bool, most_columns: int) -> dict[str, Any]:
 
 def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Every so many points of a long curve, to seven digits; the last one is always among them."""
+    return [(step, float(f"{value:.7g}")) for step, value in _every_few(points)]
+
+
+def _every_few(points: Sequence[Any]) -> Sequence[Any]:
     every = math.ceil(len(points) / MOST_POINTS) if points else 1
-    return [(step, float(f"{value:.7g}")) for step, value in points[::-1][::every][::-1]]
+    return points[::-1][::every][::-1]
 
 
 def _float32(cells: Values) -> dict[str, Any]:

@@ -48,7 +48,18 @@ SUITES = [
             "*log*keys*": "the log has our keys beside Trainer's",
         },
     ),
-    Suite("timm", ("tests/test_optim.py", "tests/test_scheduler.py"), "lars", "sgd", {"*sgd*": _FIGURES}),
+    Suite(
+        "timm",
+        ("tests/test_optim.py",),
+        "nag",
+        "sgd or lookahead",
+        {
+            "*convergence?sgd?": "it asks for a momentum of 1, which is refused",
+            "*convergence?lookahead_adam*": _FIGURES,
+            "*zero_lr*": "the paper's momentum holds the rate, so a rate of 0 leaves what the buffer has",
+        },
+    ),
+    Suite("timm", ("tests/test_scheduler.py",), "lars"),
     Suite(
         "pytorch",
         ("test/optim/test_lrscheduler.py", "test/optim/test_swa_utils.py"),
@@ -56,7 +67,25 @@ SUITES = [
         expected={"*compound_*adam*": _FIGURES},
     ),
     Suite("pytorch", ("test/distributed/checkpoint/test_state_dict.py",), "lars"),
-    Suite("peft", ("tests/test_custom_models.py",), "lars", "training or train"),
+    Suite(
+        "accelerate",
+        tuple(f"tests/test_{part}.py" for part in ("optimizer", "scheduler", "state_checkpointing", "accelerator")),
+        "lars",
+    ),
+    Suite(
+        "peft",
+        ("tests/test_custom_models.py",),
+        "nag",
+        "(test_disable_adapters or test_parameters_after_loading or test_training_works) and MLP "
+        "and (LoRA or IA3 or LoHa or VeRA)",
+        {
+            # It asks for Adam. With momentum at Adam's rate weights grow until merging and unmerging them rounds too
+            # much; torch's SGD with the same momentum fails in the same tests.
+            "*disable_adapters_with_merging*lora_b bias*": _FIGURES,
+            "*disable_adapters_with_merging*pvera*": _FIGURES,
+            "*disable_adapters_with_merging*adalora*": _FIGURES,
+        },
+    ),
     Suite("trl", ("tests/test_sft_trainer.py",), "trainer"),
     Suite("lightning", ("tests/tests_pytorch/trainer/optimization/test_optimizers.py",), "lars"),
 ]
@@ -83,13 +112,17 @@ def outcomes(suite: Suite, checkout: Path, stand_in: str, report: Path) -> dict[
 
     Raises:
         FileNotFoundError: If a file of the tests is not in the checkout.
+        RuntimeError: If pytest did not begin.
     """
     for test in suite.tests:
         if not (checkout / test).exists():
             raise FileNotFoundError(f"{checkout / test} is not there: the checkout is of another version.")
+    # The plugin by a name of its own: many projects have a package `tests`, which would hide ours.
+    places = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "HF_CLARS_STAND_IN": stand_in,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(p for p in places if p),
+        "HF_HUB_OFFLINE": "1",
     }
     command = [
         sys.executable,
@@ -97,13 +130,17 @@ def outcomes(suite: Suite, checkout: Path, stand_in: str, report: Path) -> dict[
         "pytest",
         "-q",
         "-p",
-        "tests.suites.stand_in",
+        "stand_in",
+        "-o",
+        "addopts=",  # theirs name plugins that need not be there
         f"--junitxml={report}",
         *suite.tests,
     ]
     subprocess.run(
         [*command, *(["-k", suite.select] if suite.select else [])], cwd=checkout, env=environment, check=False
     )
+    if not report.exists():
+        raise RuntimeError(f"pytest did not begin in {checkout}: what it says is above.")
     return read_report(report)
 
 

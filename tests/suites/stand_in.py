@@ -35,6 +35,8 @@ def optimizer_like(original: type, ours: type) -> type:
             super().__init__(params, **({"lr": 1e-3} | kept))
 
     StandIn.__name__ = StandIn.__qualname__ = original.__name__
+    StandIn.__init__.__signature__ = inspect.signature(original.__init__)  # some read which arguments there are
+    globals()[original.__name__] = StandIn  # so that it is found when it is unpickled
     return StandIn
 
 

@@ -1,7 +1,7 @@
 """Promise: what passes in the field's own suites with their classes passes with ours, but for what is listed.
 
-Set HF_CLARS_SUITES to a folder with checkouts (`transformers`, `timm`, `pytorch`, `peft`, `trl`, `lightning`), each of
-the version that is installed.
+Set HF_CLARS_SUITES to a folder with checkouts (`transformers`, `timm`, `pytorch`, `accelerate`, `peft`, `trl`,
+`lightning`), each of the version that is installed.
 """
 
 import pytest

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from hf_clars.distributed import whole_shape
@@ -45,10 +46,11 @@ class MeasuredUse:
         led = ", led back to it through operations on parameters" if self.use.child[0].next_functions else ""
         return f"in the graph, at {self.use.node.name()}{where}{led}"
 
-    def grads(self, grads: Sequence[Tensor | None], batch: int, kept: int) -> Tensor:
-        """Each sample's gradient of the operand, [kept, *shape]."""
+    def grads(self, grads: Sequence[Tensor | None], batch: int, kept: int, *, shared: bool = False) -> Tensor:
+        """Each sample's gradient of the operand, [kept, *shape]; `shared`: its parameters have other uses too."""
         use = self.use
-        if self.careful and not use.node.name().startswith(("Expand", "Add", "Sub")):
+        own = shared and isinstance(use.node, BackwardCFunction)  # the engine would come to the other uses as well
+        if self.careful and not own and not use.node.name().startswith(("Expand", "Add", "Sub")):
             return self._by_engine(grads, batch, kept)
         return operand_grads(use.node, use.index, grads, self.layouts, use.shape, batch, kept)
 
@@ -77,7 +79,7 @@ def watch(current: ForwardPass, measured: MeasuredUse, deliver: Deliver) -> None
     ticket = current.next_ticket()
     current.open_uses[ticket] = measured
     # The hook must not hold on to the node that holds it.
-    measured.use.node.register_prehook(_Arrival(current, ticket, deliver))
+    measured.use.node.register_prehook(current.guarded(_Arrival(current, ticket, deliver)))
 
 
 @dataclass(eq=False)
@@ -102,7 +104,8 @@ class Gate:
         for edge in self.edges:
             ticket = current.next_ticket()
             current.open_uses[ticket] = edge
-            edge.node.register_prehook(_GateArrival(current, ticket, self, edge.output_nr, deliver))
+            arrival = _GateArrival(current, ticket, self, edge.output_nr, deliver)
+            edge.node.register_prehook(current.guarded(arrival))
 
     def in_words(self) -> str:
         """How it is measured, for people."""
@@ -169,7 +172,8 @@ class _Arrival:
         given = [None if g is None else g.detach() for g in grads]
         some = next(g for g in given if g is not None)
         with torch.no_grad(), quietly(), no_autocast(some.device.type):
-            own = at_least_float32(measured.grads(given, current.batch_size, current.kept))
+            shared = not current.several.isdisjoint(measured.use.leaves.values())
+            own = at_least_float32(measured.grads(given, current.batch_size, current.kept, shared=shared))
             for param, t in lead_back(measured.use, own):
                 self.deliver(current, param, t, some.dtype)
 

@@ -8,15 +8,17 @@ once for every sample, with the gradients of all other samples set to zero: this
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from hf_clars.grad_norms import norm_math
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
-from hf_clars.grad_norms.torch_internals import saved
+from hf_clars.grad_norms.torch_internals import dtype_at, saved, shape_at
 
 Grads = Sequence[Tensor | None]
 Kind = Callable[[Node, int, Tensor, Layout, int, int], Tensor | None]
@@ -54,8 +56,28 @@ def operand_grads(
 
 
 def _call(node: Node, grads: Grads) -> tuple[Tensor | None, ...]:
+    if isinstance(node, BackwardCFunction):
+        return _call_own(node, grads)
     result = node(*grads)  # type: ignore[operator]
     return result if isinstance(result, tuple) else (result,)
+
+
+def _call_own(node: Any, grads: Grads) -> tuple[Tensor | None, ...]:
+    """As `_call`, of somebody's own `torch.autograd.Function`, whose backward has a result for every argument.
+
+    The graph has a place for each argument that is a tensor, and leads on from those that need a gradient. autograd may
+    promise zeros in the place of gradients that are not there, and so do we.
+    """
+    given = []
+    for i, g in enumerate(grads):
+        shape = shape_at(node, i) if g is None else None
+        fill = shape is not None and dtype_at(node, i).is_floating_point
+        some = next(t for t in grads if t is not None)
+        given.append(some.new_zeros(shape or (), dtype=dtype_at(node, i)) if fill else g)
+    result = node.apply(*given)
+    results = result if isinstance(result, tuple) else (result,)
+    wanted = iter([t for t, needed in zip(results, node.needs_input_grad, strict=False) if needed])
+    return tuple(None if before is None else next(wanted) for before, _ in node.next_functions)
 
 
 def _summed_over_broadcast(t: Tensor, layout: Layout, shape: Sequence[int], batch: int) -> Tensor | None:
@@ -104,6 +126,8 @@ def call_for_each(node: Node, index: int, stacks: Grads, shape: Sequence[int]) -
         found = _call(node, [None if t is None else next(rest) for t in stacks])[index]
         return grads[0].new_zeros(tuple(shape)) if found is None else found.sum_to_size(tuple(shape))
 
+    if isinstance(node, BackwardCFunction):  # may look at values, write in place or start kernels of its own
+        return torch.stack([one(*(t[i] for t in given)) for i in range(len(given[0]))])
     try:
         return torch.vmap(one)(*given)
     except (RuntimeError, ValueError, NotImplementedError) as error:

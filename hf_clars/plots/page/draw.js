@@ -192,7 +192,8 @@ function drawScale(canvas, scale, label) {
   canvas.setAttribute("aria-label", `Colour scale of ${label}: from ${scale.low} (dark) to ${scale.high} (bright)`);
 }
 
-// lines: [{points: [[step, value]], series, dots: whether they are not joined}]; values that a log scale has no place for leave a gap.
+// lines: [{points: [[step, value]], series, dots: whether they are not joined, dash, band: [[step, low, high]]}]; values
+// that a log scale has no place for leave a gap, and ends of a band that it has no place for reach to its own.
 function drawChart(canvas, lines, view, step) {
   const { pen, width, height } = prepare(canvas);
   const colours = inks(), box = { left: 70, top: 8, width: width - 96, height: height - 50 };
@@ -219,9 +220,10 @@ function drawChart(canvas, lines, view, step) {
   pen.rect(box.left, box.top, box.width, box.height);
   pen.clip();
   for (const line of lines) {
+    if (line.band) drawBand(pen, line.band, colours.series[line.series], x, (v) => y(Math.min(high, Math.max(low, v))));
     pen.strokeStyle = pen.fillStyle = colours.series[line.series];
     pen.lineWidth = 1.5;
-    pen.setLineDash(line.series ? [6, 3] : []);
+    pen.setLineDash(line.dash ?? (line.series ? [6, 3] : []));
     pen.beginPath();
     let begun = false;
     for (const [at, value] of line.points) {
@@ -237,5 +239,23 @@ function drawChart(canvas, lines, view, step) {
   pen.setLineDash([]);
   pen.fillStyle = colours.ink;
   if (step !== null) pen.fillRect(x(step), box.top, 1, box.height);
+  pen.restore();
+}
+
+// Between two curves, in pieces where they are known.
+function drawBand(pen, band, colour, x, y) {
+  pen.save();
+  pen.fillStyle = colour;
+  pen.globalAlpha = 0.2;
+  for (let i = 1; i < band.length; i++) {
+    const [from, to] = [band[i - 1], band[i]];
+    if (Number.isNaN(from[1]) || Number.isNaN(to[1])) continue;
+    pen.beginPath();
+    pen.moveTo(x(from[0]), y(from[1]));
+    pen.lineTo(x(to[0]), y(to[1]));
+    pen.lineTo(x(to[0]), y(to[2]));
+    pen.lineTo(x(from[0]), y(from[2]));
+    pen.fill();
+  }
   pen.restore();
 }

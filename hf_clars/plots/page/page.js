@@ -78,6 +78,7 @@ function draw() {
   tell();
   drawLayer();
   drawLosses();
+  drawNoise();
 }
 
 function tell() {
@@ -119,6 +120,25 @@ function drawLosses() {
   const names = sides().map((side, index) => `${runOf(side).name} (${index ? "dashed" : "solid"})`).join(", ");
   byId("loss-caption").textContent = `Loss (lines: training, dots: evaluation): ${names}`;
   drawChart(byId("loss"), lines, state.view, state.cursor && state.cursor.step);
+}
+
+// The whole model's noise scale with one standard error, and the batch size that was used.
+function drawNoise() {
+  const drawn = sides().filter((side) => runOf(side).noise.length);
+  byId("noises").hidden = !drawn.length;
+  if (!drawn.length) return;
+  const lines = drawn.flatMap((side) => {
+    const points = runOf(side).noise, series = sides().indexOf(side);
+    return [
+      { series, points: points.map(([step, value]) => [step, value ?? NaN]),
+        band: points.map(([step, value, low, high]) => [step, value === null ? NaN : low ?? 0, high ?? Infinity]) },
+      { series, points: points.map(([step, , , , size]) => [step, size]), dash: [2, 4] },
+    ];
+  });
+  const names = drawn.map((side) => runOf(side).name).join(", ");
+  byId("noise-caption").textContent =
+    `Noise scale of the whole model, in samples, ± 1 standard error (dots: the batch size): ${names}`;
+  drawChart(byId("noise"), lines, state.view, state.cursor && state.cursor.step);
 }
 
 // ---- zooming and moving --------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Run {
     this.prefix = stored.prefix; // what the labels leave out
     this.loss = stored.loss; // [[step, value]]
     this.evalLoss = stored.eval_loss;
+    this.noise = stored.noise; // [[step, noise scale, its lower end, its upper end, batch size]]; null: not known
     this.settings = stored.settings;
     this.firstSteps = stored.first_steps; // of each column
     this.lastSteps = stored.last_steps;

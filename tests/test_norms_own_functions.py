@@ -1,0 +1,78 @@
+"""Promise: a weight that somebody's own `torch.autograd.Function` uses is measured exactly, also with other uses."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms.graph.measured_uses import MeasuredUse
+from hf_clars.per_sample import NormMonitor
+
+
+class TokenLosses(torch.autograd.Function):
+    """A fused head: each token's log-probability, [N], and what is logged only. Some arguments are no tensors."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.scale = scale
+        logits = scale * hidden @ weight.T
+        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], logits.mean(-1)
+
+    @staticmethod
+    def backward(ctx, g, g_mean):
+        hidden, weight, targets = ctx.saved_tensors
+        logits = ctx.scale * hidden @ weight.T
+        at_logits = -logits.softmax(-1) * g[:, None]
+        at_logits[torch.arange(len(targets)), targets] += g
+        at_logits = ctx.scale * (at_logits + g_mean[:, None] / logits.shape[1])
+        return at_logits @ weight, at_logits.T @ hidden, None, None, None
+
+
+class FusedHead(nn.Module):
+    def __init__(self, tied, checkpointed=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.checkpointed = checkpointed
+        self.words = nn.Embedding(7, 5)
+        self.body = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        hidden = self.words(ids)
+        hidden = checkpoint(self.body, hidden, use_reentrant=False) if self.checkpointed else self.body(hidden)
+        hidden = hidden[:, :-1].reshape(-1, 5)
+        found, _ = TokenLosses.apply(hidden, self.head.weight, None, ids[:, 1:].reshape(-1), 0.5)
+        return -found.view(len(ids), -1).masked_fill(ids[:, 1:] == 0, 0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_fused_head_is_exact(tied, checkpointed):
+    model, ids = FusedHead(tied, checkpointed).double(), torch.randint(0, 7, (4, 6))
+    with PerSampleGradNorms(model, loss_reduction="sum", layers="tensor", check=True) as norms:
+        for _ in range(3):
+            model.zero_grad()
+            model(ids).sum().backward()
+            found = norms.per_sample
+    names = dict(model.named_parameters())
+    for i in range(len(ids)):
+        right = torch.autograd.grad(model(ids[i : i + 1]).sum(), list(names.values()))
+        for name, grad in zip(names, right, strict=True):
+            torch.testing.assert_close(found[name][i], grad.norm(), rtol=1e-9, atol=1e-12)
+
+
+def test_an_error_there_ends_the_measuring_and_not_the_training(monkeypatch, caplog):
+    monkeypatch.setattr(MeasuredUse, "grads", lambda *a, **k: 1 / 0)
+    model, ids = FusedHead(tied=True), torch.randint(0, 7, (4, 6))
+    with caplog.at_level(logging.WARNING), NormMonitor(model, every=1) as monitor:
+        for _ in range(3):
+            with monitor.batch():
+                model(ids).sum().backward()
+    assert monitor.ended.startswith("ZeroDivisionError")
+    assert model.words.weight.grad is not None
