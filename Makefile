@@ -22,7 +22,7 @@ quickstart: setup
 # A worker a core, and one thread a worker: tests are many small things, and threads would wait for each other. A file stays
 # on one worker, so that what it sets up is set up once.
 test: setup-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # Where a library's older version would show: its interfaces, private names, files, and the loops of Trainer.
 LOWEST_TESTS := tests/test_torch_internals.py tests/test_three_ways_in.py tests/test_norms_exact.py \
