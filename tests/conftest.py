@@ -28,5 +28,7 @@ def pytest_collection_finish():
 @pytest.fixture(scope="module", autouse=True)
 def _pictures(request):
     """Runs draw nothing at their end, except in files that are marked `draws`."""
-    if request.node.get_closest_marker("draws") is None:
-        request.addfinalizer(draw_nothing())
+    undo = draw_nothing() if request.node.get_closest_marker("draws") is None else None
+    yield
+    if undo is not None:
+        undo()

@@ -102,6 +102,7 @@ class Case:
 
 
 BF16 = Case("group norm", "clars", 4)
+CHECKPOINTED = [("group norm", method, 1) for method in ("clars", "signal_lars")]  # cases that write one in the middle
 
 
 def cases(accumulations=(1, 4), *, every=False):
