@@ -35,8 +35,8 @@ from hf_clars.trainer.run_settings import run_settings
 from hf_clars.trainer.weighted_losses import WeightedLosses
 
 _NO_SMOOTHING = (
-    "label_smoothing_factor={0} needs a model of transformers, with a `config`: this one computes its loss by itself, and "
-    "Trainer does not know where its outputs are. Leave label_smoothing_factor out, and smooth where the loss is "
+    "label_smoothing_factor={0} needs a model of transformers, with a `config`: this one computes its loss by itself, "
+    "and Trainer does not know where its outputs are. Leave label_smoothing_factor out, and smooth where the loss is "
     "computed: torch's cross_entropy(..., label_smoothing={0}) in the model, or in a compute_loss_func."
 )
 
