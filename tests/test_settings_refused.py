@@ -120,10 +120,12 @@ def test_a_value_that_cannot_work_is_refused(command, case):
 
 
 def test_what_was_refused_does_not_follow_the_next_run(tmp_path):
-    """transformers notes FSDP in the environment before it refuses it, as a notebook's next cell would find."""
-    before = dict(os.environ)
+    """transformers notes FSDP in the environment before it refuses it, where a notebook's next cell would find it."""
     with pytest.raises(ValueError, match="fsdp only works in distributed training"):
-        clars_args(tmp_path, fsdp="full_shard")
+        ClarsTrainer(Plain(), clars_args(tmp_path, fsdp="full_shard"), train_dataset=Images())
+    before = dict(os.environ)
+    with pytest.raises(ConfigError, match="would clip the gradients"):
+        clars_args(tmp_path, bf16=True, max_grad_norm=1.0)
     assert dict(os.environ) == before
     ClarsTrainer(Plain(), clars_args(tmp_path, max_steps=1), train_dataset=Images())
 

@@ -32,6 +32,7 @@ from hf_clars.trainer.nonfinite import NonFiniteCallback
 from hf_clars.trainer.optimizers import build_optimizer, layers_to_hold, layerwise, step_schedule
 from hf_clars.trainer.run_clock import RunClockCallback
 from hf_clars.trainer.run_settings import run_settings
+from hf_clars.trainer.value_checks import environment_kept_if_refused
 from hf_clars.trainer.weighted_losses import WeightedLosses
 
 _NO_SMOOTHING = (
@@ -111,13 +112,14 @@ class ClarsTrainer(WeightedLosses):
         }
         # A class that is mixed in may know fewer words than Trainer: it gets those that were given.
         given = {name: value for name, value in given.items() if value is not None}
-        try:
-            super().__init__(model, args, **given, **kwargs)
-        except AttributeError as error:
-            if args.label_smoothing_factor and "no attribute 'config'" in str(error):
-                raise ConfigError(_NO_SMOOTHING.format(args.label_smoothing_factor)) from error
-            raise
-        check_launch(self)
+        with environment_kept_if_refused():
+            try:
+                super().__init__(model, args, **given, **kwargs)
+            except AttributeError as error:
+                if args.label_smoothing_factor and "no attribute 'config'" in str(error):
+                    raise ConfigError(_NO_SMOOTHING.format(args.label_smoothing_factor)) from error
+                raise
+            check_launch(self)
         if self.is_fsdp_enabled:
             assert isinstance(self.model, nn.Module)
             allow_missing_embeddings(self.model)
