@@ -20,16 +20,17 @@ quickstart: setup
 	  scripts/train_imagenet.py --config configs/quickstart.yaml
 
 # A worker a core, and one thread a worker: tests are many small things, and threads would wait for each other. A file stays
-# on one worker, so that what it sets up is set up once.
+# on one worker, so that what it sets up is set up once; files that share it stay together (tests/conftest.py).
 test: setup-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # Where a library's older version would show: its interfaces, private names, files, and the loops of Trainer.
 LOWEST_TESTS := tests/test_torch_internals.py tests/test_three_ways_in.py tests/test_norms_exact.py \
-                tests/test_safe_checkpoints.py tests/test_hub_push.py tests/test_live_view.py tests/test_data.py
+                tests/test_safe_checkpoints.py tests/test_hub_push.py tests/test_live_view.py tests/test_data.py \
+                tests/test_own_losses.py tests/test_settings_refused.py
 
 test-lowest: setup-lowest
-	$(LOWEST)/bin/python -m pytest -m "not slow and not gpu" $(LOWEST_TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 check: setup-test
 	$(BIN)/ruff check .

@@ -3,7 +3,32 @@
 import os
 import tempfile
 
+import pytest
+
+from tests.undrawn import draw_nothing, keep_imports
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when trackio is imported
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items):
+    """A file's tests stay on one worker, and files that share what they set up on the same one."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+def pytest_collection_finish():
+    keep_imports()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pictures(request):
+    """Runs draw nothing at their end, except in files that are marked `draws`."""
+    undo = draw_nothing() if request.node.get_closest_marker("draws") is None else None
+    yield
+    if undo is not None:
+        undo()

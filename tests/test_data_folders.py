@@ -60,6 +60,23 @@ def test_a_file_may_have_any_name(tmp_path, file):
     assert loaded(root) == ({"bus": 1, "car": 1}, {"bus": 1, "car": 1})
 
 
+def test_classes_splits_and_images_may_be_links(tmp_path):
+    """A choice of classes is often made of links, whose own names are the classes'; no image is lost."""
+    real = put(tmp_path / "real", "train/n01/1.png", "train/n01/2.png", "train/car/1.png", "x/1.png")
+    some = put(tmp_path / "some", "car/1.png")
+    (some / "bus").symlink_to(real / "train" / "n01")
+    (some / "car" / "2.png").symlink_to(real / "x" / "1.png")
+    assert loaded(some) == ({"bus": 2, "car": 2}, None)
+    both = tmp_path / "both"
+    both.mkdir()
+    (both / "train").symlink_to(some)
+    (both / "val").mkdir()
+    (both / "val" / "bus").symlink_to(real / "train" / "n01")
+    (both / "val" / "car").symlink_to(real / "train" / "car")
+    (both / "val" / "again").symlink_to(both)  # a circle
+    assert loaded(both) == ({"bus": 2, "car": 2}, {"bus": 2, "car": 1})
+
+
 def test_the_folder_itself_may_have_any_name(tmp_path):
     root = put(tmp_path / "my_test [set]", "bus/1.png", "car/1.png")
     assert loaded(root) == ({"bus": 1, "car": 1}, None)

@@ -6,21 +6,20 @@ Two real CPU processes train under ZeRO 1, 2 and 3 in DeepSpeed's own loop: `tes
 import pytest
 import torch
 
-from tests.test_launchers_agree import launch
+from tests.launchers.started import GROUP, launched
 
 deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'hf_clars[deepspeed]'")
 from tests.launchers import deepspeed_fp16  # noqa: E402
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [GROUP, pytest.mark.distributed, pytest.mark.timeout(600)]
 RATE, WEIGHT_NORM, GRAD_NORM, SAMPLE_NORM, RATIO = range(5)
 FP16 = {"rtol": 2e-2, "atol": 0}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    out = tmp_path_factory.mktemp("fp16")
-    launch("zero2", "tests.launchers.deepspeed_fp16", out)
-    return [torch.load(out / f"{rank}.pt") for rank in range(2)]
+    out = launched("zero2", tmp_path_factory)
+    return [torch.load(out / f"fp16.{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(params=["static", "dynamic"])

@@ -23,6 +23,8 @@ from hf_clars.trainer import ClarsTrainer
 from tests.hub_server import TOKEN, hub_server
 from tests.trainer_kit import Images, clars_args, tiny_resnet
 
+pytestmark = pytest.mark.draws
+
 SUMMARY = RunSummary(
     model_name="tiny",
     architecture="ResNetForImageClassification",

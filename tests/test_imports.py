@@ -13,6 +13,8 @@ from hf_clars import ClarsTrainer
 from hf_clars.extras import EXTRA_OF
 from tests.trainer_kit import Images, Plain, clars_args
 
+pytestmark = pytest.mark.draws
+
 ROOT = Path(__file__).parent.parent
 CODE = """
 import sys

@@ -3,16 +3,13 @@
 Two real CPU processes (gloo) are started by `accelerate launch` with the files in configs/accelerate/ that users get.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_clars import ClarsTrainer
+from tests.launchers import started
 from tests.launchers.cases import (
     BF16,
     MODELS,
@@ -26,27 +23,19 @@ from tests.launchers.cases import (
     subset_order,
     weights_file,
 )
-from tests.launchers.extras import AROUND, CHANGED, CHECKPOINTING, PLAIN, SHARDED, Averaging, average_of
+from tests.launchers.extras import (
+    AROUND,
+    CHANGED,
+    CHECKPOINTING,
+    OWN_LOSSES,
+    PLAIN,
+    SHARDED,
+    Averaging,
+    average_of,
+)
+from tests.launchers.started import GROUP, LAUNCHERS, launch
 
-ROOT = Path(__file__).parent.parent
-LAUNCHERS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
-
-
-def launch(name, module, *arguments, processes=2, seconds=560):
-    """Run a module of the tests under a launcher; returns what it printed."""
-    if name.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'hf_clars[deepspeed]'")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{name}.yaml"]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", "-m", module, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    # DeepSpeed builds a small library with ninja, which pip has put beside the interpreter.
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
+pytestmark = [GROUP, pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +44,8 @@ def single(tmp_path_factory):
     made = {}
 
     def outcome_of(model, method, accumulation=1, order=None, **changes):
-        key = (model, method, accumulation, None if order is None else tuple(order[:32]), tuple(changes))
+        own = changes.get("trainer_class")
+        key = (model, method, accumulation, None if order is None else tuple(order[:32]), tuple(changes), own)
         if key not in made:
             folder = tmp_path_factory.mktemp("single")
             data = changes.pop("data", Images(order))
@@ -70,9 +60,7 @@ def single(tmp_path_factory):
 @pytest.fixture(scope="module", params=LAUNCHERS)
 def launched(request, tmp_path_factory):
     """All cases under one launcher."""
-    out = tmp_path_factory.mktemp(request.param)
-    launch(request.param, "tests.launchers.worker", out, request.param)
-    return request.param, out
+    return request.param, started.launched(request.param, tmp_path_factory)
 
 
 def assert_same(found, expected):
@@ -155,6 +143,17 @@ def test_with_settings_that_change_the_numbers_of_one_process_too(launched, sing
     """Among them an epoch's last update of fewer samples, in fewer passes."""
     _, out = launched
     assert_same(outcome(out / name.replace(" ", "_")), single("group norm", "clars", **CHANGED[name]))
+
+
+@pytest.mark.parametrize("launched", ["ddp", *SHARDED], indirect=True)
+@pytest.mark.parametrize("name", OWN_LOSSES)
+def test_a_loss_of_the_user_s_own_with_weights_of_classes(launched, single, name):
+    """A subclass that overrides `compute_loss`, in four passes of two processes, and in one pass of one."""
+    _, out = launched
+    own = type("Own", (OWN_LOSSES[name], ClarsTrainer), {})
+    found, plain = outcome(out / name.replace(" ", "_")), single("group norm", "clars")
+    assert_same(found, single("group norm", "clars", trainer_class=own))
+    assert not np.allclose(found[0]["log rate"], plain[0]["log rate"], rtol=1e-2)
 
 
 @pytest.mark.parametrize("launched", ["ddp"], indirect=True)

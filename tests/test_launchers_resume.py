@@ -7,27 +7,23 @@ import numpy as np
 import pytest
 
 from hf_clars.trainer.resuming import CheckpointMisfitError, check_engine
-from tests.launchers.cases import MIDDLE, Case, floor_of, outcome, run, save_weights
-from tests.test_launchers_agree import launch
+from tests.launchers import started
+from tests.launchers.cases import CHECKPOINTED, MIDDLE, Case, floor_of, outcome, run, save_weights
+from tests.launchers.started import GROUP
 
-CASE = Case("group norm", "clars", 1)
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+CASE, SIGNAL = (Case(*given) for given in CHECKPOINTED)
+pytestmark = [GROUP, pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """One process from start to end, with a checkpoint in the middle."""
-    folder = tmp_path_factory.mktemp("single")
-    trainer = run(CASE, folder, 1, save_strategy="steps", save_steps=MIDDLE)
-    save_weights(trainer.model.state_dict(), folder)
-    return folder
+    return started.uninterrupted(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def under_ddp(uninterrupted, tmp_path_factory):
-    out = tmp_path_factory.mktemp("ddp")
-    launch("ddp", "tests.launchers.resume", out, "ddp", uninterrupted / f"checkpoint-{MIDDLE}")
-    return out
+def under_ddp(tmp_path_factory):
+    return started.launched("ddp", tmp_path_factory)
 
 
 def assert_second_half(found, uninterrupted):
@@ -40,33 +36,41 @@ def assert_second_half(found, uninterrupted):
 
 
 def test_two_processes_go_on_from_the_checkpoint_of_one(under_ddp, uninterrupted):
-    assert_second_half(under_ddp / "resumed", uninterrupted)
+    assert_second_half(under_ddp / "from_one", uninterrupted)
 
 
 def test_one_process_goes_on_from_the_checkpoint_of_two(under_ddp, uninterrupted, tmp_path):
-    trainer = run(CASE, tmp_path, 1, resume=under_ddp / "own" / f"checkpoint-{MIDDLE}")
+    trainer = run(CASE, tmp_path, 1, resume=under_ddp / CASE.name / f"checkpoint-{MIDDLE}")
     save_weights(trainer.model.state_dict(), tmp_path)
     assert_second_half(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("method", ["clars", "signal_lars"])
-def test_two_processes_go_on_from_their_own_checkpoint_bit_for_bit(method, tmp_path):
+@pytest.mark.parametrize("case", [CASE, SIGNAL], ids=lambda case: case.name)
+def test_two_processes_go_on_from_their_own_checkpoint_bit_for_bit(case, under_ddp):
     """The running moments of SignalLARS among the rest."""
-    launch("ddp", "tests.launchers.resume", tmp_path, "ddp", "own", method)
-    (resumed, _), (whole, _) = outcome(tmp_path / "resumed"), outcome(tmp_path / "own")
+    (resumed, _), (whole, _) = outcome(under_ddp / f"{case.name}_resumed"), outcome(under_ddp / case.name)
     for name, value in whole.items():
         np.testing.assert_array_equal(resumed[name], value[MIDDLE:] if name.startswith("log ") else value, name)
-    if method == "signal_lars":
+    if case is SIGNAL:
         assert 0 < np.nanmedian(whole["log signal"]) < 1
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp2"])
-def test_a_sharded_engine_goes_on_from_its_own_and_no_other_reads_it(kind, uninterrupted, tmp_path):
-    out = tmp_path / kind
-    launch(kind, "tests.launchers.resume", out, kind)
-    assert_second_half(out / "resumed", uninterrupted)
+def test_a_sharded_engine_goes_on_from_its_own_and_no_other_reads_it(kind, uninterrupted, tmp_path, tmp_path_factory):
+    out = started.launched(kind, tmp_path_factory)
+    assert_second_half(out / f"{CASE.name}_resumed", uninterrupted)
     wrote = "FSDP" if kind == "fsdp2" else "DeepSpeed"
     with pytest.raises(CheckpointMisfitError, match=f"written under {wrote}.*Resume under the launcher"):
-        run(CASE, tmp_path / "other", 1, resume=out / "own" / f"checkpoint-{MIDDLE}")
+        run(CASE, tmp_path / "other", 1, resume=out / CASE.name / f"checkpoint-{MIDDLE}")
     with pytest.raises(CheckpointMisfitError, match="one process or plain data parallelism"):
         check_engine(uninterrupted / f"checkpoint-{MIDDLE}", wrote)
+
+
+def test_both_processes_hear_that_the_first_cannot_write_a_checkpoint(under_ddp):
+    """Neither waits for the other: each leaves with the same sentence, and nothing half written stays."""
+    first, second = (under_ddp.joinpath(f"full_disk.{rank}").read_text() for rank in range(2))
+    assert first == second
+    assert "checkpoint-2 could not be written (No space left on device" in first
+    assert "Earlier checkpoints are unchanged. Free some space" in first
+    assert not list(under_ddp.joinpath("full_disk").glob("checkpoint-*"))
+    assert not (under_ddp / "full_disk" / ".partial").exists()

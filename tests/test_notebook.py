@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import matplotlib
+import pytest
 import torch
 
+pytestmark = pytest.mark.draws
 NOTEBOOK = Path(__file__).parent.parent / "scripts" / "quickstart.ipynb"
 
 

@@ -330,3 +330,18 @@ def test_the_number_knows_what_was_done_with_it():
     loss = torch.tensor(4.0)
     loss /= number
     assert loss == 0.5
+
+
+@pytest.mark.parametrize("given", [{"model": Plain()}, {"model_init": Plain}], ids=lambda given: min(given))
+def test_smoothed_labels_of_a_module_without_a_config_are_refused_in_words(tmp_path, given):
+    """Trainer asks the model's `config` first, and ends in its AttributeError."""
+    with pytest.raises(
+        ConfigError, match=r"label_smoothing_factor=0.1 needs a model of transformers.*label_smoothing=0.1"
+    ):
+        ClarsTrainer(**given, args=clars_args(tmp_path, label_smoothing_factor=0.1), train_dataset=Images())
+
+
+def test_smoothed_labels_of_a_model_of_transformers_are_one_batch_too(tmp_path):
+    whole = first_step(ClarsTrainer, tiny_resnet, tmp_path / "whole", 16, 1, Images(16), label_smoothing_factor=0.1)
+    parts = first_step(ClarsTrainer, tiny_resnet, tmp_path / "parts", 4, 4, Images(16), label_smoothing_factor=0.1)
+    same(whole, parts)

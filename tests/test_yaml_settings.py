@@ -87,7 +87,7 @@ def test_what_a_file_shares_is_brought_in(read):
         ("bf16: 3", "bf16 is '3', but must be true or false"),
         ("method: yes", "method is 'yes', but must be one of clars, signal_lars, lars, nag"),
         ("eval_strategy: yes", "eval_strategy is 'yes', but must be one of no, steps, epoch"),
-        ("lr_step_epochs: [1, x]", "lr_step_epochs is a list, but must be a number"),
+        ("lr_step_epochs: [1, x]", "lr_step_epochs is a list, but has 'x' in it, which must be a number"),
     ],
 )
 def test_a_value_of_another_kind_is_refused_with_what_the_setting_takes(read, line, message):

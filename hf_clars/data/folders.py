@@ -77,14 +77,14 @@ class FolderSplits:
     """How an image folder is to be read.
 
     Attributes:
-        patterns: One pattern of files a split, as `datasets` takes them.
+        patterns: The patterns of each split's files, as `datasets` takes them.
         part_of: The folder of each split, where one metadata file above them lists the images of all; then `patterns`
             has the single entry "train" with everything.
         images: How many images lie in the folder of each split.
         labels_from_folders: Whether the classes are the folders that the images lie in.
     """
 
-    patterns: dict[str, str]
+    patterns: dict[str, list[str]]
     part_of: dict[str, str] | None
     images: dict[str, int]
     labels_from_folders: bool
@@ -105,7 +105,7 @@ def find_image_folders(root: Path, named: Iterable[str | None] = ()) -> FolderSp
     """
     if _declares_its_files(root):
         return None
-    base = _scan(root, set())
+    base = _scan(root)
     if base.files((".parquet", ".arrow")) or not base.all_images:
         archives = base.files(ARCHIVES)
         if archives and not base.files(DATA_FILES):
@@ -128,17 +128,20 @@ def _declares_its_files(root: Path) -> bool:
     return card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")[:20_000]
 
 
-def _scan(path: Path, seen: set[str]) -> _Folder:
-    """Read a tree of folders, each once, links followed. Hidden ones are passed over, as `datasets` does."""
+def _scan(path: Path, above: frozenset[str] = frozenset()) -> _Folder:
+    """Read a tree of folders, links followed, but for those to a folder that is above them (`above`).
+
+    Hidden ones are passed over, as `datasets` does.
+    """
     folder, images = _Folder(path), set(Image.registered_extensions())
-    seen.add(os.path.realpath(path))
+    above |= {os.path.realpath(path)}
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name.startswith((".", "__")):
                 continue
             if entry.is_dir():
-                if os.path.realpath(entry.path) not in seen:
-                    folder.below[entry.name] = _scan(Path(entry.path), seen)
+                if os.path.realpath(entry.path) not in above:
+                    folder.below[entry.name] = _scan(Path(entry.path), above)
             elif entry.name in METADATA:
                 folder.metadata.append(entry.name)
             elif os.path.splitext(entry.name)[1].lower() in images:
@@ -189,7 +192,7 @@ def _splits(base: _Folder, also: set[str]) -> FolderSplits:
         _check_classes(base.below[name])
     ordered = sorted(folders, key=lambda split: (split != "train", split))
     return FolderSplits(
-        {split: _pattern(base.below[folders[split]].path) for split in ordered},
+        {split: _patterns(base.below[folders[split]]) for split in ordered},
         None,
         {split: base.below[folders[split]].all_images for split in ordered},
         labels_from_folders=not any(kinds.values()),
@@ -199,7 +202,7 @@ def _splits(base: _Folder, also: set[str]) -> FolderSplits:
 def _one_split(base: _Folder) -> FolderSplits:
     _check_classes(base)
     images = {"train": base.all_images}
-    return FolderSplits({"train": _pattern(base.path)}, None, images, labels_from_folders=not base.has_metadata)
+    return FolderSplits({"train": _patterns(base)}, None, images, labels_from_folders=not base.has_metadata)
 
 
 def _below_one_metadata_file(base: _Folder, split_of: dict[str, str]) -> FolderSplits:
@@ -208,7 +211,7 @@ def _below_one_metadata_file(base: _Folder, split_of: dict[str, str]) -> FolderS
     whole = split_of and not base.images and len(split_of) == len(base.image_folders)
     part_of = {split: name for name, split in split_of.items()} if whole else None
     images = {"train": base.all_images}
-    return FolderSplits({"train": _pattern(base.path)}, part_of, images, labels_from_folders=False)
+    return FolderSplits({"train": _patterns(base)}, part_of, images, labels_from_folders=False)
 
 
 def _check_beside_splits(base: _Folder, split_of: dict[str, str], flat: list[str]) -> None:
@@ -274,5 +277,11 @@ def _check_classes(split: _Folder) -> None:
         )
 
 
+def _patterns(folder: _Folder) -> list[str]:
+    """One of all that is below, and one for each link to a folder, which `datasets` would not follow."""
+    links = [inner.path for depth, inner in folder.walk() if depth and inner.path.is_symlink()]
+    return [_pattern(path) for path in (folder.path, *links)]
+
+
 def _pattern(path: Path) -> str:
-    return os.path.join(glob.escape(str(path.resolve())), "**")
+    return os.path.join(glob.escape(os.path.abspath(path)), "**")  # a link keeps its name: it may be that of a class

@@ -61,7 +61,9 @@ class DataArguments:
     image_std: list[float] = field(default_factory=list, metadata={"help": "Deviation per channel; empty: likewise."})
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no data can work with."""
+        """Refuse numbers that no data can work with, and no data."""
+        if not self.dataset.strip():
+            raise ConfigError("dataset is empty: give the data's folder, or its name on the Hub.")
         for name in ("image_size", "shuffle_buffer", "max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -16,9 +16,11 @@ from hf_clars.trainer.value_checks import (
     check_effect,
     check_engine_is_there,
     check_given,
+    check_needs,
     check_ranges,
     check_schedule,
     check_trackers,
+    environment_kept_if_refused,
 )
 
 DEFAULT_NORM_SAMPLES = 512
@@ -138,6 +140,10 @@ class ClarsTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Resolve and check the settings."""
+        with environment_kept_if_refused():
+            self._resolve()
+
+    def _resolve(self) -> None:
         check_ranges(self)
         check_trackers(self)
         check_engine_is_there(self)
@@ -222,6 +228,7 @@ class ClarsTrainingArguments(TrainingArguments):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         check_effect(self)
+        check_needs(self)
         if self.max_grad_norm:
             raise ConfigError(
                 f"max_grad_norm={self.max_grad_norm} would clip the gradients after the norms that the layer rates "
@@ -244,10 +251,11 @@ class ClarsTrainingArguments(TrainingArguments):
         a_pass = self._samples_a_pass
         steps, rest = divmod(self.global_batch_size, a_pass)
         if rest or not steps:
+            near = f"The nearest that work are {steps * a_pass} and {(steps + 1) * a_pass}"
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of the {a_pass} samples that one pass "
-                f"takes ({self.train_batch_size} a process x {self.world_size} processes). The nearest that work are "
-                f"{max(1, steps) * a_pass} and {(steps + 1) * a_pass}; or change per_device_train_batch_size."
+                f"takes ({self.train_batch_size} a process x {self.world_size} processes). "
+                f"{near if steps else f'The smallest that works is {a_pass}'}; or change per_device_train_batch_size."
             )
         given = self.gradient_accumulation_steps
         if given not in (1, steps):

@@ -39,11 +39,21 @@ def check_launch(trainer: ClarsTrainer) -> None:
             "measured and the steps of a run that resumes all follow from the batch. Leave it out: set "
             "global_batch_size, and lower per_device_train_batch_size until it fits; the passes are accumulated."
         )
+    if trainer.args.gradient_checkpointing and not _can_checkpoint(trainer.model):
+        raise ConfigError(
+            f"gradient_checkpointing: {type(trainer.model).__name__} does not support it. Leave it out; more "
+            "accumulated passes of fewer samples save memory too."
+        )
     _check_processes(trainer)
     _check_precision(trainer)
     if trainer.is_deepspeed_enabled:
         _check_deepspeed(trainer)
     _check_fsdp(trainer)
+
+
+def _can_checkpoint(model: Any) -> bool:
+    """Whether Trainer's call will be answered; models of transformers say so, others have the method or not."""
+    return hasattr(model, "gradient_checkpointing_enable") and getattr(model, "supports_gradient_checkpointing", True)
 
 
 def _asked_for(variable: str) -> bool:

@@ -32,7 +32,14 @@ from hf_clars.trainer.nonfinite import NonFiniteCallback
 from hf_clars.trainer.optimizers import build_optimizer, layers_to_hold, layerwise, step_schedule
 from hf_clars.trainer.run_clock import RunClockCallback
 from hf_clars.trainer.run_settings import run_settings
+from hf_clars.trainer.value_checks import environment_kept_if_refused
 from hf_clars.trainer.weighted_losses import WeightedLosses
+
+_NO_SMOOTHING = (
+    "label_smoothing_factor={0} needs a model of transformers, with a `config`: this one computes its loss by itself, "
+    "and Trainer does not know where its outputs are. Leave label_smoothing_factor out, and smooth where the loss is "
+    "computed: torch's cross_entropy(..., label_smoothing={0}) in the model, or in a compute_loss_func."
+)
 
 
 class ClarsTrainer(WeightedLosses):
@@ -61,7 +68,8 @@ class ClarsTrainer(WeightedLosses):
         kwargs: For a trainer class that is mixed in.
 
     Raises:
-        ConfigError: For arguments of another type, or an optimizer that the launcher would replace.
+        ConfigError: For arguments of another type, an optimizer that the launcher would replace, or label smoothing of
+            a module without a `config`.
     """
 
     args: ClarsTrainingArguments
@@ -103,8 +111,15 @@ class ClarsTrainer(WeightedLosses):
             "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
         }
         # A class that is mixed in may know fewer words than Trainer: it gets those that were given.
-        super().__init__(model, args, **{name: value for name, value in given.items() if value is not None}, **kwargs)
-        check_launch(self)
+        given = {name: value for name, value in given.items() if value is not None}
+        with environment_kept_if_refused():
+            try:
+                super().__init__(model, args, **given, **kwargs)
+            except AttributeError as error:
+                if args.label_smoothing_factor and "no attribute 'config'" in str(error):
+                    raise ConfigError(_NO_SMOOTHING.format(args.label_smoothing_factor)) from error
+                raise
+            check_launch(self)
         if self.is_fsdp_enabled:
             assert isinstance(self.model, nn.Module)
             allow_missing_embeddings(self.model)

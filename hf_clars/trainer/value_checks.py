@@ -6,6 +6,8 @@ import difflib
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -206,6 +208,50 @@ def check_engine_is_there(args: ClarsTrainingArguments) -> None:
             "DeepSpeed was asked for, but no launcher has said which processes there are: start with `accelerate "
             "launch`, torchrun or deepspeed, also for one process."
         )
+
+
+def check_needs(args: ClarsTrainingArguments) -> None:
+    """Refuse settings that need another one or a package that is not there, and modes that no compiler has.
+
+    Args:
+        args: Resolved.
+
+    Raises:
+        ConfigError: Naming what is missing.
+    """
+    if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
+        raise ConfigError(
+            "dataloader_persistent_workers keeps workers that there are not: set dataloader_num_workers above 0, or "
+            "leave it out."
+        )
+    if args.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "use_liger_kernel needs a package that is not installed: pip install liger-kernel, or leave it out."
+        )
+    if args.torch_compile_mode is not None:
+        try:
+            torch.compile(torch.nn.Identity(), mode=args.torch_compile_mode)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"torch_compile_mode={args.torch_compile_mode}: {' '.join(str(error).split())}."
+            ) from error
+
+
+@contextmanager
+def environment_kept_if_refused() -> Iterator[None]:
+    """Within this, a refusal takes back the environment variables that were set before it.
+
+    transformers notes FSDP and the precision there while it reads its arguments, and the next run of the same process
+    would be taken for one that asked for them.
+    """
+    before = dict(os.environ)
+    try:
+        yield
+    except Exception:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
+        raise
 
 
 def check_effect(args: ClarsTrainingArguments) -> None:

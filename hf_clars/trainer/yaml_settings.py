@@ -110,6 +110,13 @@ def _shown(text: str | None, value: Any) -> str:
     return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, dict) else "empty"
 
 
+def _of_list(kinds: list[Any], item: Any) -> Any:
+    try:
+        return _scalar(kinds, str(item), item)
+    except _MisfitError as error:
+        raise _MisfitError(f"has {item!r} in it, which {error}") from None
+
+
 def _fitted(hint: Any, field: Field[Any], text: str | None, value: Any) -> Any:
     kinds = _members(hint)
     if value is None:
@@ -125,7 +132,7 @@ def _fitted(hint: Any, field: Field[Any], text: str | None, value: Any) -> Any:
     if isinstance(value, list):
         if not lists:
             raise _MisfitError("takes one value")
-        return [_scalar(_members(_item(lists[0])), str(item), item) for item in value]
+        return [_of_list(_members(_item(lists[0])), item) for item in value]
     if text is None:
         raise _MisfitError("takes one value")
     others = [kind for kind in kinds if kind not in lists]

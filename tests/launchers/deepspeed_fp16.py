@@ -1,12 +1,10 @@
-"""CLARS in fp16 under ZeRO 1, 2 and 3, with DeepSpeed's loss scale: `... deepspeed_fp16.py OUT`.
+"""CLARS in fp16 under ZeRO 1, 2 and 3, with DeepSpeed's loss scale.
 
 DeepSpeed refuses fp16 on CPUs, although all that it needs runs there: its accelerator is told so, here only.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import deepspeed
@@ -90,8 +88,8 @@ def train(model_name, stage, scale):
     return found
 
 
-def main(out):
-    torch.set_num_threads(1)
+def train_all(out):
+    """Every stage, model and kind of scale; what each process found is left as `fp16.RANK.pt`."""
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed("gloo")
     results = {}
@@ -100,11 +98,4 @@ def main(out):
             for scale in ("static", "dynamic"):
                 results[stage, model_name, scale] = train(model_name, stage, scale)
                 print(stage, model_name, scale, flush=True)
-    torch.save(results, Path(out) / f"{dist.get_rank()}.pt")
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.save(results, Path(out) / f"fp16.{dist.get_rank()}.pt")

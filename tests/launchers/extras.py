@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 
-from tests.launchers.cases import Case, Images, save_weights
+from hf_clars.records import RecordError
+from tests.launchers.cases import Case, Images, run, save_weights
 
 PLAIN, VIT = Case("group norm", "clars", 4), Case("vit", "clars", 4)
 CHECKPOINTING = {
@@ -28,7 +31,7 @@ AROUND = {
     "tokens not averaged": (PLAIN, {"average_tokens_across_devices": False}),
     "dispatch batches": (PLAIN, {"accelerator_config": {"dispatch_batches": True}}),
 }
-SHARDED = ("zero2", "fsdp2")  # run with checkpointing too
+SHARDED = ("zero2", "fsdp2")  # run with checkpointing and with losses of the user's own too
 # Settings with which one process, too, gets other numbers. Two epochs of 40 samples are updates of 32, 8, 32 and 8
 # samples, of which the small ones have a quarter of the passes.
 CHANGED = {
@@ -40,6 +43,33 @@ CHANGED = {
         "data": Subset(Images(), range(40)),
     },
 }
+
+
+WEIGHTS = torch.tensor([0.2, 1.0, 3.0])  # of the classes
+
+
+class WeightedMean:
+    """What users put before a trainer's own `compute_loss`: class weights, and the mean of a pass."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = (WEIGHTS[labels] * cross_entropy(outputs.logits, labels, reduction="none")).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class WeightedShare:
+    """The same, divided by the number of items in the whole batch where that is given."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        each = WEIGHTS[labels] * cross_entropy(outputs.logits, labels, reduction="none")
+        loss = each.mean() if num_items_in_batch is None else each.sum() / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
+OWN_LOSSES = {"weighted mean": WeightedMean, "weighted share": WeightedShare}
 
 
 class Averaging(TrainerCallback):
@@ -59,6 +89,27 @@ def average_of(averaging):
     return averaging.average.module.state_dict()
 
 
+def full_disk(out):
+    """The first process cannot write a checkpoint: what each process raises is left as `full_disk.RANK`."""
+    rank, write = os.environ["RANK"], Path.write_text
+
+    def full(path, *args, **kwargs):
+        if rank == "0" and path.name == "training_args.json":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, *args, **kwargs)
+
+    Path.write_text = full
+    try:
+        run(PLAIN, out / "full_disk", 2, save_strategy="steps", save_steps=2)
+    except RecordError as error:
+        said = str(error)
+    else:
+        said = "nothing was raised"
+    finally:
+        Path.write_text = write
+    (out / f"full_disk.{rank}").write_text(said)
+
+
 def train_extras(out, kind, train):
     """Everything beside the usual cases that a launcher is to run.
 
@@ -71,6 +122,12 @@ def train_extras(out, kind, train):
         # With split batches a device is told the whole batch.
         train(case, name, **({"processes": 1} if name == "split batches" else {}), **changes)
         torch._dynamo.reset()
+    for name, own in OWN_LOSSES.items() if kind in ("ddp", *SHARDED) else ():
+        train(PLAIN, name, mixed_in=(own,))
+    if kind == "zero2":
+        from tests.launchers import deepspeed_fp16
+
+        deepspeed_fp16.train_all(out)
     if kind != "ddp":
         return
     for name, changes in CHANGED.items():
@@ -80,3 +137,4 @@ def train_extras(out, kind, train):
     rank = os.environ["RANK"]
     Path(out, f"average.{rank}").mkdir()
     save_weights(average_of(averaging), Path(out, f"average.{rank}"))
+    full_disk(out)

@@ -1,4 +1,8 @@
-"""Train all cases under the launcher that started this process: `accelerate launch ... worker.py OUT KIND`."""
+"""Train all that is asked of the launcher that started this process: `accelerate launch ... worker.py OUT KIND WHICH`.
+
+WHICH is "usual" or "every": every model with every method, and nothing else. A third argument is a folder of one
+process, whose checkpoint data parallelism is to go on from.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_clars import ClarsTrainer
-from tests.launchers.cases import BATCH, BF16, cases, run, save_weights
+from tests.launchers.cases import BATCH, BF16, CHECKPOINTED, MIDDLE, Case, cases, run, save_weights
 from tests.launchers.cpu_fsdp import CpuFsdpTrainer
 from tests.launchers.extras import train_extras
+from tests.undrawn import draw_nothing, keep_imports
 
 TRAINERS = {"fsdp2": CpuFsdpTrainer}
 
@@ -37,28 +42,42 @@ def finish(trainer, folder):
         save_weights(state, folder)
 
 
-def main(out, kind, which="usual"):
+def main(out, kind, which, one=None):
     torch.set_num_threads(1)
-    world, trainer_class = int(os.environ["WORLD_SIZE"]), TRAINERS.get(kind, ClarsTrainer)
+    draw_nothing()
+    keep_imports()
+    world, out = int(os.environ["WORLD_SIZE"]), Path(out)
 
-    def train(case, name, processes=world, **changes):
+    def train(case, name, processes=world, mixed_in=(), **changes):
         unset_hf_deepspeed_config()  # what a run before has left would have ZeRO 3 draw other first weights
-        folder = Path(out) / name.replace(" ", "_")
+        trainer_class = TRAINERS.get(kind, ClarsTrainer)
+        if mixed_in:
+            trainer_class = type(trainer_class.__name__, (*mixed_in, trainer_class), {})
+        folder = out / name.replace(" ", "_")
         trainer = run(case, folder, processes, trainer_class=trainer_class, **changes)
         assert trainer.args.total_batch_size == BATCH
         finish(trainer, folder)
         print(name, flush=True)
 
-    if which != "extras":
-        for case in cases(every=which == "every"):
-            train(case, case.name)
-    if which != "every":
+    for case in cases(every=which == "every"):
+        saved = which == "usual" and (case.model, case.method, case.accumulation) in CHECKPOINTED
+        train(case, case.name, **({"save_strategy": "steps", "save_steps": MIDDLE} if saved else {}))
+    if which == "usual":
         train(BF16, "bf16", bf16=True)
+        resume(out, kind, one, train)
         train_extras(out, kind, train)
     dist.barrier()
     sys.stdout.flush()
     # Two CPU processes sometimes abort while the interpreter shuts down, after all work is done.
     os._exit(0)
+
+
+def resume(out, kind, one, train):
+    """Go on from the launcher's own checkpoints and, under data parallelism, from that of one process."""
+    for case in (Case(*given) for given in CHECKPOINTED[: 2 if kind == "ddp" else 1]):
+        train(case, f"{case.name} resumed", resume=out / case.name / f"checkpoint-{MIDDLE}")
+    if kind == "ddp":
+        train(Case(*CHECKPOINTED[0]), "from one", resume=Path(one) / f"checkpoint-{MIDDLE}")
 
 
 if __name__ == "__main__":
