@@ -14,9 +14,9 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 class Images(nn.Module):
@@ -206,7 +206,7 @@ def test_rows_that_are_folded_into_the_batch_are_refused_until_an_uncompiled_pas
     with pytest.raises((torch._dynamo.exc.Unsupported, BatchAxisError), match="whose"):
         whole(model)(x)
     norms.remove()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with PerSampleGradNorms(model) as norms:
         model(x).square().sum().backward()
         expected = norms.per_sample["linear"]
@@ -273,7 +273,7 @@ def test_errors_go_to_the_one_who_asked_for_them():
             return self.linear(torch.relu(self.linear(x)))
 
     for model in (Twice(), Scaled()):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         errors = []
         norms = PerSampleGradNorms(model, on_error=errors.append)
         call = torch.compile(model, backend="aot_eager")

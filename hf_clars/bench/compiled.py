@@ -124,7 +124,7 @@ def measure_compiled(name: str, rounds: int, *, quick: bool = False) -> Compiled
         rounds: How often each is timed.
         quick: Tiny sizes.
     """
-    torch._dynamo.reset()  # ends when torch makes it public; compiled code of the network before would be kept
+    torch.compiler.reset()  # compiled code of the network before would be kept
     plain, x = COMPILED[name](quick)
     measured, reference = copy.deepcopy(plain), copy.deepcopy(plain)
     norms = PerSampleGradNorms(measured, check=False)
