@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import BatchAxisError, PerSampleGradNorms, UncoveredParameterError
 from hf_clars.optim import CLARS
@@ -187,9 +188,10 @@ def test_a_module_that_is_called_twice_is_refused():
         def forward(self, x):
             return self.linear(torch.relu(self.linear(x)))
 
-    model = Twice()
-    with PerSampleGradNorms(model), pytest.raises(torch._dynamo.exc.Unsupported, match="more than once"):
-        whole(model)(torch.randn(3, 4))
+    norms = PerSampleGradNorms(model := Twice())
+    with pytest.raises(UncoveredParameterError, match="more than once"):
+        whole(model)(torch.randn(3, 4)).sum().backward()
+    norms.remove()
 
 
 def test_rows_that_are_folded_into_the_batch_are_refused_until_an_uncompiled_pass_has_shown_them():
@@ -281,3 +283,41 @@ def test_errors_go_to_the_one_who_asked_for_them():
             call(torch.randn(3, 4)).sum().backward()
         assert len(errors) == 1
         norms.remove()
+
+
+class Tokens(nn.Module):
+    """A block that may be checkpointed, and a loss over tokens."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.table, self.head = nn.Embedding(30, 8), nn.Linear(8, 5)
+        self.block = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.ReLU(), nn.Linear(12, 8))
+
+    def forward(self, tokens, labels=None):
+        x = self.table(tokens)
+        x = checkpoint(self.block, x, use_reentrant=False) if self.checkpointed else self.block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("settings", [{}, {"samples": 3}, {"loss_reduction": "mean_tokens"}], ids=str)
+def test_samples_and_means_over_tokens(settings, checkpointed):
+    torch.manual_seed(0)
+    model = Tokens(checkpointed)
+    plain = copy.deepcopy(model)
+    plain.checkpointed = False
+    norms, expected = PerSampleGradNorms(model, **settings), PerSampleGradNorms(plain, **settings)
+    call = whole(model)
+    for batch in (4, 4, 6):
+        ids, labels = torch.randint(0, 30, (batch, 7)), torch.randint(0, 5, (batch, 7))
+        labels[0, 3:] = -100
+        for m, run in ((model, call), (plain, plain)):
+            m.zero_grad()
+            nn.functional.cross_entropy(run(ids, labels=labels).flatten(0, 1), labels.flatten()).backward()
+        right = expected.per_sample
+        assert norms.per_sample.keys() == right.keys()
+        for name, values in norms.per_sample.items():
+            torch.testing.assert_close(values, right[name], rtol=1e-4, atol=1e-6)
+    norms.remove()
+    expected.remove()

@@ -89,8 +89,8 @@ class PerSampleGradNorms(HookedNorms):
         partition = param_layers(model, layers=layers) if isinstance(layers, str) else layers
         self._on_error = on_error
         self.take_error = None if on_error is None else self._give_up
-        super().__init__(model, partition, samples=samples, keep_per_sample=keep_per_sample)
         self.loss_reduction = loss_reduction
+        super().__init__(model, partition, samples=samples, keep_per_sample=keep_per_sample)
         self.check_every = 1 if check is True else int(check)
         self._check: SumCheck | None = None
         self._checked = self._passes_since = self._next_checked = 0

@@ -38,6 +38,7 @@ class CompiledCalls:
 
     Attributes:
         calls: One for each module with a rule, by its path.
+        within: Whether compiled code has begun the pass.
         measures: Whether the model is being called, and its calls have rows.
         number: Of the last pass. Kept so that a compiler lets a pass begin in the forward pass: what only the backward
             pass needs, it would put there.
@@ -54,7 +55,7 @@ class CompiledCalls:
     def __init__(self, model: nn.Module, receiver: int, hooked: list[HookedModule]) -> None:
         self.model = model
         self.receiver = receiver
-        self.measures = False
+        self.measures = self.within = False
         self.number: Tensor | None = None
         self.given_axes: tuple[int, ...] = ()
         self.expected = self.checked = True
@@ -89,11 +90,13 @@ class CompiledCalls:
         if not given or self.paused or not torch.is_grad_enabled():
             return
         weights = label_counts(self.model, kwargs) if self.by_tokens else None
-        rows, number = begin_pass(self.leaf, given[0], weights, self.receiver, len(self.params), self.checked)
-        each = rows.unbind(0)
+        rows, uses, number = begin_pass(self.leaf, given[0], weights, self.receiver, len(self.params), self.checked)
+        each, used = rows.unbind(0), uses.unbind(0)
         for call in self.calls.values():
             call.rows = tuple(each[i] for i in call.row_numbers)
+            call.uses = tuple(used[i] for i in call.row_numbers)
         self.measures = True
+        self.within = torch.compiler.is_compiling()
         self.number = number
         self.given_axes = tuple(given[0].shape[1:])
 
@@ -101,7 +104,7 @@ class CompiledCalls:
         """The model returns. In compiled code and outside."""
         self.measures = False
         for call in self.calls.values():
-            call.rows = ()
+            call.rows = call.uses = ()
         for tie in self.ties.values():
             tie.forget()
 
@@ -139,6 +142,7 @@ class CompiledCall:
     Attributes:
         names: Of its parameters.
         rows: For each a row of zeros [B], while the model is called.
+        uses: For each a zero.
         ran: Whether compiled code has called it.
     """
 
@@ -154,6 +158,7 @@ class CompiledCall:
         self.places = torch.tensor(row_numbers)  # as numbers they would make different code of equal blocks
         self.names = tuple(hooked.params)
         self.rows: tuple[Tensor, ...] = ()
+        self.uses: tuple[Tensor, ...] = ()
         self.ran = False
 
     def in_words(self) -> str:
@@ -178,12 +183,16 @@ class CompiledCall:
         if not any(getattr(module, n).requires_grad for n in self.names):
             return None
         if not self.rows:
-            self._refuse(UncoveredParameterError, self._used_twice())
+            self._refuse(UncoveredParameterError, used_twice(self.name))
             return None
-        named = [(n, row) for n, row in zip(self.names, self.rows, strict=True) if getattr(module, n).requires_grad]
-        self.rows = ()
-        self.ran = True
-        names, rows = tuple(n for n, _ in named), [row for _, row in named]
+        wanted = [i for i, n in enumerate(self.names) if getattr(module, n).requires_grad]
+        names = tuple(self.names[i] for i in wanted)
+        rows = [self.rows[i] for i in wanted] + [self.uses[i] for i in wanted]
+        if (
+            not self.state.within
+        ):  # where the whole model is compiled, checkpointing allows no change of attributes here
+            self.rows = self.uses = ()
+            self.ran = True
         batch = rows[0].shape[0]
         y = output
         spread = output.shape[0] == 1 and batch != 1
@@ -256,13 +265,6 @@ class CompiledCall:
             f"are whose is not known. {_LEARN}"
         )
 
-    def _used_twice(self) -> str:
-        """Two uses add up before they are squared, which a row cannot do."""
-        return (
-            f"{self.name} is called more than once in one pass of compiled code, and its gradients must be added "
-            "before their norms are taken: compile the model without it, or in parts that call it once."
-        )
-
     # ---- arithmetic of the backward pass ---------------------------------------------------------------------
 
     def squares(self, names: tuple[str, ...], saved: tuple[Tensor, ...], g: Tensor, batch: int) -> list[Tensor]:
@@ -305,3 +307,11 @@ class CompiledCall:
     def _checked(self, name: str, squares: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
         size = squares.clamp(min=0).sqrt().sum()
         return check_sum(squares, total, size, self.places, self.names.index(name), self.state.receiver, dtype)
+
+
+def used_twice(names: str) -> str:
+    """What is wrong with modules that are called twice: uses add up before they are squared, which a row cannot do."""
+    return (
+        f"{names} is called more than once in one pass of compiled code, and its gradients must be added before their "
+        "norms are taken: compile the model without it, or in parts that call it once."
+    )

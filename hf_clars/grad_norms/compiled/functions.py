@@ -1,7 +1,8 @@
 """The two functions that stand behind a module in a compiled graph.
 
 Each takes a row of zeros [B] for every parameter as one more input, and the row's "gradient" is every sample's squared
-norm. So norms are a part of the graph: nothing can be lost, or counted twice.
+norm. A zero beside it gets the "gradient" 1, so that two uses of a row can be told from one. So norms are a part of the
+graph: nothing can be lost, or counted twice.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Watched(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, call: CompiledCall, names: tuple[str, ...], *rows_and_saved: Tensor) -> Tensor:
         """The forward pass; see the class."""
         ctx.call, ctx.names, ctx.batch = call, names, rows_and_saved[0].shape[0]
-        ctx.save_for_backward(*rows_and_saved[len(names) :])
+        ctx.save_for_backward(*rows_and_saved[2 * len(names) :])
         return y.clone()  # costs nothing in compiled code, and an in-place operation may follow
 
     @staticmethod
@@ -33,7 +34,7 @@ class Watched(torch.autograd.Function):
         saved = ctx.saved_tensors
         with no_autocast(g.device.type):
             squares = ctx.call.squares(ctx.names, saved, g, ctx.batch)
-        return g, None, None, *squares, *(None for _ in saved)
+        return g, None, None, *squares, *(torch.ones_like(t[0]) for t in squares), *(None for _ in saved)
 
 
 class OneProduct(torch.autograd.Function):
@@ -44,7 +45,7 @@ class OneProduct(torch.autograd.Function):
         ctx: Any, y: Tensor, call: CompiledCall, names: tuple[str, ...], x: Tensor, *rows_and_params: Tensor
     ) -> Tensor:
         """The forward pass; see the class."""
-        params = rows_and_params[len(names) :]
+        params = rows_and_params[2 * len(names) :]
         ctx.call, ctx.names, ctx.dtype, ctx.x_dtype = call, names, y.dtype, x.dtype
         ctx.param_dtypes = [p.dtype for p in params]
         ctx.save_for_backward(x.to(y.dtype), params[names.index("weight")])
@@ -61,4 +62,4 @@ class OneProduct(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 x_grad = call.rule.input_grad(call.module, x, weight.to(ctx.dtype), g).to(ctx.x_dtype)
         grads = [total.to(dtype) for total, dtype in zip(sums, ctx.param_dtypes, strict=True)]
-        return None, None, None, x_grad, *squares, *grads
+        return None, None, None, x_grad, *squares, *(torch.ones_like(t[0]) for t in squares), *grads

@@ -20,8 +20,8 @@ class Receiver(Protocol):
     def compiled_pass_begins(self, batch: int, weights: Tensor | None, checked: bool) -> int:
         """A pass on so many samples begins; its number."""
 
-    def compiled_norms_arrive(self, number: int, squares: Tensor) -> None:
-        """The squared norms of pass `number`, [rows, B]."""
+    def compiled_norms_arrive(self, number: int, squares: Tensor, uses: Tensor) -> None:
+        """The squared norms of pass `number`, [rows, B], and how often each row was used, [rows]."""
 
     def compiled_sum_arrives(self, row: int, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         """The sum of the samples' gradients of the parameter in a row, the sum of their norms, and the precision."""
@@ -79,7 +79,7 @@ class Told:
 @torch.library.custom_op("hf_clars::begin_pass", mutates_args=())
 def begin_pass(
     leaf: Tensor, like: Tensor, weights: Tensor | None, receiver: int, rows: int, checked: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """A forward pass begins.
 
     Args:
@@ -91,47 +91,51 @@ def begin_pass(
         checked: Whether this code hands over what the sum check compares.
 
     Returns:
-        Zeros [rows, B], whose "gradient" will be the squared norms; the number of the pass.
+        Zeros [rows, B], whose "gradient" will be the squared norms; zeros [rows], whose "gradient" will say how often
+        each row was used; the number of the pass.
     """
     found = _receivers.get(receiver)
     number = 0 if found is None else found.compiled_pass_begins(like.shape[0], weights, checked)
-    return like.new_zeros(rows, like.shape[0], dtype=leaf.dtype), torch.tensor(number)
+    squares, uses = (like.new_zeros(shape, dtype=leaf.dtype) for shape in ((rows, like.shape[0]), (rows,)))
+    return squares, uses, torch.tensor(number)
 
 
 @begin_pass.register_fake
 def _(
     leaf: Tensor, like: Tensor, weights: Tensor | None, receiver: int, rows: int, checked: bool
-) -> tuple[Tensor, Tensor]:
-    return like.new_empty(rows, like.shape[0], dtype=leaf.dtype), torch.empty((), dtype=torch.int64)
+) -> tuple[Tensor, Tensor, Tensor]:
+    squares, uses = (like.new_empty(shape, dtype=leaf.dtype) for shape in ((rows, like.shape[0]), (rows,)))
+    return squares, uses, torch.empty((), dtype=torch.int64)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.receiver = inputs[3]
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[2])
 
 
-def _end(ctx: Any, squares: Tensor, number: Tensor | None) -> tuple[Tensor | None, ...]:
-    return deliver(squares, ctx.saved_tensors[0], ctx.receiver), None, None, None, None, None
+def _end(ctx: Any, squares: Tensor, uses: Tensor, number: Tensor | None) -> tuple[Tensor | None, ...]:
+    return deliver(squares, uses, ctx.saved_tensors[0], ctx.receiver), None, None, None, None, None
 
 
 begin_pass.register_autograd(_end, setup_context=_remember)
 
 
 @torch.library.custom_op("hf_clars::deliver", mutates_args=())
-def deliver(squares: Tensor, number: Tensor, receiver: int) -> Tensor:
-    """The backward pass has come to where the forward pass began: hand over the squared norms [rows, B].
+def deliver(squares: Tensor, uses: Tensor, number: Tensor, receiver: int) -> Tensor:
+    """The backward pass has come to where the forward pass began: hand over squared norms and uses.
 
     Returns:
         Zero, the gradient of the leaf: what is not used, a compiler would leave out.
     """
     found = _receivers.get(receiver)
     if found is not None:
-        found.compiled_norms_arrive(int(number), squares.detach().clone())
+        squares, uses = squares.detach().clone(), uses.detach().clone()
+        found.compiled_norms_arrive(int(number), squares, uses)
     return torch.zeros((), dtype=squares.dtype)
 
 
 @deliver.register_fake
-def _(squares: Tensor, number: Tensor, receiver: int) -> Tensor:
+def _(squares: Tensor, uses: Tensor, number: Tensor, receiver: int) -> Tensor:
     return torch.empty((), dtype=squares.dtype)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.compiled.calls import CompiledCall, CompiledCalls
+from hf_clars.grad_norms.compiled.calls import CompiledCall, CompiledCalls, used_twice
 from hf_clars.grad_norms.compiled.containers import CompiledContainer, CompiledModel
 from hf_clars.grad_norms.compiled.operations import enlist
 from hf_clars.grad_norms.errors import UncoveredParameterError
@@ -38,6 +38,7 @@ class CompiledPasses:
         self._joined: ForwardPass | None = None
         self._arrived: set[int] = set()
         self.calls = CompiledCalls(norms.model, enlist(self), hooked)
+        self.calls.by_tokens = getattr(norms, "loss_reduction", "") == "mean_tokens"
         self.calls.forgiving = norms.take_error is not None
         layers = [norms._layer_of[p] for p in self.calls.params]
         self._layers, self._layer_index = sorted(set(layers)), torch.tensor(layers)
@@ -94,7 +95,7 @@ class CompiledPasses:
         self._open[self._number] = current
         return self._number
 
-    def compiled_norms_arrive(self, number: int, squares: Tensor) -> None:
+    def compiled_norms_arrive(self, number: int, squares: Tensor, uses: Tensor) -> None:
         """See `operations.Receiver`."""
         current = self._open.get(number)
         if current is None or differentiating():
@@ -103,17 +104,30 @@ class CompiledPasses:
         if number in self._arrived:
             self._norms._stop_check()
             raise second_backward("the compiled model")
-        failed, self.calls.failed = self.calls.failed, ""
+        failed, self.calls.failed = self.calls.failed or self._used_twice(current, uses), ""
         if failed and self._norms.take_error is not None:
             self._norms.take_error(UncoveredParameterError(failed))
             return
+        if failed:
+            self._norms._stop_check()
+            raise UncoveredParameterError(failed)
         self._arrived = {n for n in self._arrived if n in self._open} | {number}
-        self._norms._note_compiled([call for call in self.calls.calls.values() if call.ran])
+        if current.begun_compiled:
+            self._norms._note_compiled(list(self.calls.calls.values()))
         found = squares[:, : current.kept]
         of_layers = found.new_zeros(self._layers[-1] + 1, found.shape[1])
         of_layers.index_add_(0, self._layer_index.to(found.device), found)
         for layer in self._layers:
             current.add_squares(layer, of_layers[layer])
+
+    def _used_twice(self, current: ForwardPass, uses: Tensor) -> str:
+        """What is wrong with rows that were used twice; "" if none was. A GPU is asked in checked passes only."""
+        if uses.is_cuda and current.unchecked:
+            return ""
+        often = {i for i, n in enumerate(uses.tolist()) if n > 1}
+        calls = [c for c in self.calls.calls.values() if c.tie is None and often.intersection(c.row_numbers)]
+        tied = [c for c in self.calls.calls.values() if c.tie is not None and any(uses[i] > 2 for i in c.row_numbers)]
+        return used_twice(", ".join(c.name for c in (*calls, *tied))) if calls or tied else ""
 
     def compiled_sum_arrives(self, row: int, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         """See `operations.Receiver`."""

@@ -41,7 +41,7 @@ class TiedLookup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, call: CompiledCall, names: tuple[str, ...], row: Tensor, *saved: Tensor
+        ctx: Any, y: Tensor, call: CompiledCall, names: tuple[str, ...], row: Tensor, use: Tensor, *saved: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The forward pass; see the class."""
         ctx.call, ctx.names, ctx.batch = call, names, row.shape[0]
@@ -56,7 +56,8 @@ class TiedLookup(torch.autograd.Function):
             (squares,) = call.squares(ctx.names, saved, g, ctx.batch)
             rows = call.rule.row_grads(call.module, saved, at_least_float32(g))
             both = (rows * at_least_float32(at_tokens).view(rows.shape)).flatten(1).sum(1)
-        return g, None, None, squares + 2 * both.to(squares.dtype), *(None for _ in saved)
+        squares = squares + 2 * both.to(squares.dtype)
+        return g, None, None, squares, torch.ones_like(squares[0]), *(None for _ in saved)
 
 
 class Linked(torch.autograd.Function):
