@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["hf_clars.image_classification.run", "tests.killed_runs", "torchvision"]
-multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preloaded"])
 
 
 def free_port():
