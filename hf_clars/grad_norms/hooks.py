@@ -79,8 +79,8 @@ class BoundHook:
 
     @torch.compiler.disable(
         reason="hf_clars measures gradient norms between two pieces of compiled code, because a parameter of this "
-        "model has no layer rule (norms.why_not_compiled() names it): compile the model without fullgraph=True, register a "
-        "rule, or take the norms off it (remove())"
+        "model has no layer rule (norms.why_not_compiled() names it): compile the model without fullgraph=True, "
+        "register a rule, or take the norms off it (remove())"
     )
     def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A compiled model calls its hooks between two pieces of compiled code."""
