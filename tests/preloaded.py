@@ -4,6 +4,8 @@ from contextlib import suppress
 
 import torchvision  # noqa: F401
 
+import benchmarks.coverage.judge
+import benchmarks.coverage.sweep  # noqa: F401
 import hf_clars.image_classification.run  # noqa: F401
 import tests.killed_runs  # noqa: F401
 from tests.undrawn import keep_imports

@@ -3,10 +3,12 @@
 import multiprocessing
 import socket
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+GROUP = pytest.mark.xdist_group("processes")  # the files that share the fork server
 multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preloaded"])
 
 
