@@ -28,6 +28,7 @@ from hf_clars.errors import HfClarsError
 from hf_clars.records import QUANTITIES, LayerRateLog
 from tests.image_files import CLASSES, picture
 from tests.processes import free_port
+from tests.undrawn import draw_nothing
 
 IMAGES = 44
 
@@ -120,6 +121,7 @@ def _run(arguments: list[str], rank: int, world: int, port: int, moment: Moment,
     from hf_clars.trainer.callbacks import LayerRateCallback
     from hf_clars.trainer.stopping import RESUME_ME, RunInterruptedError
 
+    draw_nothing()
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # 5 seconds at the end of each pass over parquet files
     LayerRateCallback.__init__.__kwdefaults__["flush_every"] = 2  # more pieces, more moments to be killed at
     settings = parse_run(arguments)

@@ -3,12 +3,13 @@
 import multiprocessing
 import socket
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["hf_clars.image_classification.run", "tests.killed_runs", "torchvision"]
-multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+GROUP = pytest.mark.xdist_group("processes")  # the files that share the fork server
+multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preloaded"])
 
 
 def free_port():

@@ -221,12 +221,11 @@ def test_persistent_workers_see_the_epoch():
 
 
 LARGEST = """
-import io, os, re, resource, sys
-from PIL import Image
-from hf_clars.data.decoding import ImageDecoder
+import os, re, resource, sys
 mode, kind, width, height = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-decoder = ImageDecoder(3)
 if len(sys.argv) == 6:
+    from hf_clars.data.decoding import ImageDecoder
+    decoder = ImageDecoder(3)
     with open(sys.argv[5], "rb") as file:
         content = file.read()
     def peak():  # of this program alone: `ru_maxrss` would begin at that of the process that started it
@@ -237,6 +236,7 @@ if len(sys.argv) == 6:
     assert decoder.decode({"bytes": content, "path": None}).shape == (3, height, width)
     print(1024 * (peak() - used))
 else:
+    from PIL import Image
     Image.new(mode, (width, height)).save(sys.argv[6], kind)
 """
 

@@ -1,6 +1,7 @@
 """Promise: the coverage sweep outlives what it sweeps, goes on where it stopped, and says what is right and wrong."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,17 @@ from benchmarks.coverage.page import word_of, write_page
 from benchmarks.coverage.subject import Subject, to_float64
 from benchmarks.coverage.tiny_config import VOCAB, WIDTH, tiny_config
 from tests.oracle import per_sample_grads
+from tests.processes import GROUP
 
+pytestmark = GROUP
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
     monkeypatch.setitem(sweeping.SUITES, "own", "tests.coverage_subjects")
+    # A process has one fork server, which must have imported what other tests need, and has what the sweep needs.
+    monkeypatch.setattr(multiprocessing.get_context("forkserver"), "set_forkserver_preload", lambda names: None)
     path = tmp_path / "results.json"
 
     def run(*names, seconds=30.0):
@@ -46,8 +51,8 @@ def test_what_the_engine_dies_of_is_a_row(swept, name, words):
 
 
 def test_what_does_not_end_is_a_row(swept):
-    rows, _ = swept("sleeps", seconds=2)
-    assert "not done after 20 s" in rows["own/sleeps"]["float32"]["why"]
+    rows, _ = swept("sleeps", seconds=1)
+    assert "not done after 10 s" in rows["own/sleeps"]["float32"]["why"]
 
 
 def test_what_cannot_be_built_is_a_row(swept):

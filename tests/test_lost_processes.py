@@ -9,7 +9,9 @@ import pytest
 
 from tests.image_files import picture
 from tests.killed_runs import COMMON, run, save_images, start
+from tests.processes import GROUP
 
+pytestmark = GROUP
 LONG = [*COMMON, "--max_steps=100000", "--save_steps=2"]
 
 

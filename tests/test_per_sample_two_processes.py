@@ -12,10 +12,11 @@ from transformers import Trainer
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.per_sample import NormMonitor, PerSampleNormsCallback, with_index
-from tests.processes import leave, results_of_two
+from tests.processes import GROUP, leave, results_of_two
 from tests.test_callback import Images, Plain, plain_args
 from tests.twin import batch, loss_on
 
+pytestmark = GROUP
 SETTINGS = {"max_steps": 3, "learning_rate": 0.05, "remove_unused_columns": False, "max_grad_norm": 1e-2}
 
 

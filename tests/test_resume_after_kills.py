@@ -5,7 +5,9 @@ import random
 import pytest
 
 from tests.killed_runs import COMMON, assert_same, run, run_with_kills, save_images
+from tests.processes import GROUP
 
+pytestmark = GROUP
 CASES = {
     "map-style, workers": (1, ["--global_batch_size=8", "--dataloader_num_workers=2"]),
     "streaming, workers": (

@@ -9,8 +9,10 @@ import pytest
 from hf_clars.trainer import ClarsTrainer
 from hf_clars.trainer.stopping import RESUME_ME, RunInterruptedError, StopCallback
 from tests.killed_runs import COMMON, assert_same, run, save_images, start
+from tests.processes import GROUP
 from tests.trainer_kit import Images, Plain, clars_args
 
+pytestmark = GROUP
 SETTINGS = {
     "per_device_train_batch_size": 8,
     "max_steps": 12,

@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_clars.grad_norms.errors import SharedStatisticsError
 from hf_clars.optim import CLARS, LARS, NAG
-from tests.processes import leave, results_of_two
+from tests.processes import GROUP, leave, results_of_two
 from tests.twin import batch, loss_on
 
+pytestmark = GROUP
 STEPS = 4
 CASES = {
     "CLARS": (CLARS, {}),

@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from hf_clars.optim import CLARS, LARS, NAG, SignalLARS, TrainsAloneError
-from tests.processes import leave, results_of_two
+from tests.processes import GROUP, leave, results_of_two
 from tests.test_two_processes import make_model
 from tests.twin import batch, loss_on
 
+pytestmark = GROUP
 METHODS = {
     "CLARS": CLARS,
     "SignalLARS": SignalLARS,
