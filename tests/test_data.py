@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -128,9 +127,10 @@ def test_a_missing_split_names_those_that_are(tmp_path):
 
 
 def test_an_empty_split_is_refused(tmp_path):
-    parquet_folder(tmp_path / "d", rows=1)
-    for file in (tmp_path / "d").rglob("*.parquet"):  # the oldest datasets cannot write an empty one
-        pq.write_table(pq.read_table(file).slice(0, 0), file)
+    try:
+        parquet_folder(tmp_path / "d", rows=0)
+    except ZeroDivisionError:
+        pytest.skip("this version of datasets cannot write an empty parquet file")
     with pytest.raises(DataError, match='"train" corresponds to no data'):
         load_image_data(str(tmp_path / "d"))
     with pytest.raises(DataError, match="'test' is empty"):
