@@ -19,6 +19,7 @@ from hf_clars.grad_norms.graph.nodes import call_for_each, operand_grads
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
 from hf_clars.grad_norms.torch_internals import dtype_at, no_autocast, results_of
+from hf_clars.grad_norms.undisturbed import undisturbed
 
 Deliver = Callable[[ForwardPass, nn.Parameter, Tensor, torch.dtype], None]
 
@@ -149,7 +150,7 @@ class _GateArrival:
         current.arrive(self.ticket, self.gate.name)
         if edge is None:
             return
-        with torch.no_grad(), quietly(), no_autocast(g.device.type):
+        with torch.no_grad(), quietly(), undisturbed(current.params()), no_autocast(g.device.type):
             for use, own in self.gate.parts(edge, g.detach(), current.batch_size, current.kept):
                 for param, t in lead_back(use, at_least_float32(own)):
                     self.deliver(current, param, t, g.dtype)
@@ -171,7 +172,9 @@ class _Arrival:
             return
         given = [None if g is None else g.detach() for g in grads]
         some = next(g for g in given if g is not None)
-        with torch.no_grad(), quietly(), no_autocast(some.device.type):
+        own_function = isinstance(measured.use.node, BackwardCFunction)
+        kept = undisturbed(current.params() if own_function else ())
+        with torch.no_grad(), quietly(), kept, no_autocast(some.device.type):
             shared = not current.several.isdisjoint(measured.use.leaves.values())
             own = at_least_float32(measured.grads(given, current.batch_size, current.kept, shared=shared))
             for param, t in lead_back(measured.use, own):
