@@ -152,8 +152,7 @@ class _GateArrival:
             return
         with torch.no_grad(), quietly(), undisturbed(current.params()), no_autocast(g.device.type):
             for use, own in self.gate.parts(edge, g.detach(), current.batch_size, current.kept):
-                for param, t in lead_back(use, at_least_float32(own)):
-                    self.deliver(current, param, t, g.dtype)
+                _deliver(self.deliver, current, use, at_least_float32(own), g.dtype)
 
 
 @dataclass(eq=False)
@@ -177,8 +176,15 @@ class _Arrival:
         with torch.no_grad(), quietly(), kept, no_autocast(some.device.type):
             shared = not current.several.isdisjoint(measured.use.leaves.values())
             own = at_least_float32(measured.grads(given, current.batch_size, current.kept, shared=shared))
-            for param, t in lead_back(measured.use, own):
-                self.deliver(current, param, t, some.dtype)
+            _deliver(self.deliver, current, measured.use, own, some.dtype)
+
+
+def _deliver(deliver: Deliver, current: ForwardPass, use: Use, own: Tensor, dtype: torch.dtype) -> None:
+    """Lead an operand's gradients back to its parameters, and deliver these."""
+    if current.check is not None:
+        dtype = use.coarsest(dtype)
+    for param, t in lead_back(use, own):
+        deliver(current, param, t, dtype)
 
 
 def lead_back(use: Use, grads: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
