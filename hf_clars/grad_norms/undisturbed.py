@@ -1,7 +1,7 @@
 """Differentiating for the norms' sake leaves parameters as they are, whatever somebody's own backward function does.
 
-A reversible layer runs its modules again inside its backward function, and calls `backward()` there: each time its part of
-the graph is differentiated, its parameters' gradients grow. That must happen in the user's backward pass alone.
+A reversible layer runs its modules again inside its backward function, and calls `backward()` there: each time its part
+of the graph is differentiated, its parameters' gradients grow. That must happen in the user's backward pass alone.
 """
 
 from __future__ import annotations
