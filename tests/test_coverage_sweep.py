@@ -152,14 +152,16 @@ def test_the_page_says_what_the_results_say(tmp_path):
     rows = {
         "transformers/Fine": {"float32": exact, "bf16": exact},
         "timm/bad": {"float32": exact, "bf16": {"verdict": "wrong", "why": "w: 1 for 2", "pass": 2}},
-        "timm/no": {"verdict": "unjudged", "why": "takes | boxes"},
+        "timm/half": {"float32": exact, "bf16": {"verdict": "unjudged", "why": "took longer than 60 s"}},
+        "timm/no": {"verdict": "unjudged", "why": "NotRunnable: takes | boxes"},
     }
     write_page({"rows": rows, "versions": {"torch": "2"}}, tmp_path / "page.md", 10)
     text = (tmp_path / "page.md").read_text()
     assert "| Fine | exact | 1.5 / 1.5 | rule 3 |" in text
     assert "| bad | wrong | 1.5 | bf16, pass 2: w: 1 for 2 |" in text
     assert "| no | not judged |  | takes / boxes |" in text
-    assert "3 of 10" in text
+    assert "| half | exact | 1.5 | bf16 not judged: took longer than 60 s |" in text
+    assert "4 of 10" in text
 
 
 def test_the_page_in_the_docs_is_that_of_the_results():

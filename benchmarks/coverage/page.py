@@ -89,12 +89,13 @@ def word_of(row: dict[str, Any]) -> str:
 def _how(row: dict[str, Any]) -> str:
     """The words of a refusal, or the ways of measuring."""
     if "verdict" in row:
-        return _cell(row["why"])
+        return _cell(row["why"].removeprefix("NotRunnable: "))
     said = []
     for p in PRECISIONS:
         one = row.get(p, {})
         if "why" in one:
-            where = f", pass {one['pass']}" if "pass" in one else ""
+            where = " not judged" if one["verdict"] == "unjudged" else ""
+            where += f", pass {one['pass']}" if "pass" in one else ""
             said.append(f"{p}{where}: {_cell(one['why'])}")
     if said:
         return "; ".join(said)
