@@ -10,6 +10,7 @@ import torch
 from benchmarks.coverage.subject import B, NotRunnable, Subject, stir
 
 MOST = 40_000_000
+LARGE = 5_000_000  # more parameters than this, and the image is smaller: bf16 is slow on a CPU
 # What makes a model small whose family has no small one; each is tried.
 _NARROW: tuple[dict[str, Any], ...] = (
     {"embed_dim": 64, "depth": 2, "num_heads": 4},
@@ -65,7 +66,7 @@ def build(name: str) -> Subject:
         if narrow is None:
             failures.append(f"{model_name}: {count / 1e6:.0f} million parameters")
             continue
-        for side, settings in _attempts(timm.create_model(model_name).default_cfg):
+        for side, settings in _attempts(timm.create_model(model_name).default_cfg, large=count > LARGE):
             try:
                 torch.manual_seed(0)
                 model = timm.create_model(model_name, num_classes=5, **narrow, **settings).float().train()
@@ -102,7 +103,7 @@ def _guess(name: str) -> tuple[int, int, str]:
     return rank, len(name), name
 
 
-def _attempts(cfg: Any) -> list[tuple[int, dict[str, Any]]]:
+def _attempts(cfg: Any, large: bool) -> list[tuple[int, dict[str, Any]]]:
     own = cfg["input_size"][-1]
-    sides = [s for s in (64, 96, 112, 128) if s < own]
+    sides = [s for s in ((32,) if large else ()) + (64, 96, 112, 128) if s < own]
     return [(s, {"img_size": s}) for s in sides] + [(s, {}) for s in sides] + [(own, {})]
