@@ -81,7 +81,7 @@ def reaches_others(subject: Subject) -> bool:
         return False
     finally:
         handle.remove()
-    sizes = [g.flatten(1).abs().amax(1) for g in grads if g is not None and g.numel()]
+    sizes = [g.reshape(len(g), -1).abs().amax(1) for g in grads if g is not None and g.numel()]
     return any(bool(size[1:].max() > 1e-3 * size[0]) for size in sizes)
 
 
