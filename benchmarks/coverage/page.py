@@ -25,8 +25,8 @@ Each norm was compared with plain autograd in float64, one backward pass for eve
 The cost is the time of a pass with norms against a plain one, in float32 / bf16. The machine was busy with other work,
 so a figure may be off by half. Tiny models cost the most in proportion.
 
-The last column says how many tensors were measured by a rule for their module's class, and how many where the graph
-uses them.
+The last column counts tensors: those measured by a rule for their module's class, where the graph uses them, or by one
+backward pass a sample of the module around them; and those that no forward pass used.
 
 Made by `python scripts/sweep_coverage.py` with {versions}.
 {count} of {all} subjects have been swept.
