@@ -131,6 +131,18 @@ def test_low_precision_in_a_table_that_ends_in_full_precision_is_no_fault():
             norms.per_sample  # noqa: B018
 
 
+def test_low_precision_inside_a_recurrent_layer_is_no_fault():
+    torch.manual_seed(0)
+    model = nn.GRU(8, 8, 2, batch_first=True)
+    with PerSampleGradNorms(model, check=True) as norms:
+        for _ in range(10):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(torch.randn(3, 5, 8))[0]
+            out.float().sin().sum((1, 2)).mean().backward()
+            norms.per_sample  # noqa: B018
+
+
 def test_nothing_is_left_on_the_parameters():
     model = Scaled()
     norms = PerSampleGradNorms(model)
