@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_clars.grad_norms import BatchAxisError, PerSampleGradNorms
+from hf_clars.grad_norms import BatchAxisError, PerSampleGradNorms, UncoveredParameterError
 from hf_clars.optim import CLARS
 
 transformers = pytest.importorskip("transformers")
@@ -14,9 +14,9 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 class Images(nn.Module):
@@ -171,14 +171,6 @@ def test_clars_with_accumulation_and_evaluation_between_steps():
 
 
 def test_a_parameter_without_a_rule_is_named():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
-
-        def forward(self, x):
-            return self.linear(x) * self.scale
-
     model = Scaled()
     with PerSampleGradNorms(model) as norms:
         assert norms.why_not_compiled() == "scale"
@@ -214,7 +206,7 @@ def test_rows_that_are_folded_into_the_batch_are_refused_until_an_uncompiled_pas
     with pytest.raises((torch._dynamo.exc.Unsupported, BatchAxisError), match="whose"):
         whole(model)(x)
     norms.remove()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with PerSampleGradNorms(model) as norms:
         model(x).square().sum().backward()
         expected = norms.per_sample["linear"]
@@ -245,3 +237,47 @@ def test_paused_norms_measure_nothing_in_compiled_code():
         model.zero_grad()
         loss_of(call, images(3)).backward()
         assert all(len(values) == 3 for values in norms.per_sample.values())
+
+
+class Scaled(nn.Module):
+    """A parameter that no rule measures."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+def test_a_model_that_cannot_be_measured_in_compiled_code_is_refused_also_where_the_compiler_may_leave_its_code():
+    model = Scaled()
+    with PerSampleGradNorms(model), pytest.raises(UncoveredParameterError, match="scale: no layer rule"):
+        torch.compile(model, backend="aot_eager")(torch.randn(3, 4))
+
+
+def test_a_part_that_is_compiled_but_cannot_be_measured_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), Scaled())
+    model[1].compile(backend="aot_eager")
+    with PerSampleGradNorms(model), pytest.raises(UncoveredParameterError, match=r"1.scale: no layer rule"):
+        model(torch.randn(3, 4))
+
+
+def test_errors_go_to_the_one_who_asked_for_them():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(torch.relu(self.linear(x)))
+
+    for model in (Twice(), Scaled()):
+        torch.compiler.reset()
+        errors = []
+        norms = PerSampleGradNorms(model, on_error=errors.append)
+        call = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            call(torch.randn(3, 4)).sum().backward()
+        assert len(errors) == 1
+        norms.remove()

@@ -9,7 +9,7 @@ from tests.twin import OPTIMIZERS, batch, loss_on, small_model
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_compiled_step_equals_an_ordinary_one(name):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     ordinary, compiled = small_model(), small_model()
     plain, other = OPTIMIZERS[name](ordinary, 0.3), OPTIMIZERS[name](compiled, 0.3)
     step = torch.compile(other.step, backend="aot_eager")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from hf_clars.bench.compiled import COMPILED
 from hf_clars.bench.networks import NETWORKS
 from hf_clars.bench.pages import PAGES, Settings
 from hf_clars.bench.report import machine
@@ -26,6 +27,7 @@ pages:
   subset     norms of the first 512 samples of an accumulated batch of 16384 (resnet20)
   growth     the time ratio of hf_clars against batch, image size, width and depth, and where each form wins
   layers     the cost model: predicted and measured time of the forms, for every layer
+  compiled   norms in models compiled as a whole, against the compiled plain model (minutes of compiling: ask for it)
 
 Networks whose name ends in -gn have GroupNorm for BatchNorm, which other libraries do not support.
 Tables go to standard output, raw figures and pictures to the output folder; pages measured earlier stay in its JSON.
@@ -33,6 +35,8 @@ Tables go to standard output, raw figures and pictures to the output folder; pag
 For other libraries: pip install 'hf_clars[bench]'
 """
 
+
+PAGES_HELP = "what to measure (default: all but compiled)"
 
 # glibc gives freed memory back to the system and takes it anew, page by page, whenever it likes; which of two ways pays
 # for that is chance, and on a virtual machine it can be a third of a step. All ways alike keep what they freed instead.
@@ -47,10 +51,13 @@ def keep_freed_memory() -> None:
 
 def parse(argv: Sequence[str] | None) -> tuple[Settings, list[str]]:
     """The settings, and the pages, of the command line."""
+    known = list(dict.fromkeys([*NETWORKS, *COMPILED]))
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pages", nargs="+", choices=PAGES, default=list(PAGES), help="what to measure (default: all)")
     parser.add_argument(
-        "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="for cost and memory (default: all)"
+        "--pages", nargs="+", choices=PAGES, default=[p for p in PAGES if p != "compiled"], help=PAGES_HELP
+    )
+    parser.add_argument(
+        "--networks", nargs="+", choices=known, default=known, help="for cost, memory and compiled (default: all)"
     )
     parser.add_argument("--rounds", type=int, default=7, help="how often each thing is timed (default: 7)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
@@ -62,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, list[str]]:
         parser.error("--rounds and --threads must be at least 1")
     rounds = 1 if args.quick else args.rounds
     # In the order of the tables, whatever the order on the command line.
-    networks = tuple(name for name in NETWORKS if name in args.networks)
+    networks = tuple(name for name in known if name in args.networks)
     return Settings(networks, rounds, args.threads, args.output, quick=args.quick), [
         p for p in PAGES if p in args.pages
     ]

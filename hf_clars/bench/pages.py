@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hf_clars.bench import growth
+from hf_clars.bench.compiled import COMPILED, measure_compiled
 from hf_clars.bench.cost import measure_cost, measure_memory
 from hf_clars.bench.figures import save_cost_page, save_growth_page
 from hf_clars.bench.layers import LayerRow, measure_layers
@@ -29,7 +30,7 @@ class Settings:
     """What the command line decides.
 
     Attributes:
-        networks: Names of `NETWORKS`, for the pages that compare ways.
+        networks: Names of `NETWORKS` and `COMPILED`, for the pages that compare ways.
         rounds: How often each thing is timed.
         threads: Threads of torch.
         output: Folder of the JSON and the pictures.
@@ -42,6 +43,11 @@ class Settings:
     output: Path
     quick: bool = False
 
+    @property
+    def images(self) -> list[str]:
+        """The networks on images."""
+        return [name for name in self.networks if name in NETWORKS]
+
     def network(self, name: str) -> Network:
         """A network with the batch that is measured."""
         network = NETWORKS[name]
@@ -50,7 +56,7 @@ class Settings:
 
 def run_cost(settings: Settings) -> None:
     """Time of every way."""
-    rows = [row for name in settings.networks for row in measure_cost(settings.network(name), settings.rounds)]
+    rows = [row for name in settings.images for row in measure_cost(settings.network(name), settings.rounds)]
     columns: Columns = {
         "network": lambda row: row.network,
         "batch": lambda row: row.batch,
@@ -65,7 +71,7 @@ def run_cost(settings: Settings) -> None:
 
 def run_memory(settings: Settings) -> None:
     """Peak memory of every way."""
-    rows = [row for name in settings.networks for row in measure_memory(settings.network(name), settings.threads)]
+    rows = [row for name in settings.images for row in measure_memory(settings.network(name), settings.threads)]
     columns: Columns = {
         "network": lambda row: row.network,
         "batch": lambda row: row.batch,
@@ -127,7 +133,7 @@ def run_growth(settings: Settings) -> None:
 
 def run_layers(settings: Settings) -> None:
     """The cost model against the clock."""
-    names = [name for name in settings.networks if not name.endswith(GROUP_NORM_SUFFIX)]
+    names = [name for name in settings.images if not name.endswith(GROUP_NORM_SUFFIX)]
     rows = [row for name in names for row in measure_layers(settings.network(name), settings.rounds)]
 
     def milliseconds_of(seconds: Callable[[LayerRow], dict[str, float]], form: str) -> Callable[[Any], object]:
@@ -153,6 +159,21 @@ def run_layers(settings: Settings) -> None:
     _finish(settings, "layers", title, rows, columns)
 
 
+def run_compiled(settings: Settings) -> None:
+    """Cost in models that are compiled as a whole."""
+    names = [name for name in COMPILED if name in settings.networks]
+    rows = [measure_compiled(name, settings.rounds, quick=settings.quick) for name in names]
+    columns: Columns = {
+        "network": lambda row: row.network,
+        "input": lambda row: " x ".join(map(str, row.shape)),
+        "ms plain, compiled": lambda row: milliseconds(row.plain_seconds),
+        "ms with norms, compiled": lambda row: milliseconds(row.seconds),
+        "times plain (quartiles)": lambda row: row.ratio,
+        "largest error of a norm": lambda row: f"{row.largest_error:.0e}",
+    }
+    _finish(settings, "compiled", "Norms in compiled models, against the compiled plain model", rows, columns)
+
+
 PAGES: dict[str, Callable[[Settings], None]] = {
     "cost": run_cost,
     "memory": run_memory,
@@ -160,6 +181,7 @@ PAGES: dict[str, Callable[[Settings], None]] = {
     "subset": run_subset,
     "growth": run_growth,
     "layers": run_layers,
+    "compiled": run_compiled,
 }
 """What `--pages` can name."""
 

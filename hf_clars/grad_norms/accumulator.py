@@ -36,6 +36,8 @@ class NormAccumulator:
         engine_dropped_a_batch: For engines that hold the gradients: whether one was dropped since this was last called.
     """
 
+    take_error: Callable[[Exception], None] | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -50,7 +52,6 @@ class NormAccumulator:
         self.layers = list(layers)
         self.samples = samples
         self.paused = False
-        self.take_error: Callable[[Exception], None] | None = None
         self._layer_of = {p: k for k, layer in enumerate(self.layers) for p in layer.params}
         self._keep = keep_per_sample
         self.engine_dropped_a_batch: Callable[[], bool] = lambda: False

@@ -70,6 +70,7 @@ class ForwardPass:
         tables: Parameters used more than once that are tables looked up; see `tied_tables.py`.
         check: Compares sums with the batch gradient, in passes that are checked.
         compiled: Parameters that compiled code measures in it.
+        begun_compiled: Whether compiled code has begun it.
         unchecked: Whether compiled code in it does not hand over what the sum check compares.
         weights: Tokens of each sample, [B], where the loss is a mean over tokens.
         backward_seen: Whether a gradient has reached this pass.
@@ -101,6 +102,7 @@ class ForwardPass:
     tables: dict[nn.Parameter, TiedTable | None] = field(default_factory=dict)
     check: SumCheck | None = None
     compiled: set[nn.Parameter] = field(default_factory=set)
+    begun_compiled: bool = False
     unchecked: bool = False
     weights: Tensor | None = None
     backward_seen: bool = False

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
 from hf_clars.grad_norms.compiled.calls import CompiledCall
+from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
 from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
@@ -59,7 +60,7 @@ class HookedNorms(NormAccumulator):
 
     def _hook_modules(self) -> None:
         self._hooked = find_hooked_modules(self.model, self._layer_of)
-        self._compiled = CompiledPasses(self, self._hooked)
+        self._compiled = CompiledPasses(self, self._hooked)  # type: ignore[arg-type]  # the subclass is what exists
         self._call_hook.traced = self._compiled.model_hook(begins=True)
         self._result_hook.traced = self._end_hook.traced = self._compiled.model_hook(begins=False)
         for hooked in self._hooked:
@@ -178,6 +179,8 @@ class HookedNorms(NormAccumulator):
         current = self._current(x.shape[0])
         if current is None or not current.kept:
             return None
+        if current.begun_compiled:
+            raise ran_outside(hooked)
         current.packed = current.packed or saved_tensors_are_packed()
         replaced = capture(hooked, current, x, (args, kwargs), output, self._taint)
         if self._taint is not None and replaced is not None and self._taint.holds(x):
@@ -297,18 +300,6 @@ class HookedNorms(NormAccumulator):
         table that is looked up and a Linear layer's weight too.
         """
         return self._compiled.calls.reason
-
-    def _open_compiled(self, batch: int) -> ForwardPass:
-        return self._open(batch)
-
-    def _choose_check(self, current: ForwardPass) -> None:
-        """Subclasses may check a pass."""
-
-    def _stop_check(self) -> None:
-        """Subclasses may check a pass."""
-
-    def _add_compiled_sum(self, param: nn.Parameter, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
-        """Subclasses may check a pass."""
 
     def _note_compiled(self, calls: Sequence[CompiledCall]) -> None:
         """Compiled code has made these calls in a pass."""

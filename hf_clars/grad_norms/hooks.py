@@ -29,6 +29,9 @@ class TracedHook(Protocol):
     def ready(self, *args: Any) -> bool:
         """Whether it can do the hook's work."""
 
+    def refuse(self) -> None:
+        """Raise, where the hook's work cannot be done beside compiled code either."""
+
     def __call__(self, *args: Any) -> Any:
         """Do it."""
 
@@ -61,14 +64,20 @@ class BoundHook:
         if torch.compiler.is_compiling():
             if self.traced is not None and self.traced.ready(*args):
                 return self.traced(*args, **kwargs)
-            return self._outside(args, kwargs)
-        return self._call(args, kwargs)
+            return self._outside(args, kwargs, compiled=True)
+        return self._outside(args, kwargs)
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @torch.compiler.disable(
+        reason="hf_clars: a parameter has no layer rule that works in compiled code (norms.why_not_compiled() names it)"
+    )
+    def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool = False) -> Any:
+        """Outside compiled code, or between two pieces of it."""
         method = self.method()
         if method is None or getattr(method.__self__, "paused", False):  # type: ignore[attr-defined]
             return None
         try:
+            if compiled and self.traced is not None:
+                self.traced.refuse()
             return method(*self.first, *args, **kwargs)
         except Exception as error:
             take_error = getattr(method.__self__, "take_error", None)  # type: ignore[attr-defined]
@@ -76,15 +85,6 @@ class BoundHook:
                 raise
             take_error(error)
             return None
-
-    @torch.compiler.disable(
-        reason="hf_clars measures gradient norms between two pieces of compiled code, because a parameter of this "
-        "model has no layer rule (norms.why_not_compiled() names it): compile the model without fullgraph=True, register a "
-        "rule, or take the norms off it (remove())"
-    )
-    def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A compiled model calls its hooks between two pieces of compiled code."""
-        return self._call(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InertHook:
         return InertHook()

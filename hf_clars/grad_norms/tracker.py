@@ -87,10 +87,10 @@ class PerSampleGradNorms(HookedNorms):
                 f"loss_reduction={loss_reduction!r}: use 'mean', 'sum' or 'mean_tokens', as the loss does."
             )
         partition = param_layers(model, layers=layers) if isinstance(layers, str) else layers
-        super().__init__(model, partition, samples=samples, keep_per_sample=keep_per_sample)
-        self.loss_reduction = loss_reduction
         self._on_error = on_error
         self.take_error = None if on_error is None else self._give_up
+        super().__init__(model, partition, samples=samples, keep_per_sample=keep_per_sample)
+        self.loss_reduction = loss_reduction
         self.check_every = 1 if check is True else int(check)
         self._check: SumCheck | None = None
         self._checked = self._passes_since = self._next_checked = 0

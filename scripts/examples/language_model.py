@@ -30,7 +30,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.manual_seed(0)
     data = Bytes(chosen.samples, chosen.length)
-    model = byte_model(chosen.length)
+    model: torch.nn.Module = byte_model(chosen.length)
     if chosen.lora:
         from peft import LoraConfig, get_peft_model
 

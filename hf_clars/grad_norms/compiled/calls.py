@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
+from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms.compiled.functions import OneProduct, Watched
 from hf_clars.grad_norms.compiled.operations import begin_pass, check_sum
 from hf_clars.grad_norms.compiled.tied import Linked, Tie, TiedLookup
@@ -45,6 +46,7 @@ class CompiledCalls:
         expected: Whether calls outside compiled code should prepare rows for compiled code inside.
         checked: Whether sums are checked in this batch.
         paused: As the tracker's.
+        forgiving: Whether errors are kept in `failed`, and not raised where the model is called.
         by_tokens: Whether the loss is a mean over tokens.
         reason: Which parameters stand in the way of `whole`, in words.
     """
@@ -56,6 +58,8 @@ class CompiledCalls:
         self.number: Tensor | None = None
         self.given_axes: tuple[int, ...] = ()
         self.expected = self.checked = True
+        self.forgiving = False
+        self.failed = ""
         self.paused = self.by_tokens = False
         self.calls: dict[str, CompiledCall] = {}
         owners: dict[nn.Parameter, list[HookedModule]] = {}
@@ -144,6 +148,7 @@ class CompiledCall:
         self.hooked = hooked
         self.module = hooked.module
         self.rule = hooked.rule
+        self.name = str(hooked)
         self.tie = tie
         self.row_numbers = row_numbers
         self.places = torch.tensor(row_numbers)  # as numbers they would make different code of equal blocks
@@ -155,6 +160,9 @@ class CompiledCall:
         """How it is measured, for people."""
         return f"{type(self.rule).__name__} of {self.hooked}: in the compiled graph"
 
+    def refuse(self) -> None:
+        """It can do its work outside too."""
+
     def ready(self, *args: Any) -> bool:
         """Whether it can do its work in compiled code."""
         if not (self.state.measures or self.state.paused) and torch.is_grad_enabled():
@@ -165,10 +173,13 @@ class CompiledCall:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """After the module's forward, while a compiler looks on. What is returned takes the output's place."""
         x = tensor_given(args, kwargs)
-        if not torch.is_grad_enabled() or x is None or not any(getattr(module, n).requires_grad for n in self.names):
+        if not self.state.measures or not torch.is_grad_enabled() or x is None:
+            return None
+        if not any(getattr(module, n).requires_grad for n in self.names):
             return None
         if not self.rows:
-            raise self._used_twice()
+            self._refuse(UncoveredParameterError, self._used_twice())
+            return None
         named = [(n, row) for n, row in zip(self.names, self.rows, strict=True) if getattr(module, n).requires_grad]
         self.rows = ()
         self.ran = True
@@ -176,7 +187,9 @@ class CompiledCall:
         batch = rows[0].shape[0]
         y = output
         spread = output.shape[0] == 1 and batch != 1
-        self._check_layout(x, output, batch)
+        if not self._layout_is_known(x, output, batch):
+            self._refuse(BatchAxisError, self._unknown_rows(x, batch))
+            return None
         if spread:  # what is made of parameters, and added to every sample
             y = output.expand(batch, *output.shape[1:])
         elif self._takes_over(names, x, output, batch):
@@ -204,41 +217,50 @@ class CompiledCall:
             y = Linked.apply(y, tie.link, tie.tokens, x.detach())
         return Watched.apply(y, self, names, *rows, *saved)
 
-    def _used_twice(self) -> UncoveredParameterError:
-        """Two uses add up before they are squared, which a row cannot do."""
-        return UncoveredParameterError(
-            f"{self.hooked} is called more than once in one pass of compiled code, and its gradients must be added "
-            "before their norms are taken: compile the model without it, or in parts that call it once."
-        )
-
     def _takes_over(self, names: tuple[str, ...], x: Tensor, output: Tensor, batch: int) -> bool:
         if self.tie is not None or "weight" not in names or x.shape[0] != batch or is_split(self.module.weight):
             return False
         return self.rule.takes_over(self.module, x, output)
 
-    def _check_layout(self, x: Tensor, output: Tensor, batch: int) -> None:
-        """The first axis must be the batch, or fold it as an uncompiled pass has shown."""
+    def _layout_is_known(self, x: Tensor, output: Tensor, batch: int) -> bool:
+        """Whether the first axis is the batch, or folds it as an uncompiled pass has shown."""
         hooked = self.hooked
         if not self.rule.has_batch_axis(self.module, x) or output.shape[0] != x.shape[0]:
-            raise self._refusal(x, batch)
+            return False
         if x.shape[0] == batch:
-            if not hooked.calls and not hooked.data_dims:  # nothing is known: what comes from no parameter may be a
-                # table as long as the batch by chance, as T5's position buckets [T, T] are
-                chance = not x.requires_grad and x.dim() == 2 and x.shape[1] == batch and batch in self.state.given_axes
-                if chance and batch > 1:
-                    raise self._refusal(x, batch)
-            elif x.dim() in hooked.own_dims and x.dim() not in hooked.data_dims:
-                raise self._refusal(x, batch)
-        elif x.shape[0] != 1:
-            rows = x.shape[0] // batch
-            known = hooked.calls.get((rows, *x.shape[1:])) if rows * batch == x.shape[0] else None
-            if known not in ("certain", "observed"):
-                raise self._refusal(x, batch)
+            if hooked.calls or hooked.data_dims or hooked.own_dims:
+                return x.dim() not in hooked.own_dims or x.dim() in hooked.data_dims
+            # Nothing is known. What comes from no parameter may be a table as long as the batch by chance, as T5's
+            # position buckets [T, T] are.
+            chance = not x.requires_grad and x.dim() == 2 and x.shape[1] == batch and batch in self.state.given_axes
+            return batch == 1 or not chance
+        if x.shape[0] == 1:
+            return True
+        rows = x.shape[0] // batch
+        known = hooked.calls.get((rows, *x.shape[1:])) if rows * batch == x.shape[0] else None
+        return known in ("certain", "observed")
 
-    def _refusal(self, x: Tensor, batch: int) -> BatchAxisError:
-        return BatchAxisError(
-            f"{self.hooked} is called on {tuple(x.shape)} in compiled code, and the batch has {batch} samples: which "
-            f"rows are whose is not known. {_LEARN}"
+    def _refuse(self, kind: type[HfClarsError], message: str) -> None:
+        """Raise an error, or keep its words until the norms arrive, where the model's caller shall not see it.
+
+        Raises:
+            HfClarsError: Of this kind.
+        """
+        if not self.state.forgiving:
+            raise kind(message)
+        self.state.failed = message
+
+    def _unknown_rows(self, x: Tensor, batch: int) -> str:
+        return (
+            f"{self.name} is called on {len(x)} rows in compiled code, and the batch has {batch} samples: which rows "
+            f"are whose is not known. {_LEARN}"
+        )
+
+    def _used_twice(self) -> str:
+        """Two uses add up before they are squared, which a row cannot do."""
+        return (
+            f"{self.name} is called more than once in one pass of compiled code, and its gradients must be added "
+            "before their norms are taken: compile the model without it, or in parts that call it once."
         )
 
     # ---- arithmetic of the backward pass ---------------------------------------------------------------------
@@ -283,41 +305,3 @@ class CompiledCall:
     def _checked(self, name: str, squares: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
         size = squares.clamp(min=0).sqrt().sum()
         return check_sum(squares, total, size, self.places, self.names.index(name), self.state.receiver, dtype)
-
-
-class CompiledContainer:
-    """A module all of whose parameters belong to compiled calls inside; a hook that does nothing in compiled code."""
-
-    def __init__(self, state: CompiledCalls) -> None:
-        self.state = state
-
-    def ready(self, *args: Any) -> bool:
-        """Whether the modules inside can do their work."""
-        return self.state.measures or self.state.paused or not torch.is_grad_enabled()
-
-    def __call__(self, *args: Any) -> None:
-        """Do nothing."""
-
-
-class CompiledModel:
-    """The model's own hooks in compiled code.
-
-    Args:
-        state: The tracker's.
-        begins: Whether it is the hook before the model's forward, or one after it.
-    """
-
-    def __init__(self, state: CompiledCalls, *, begins: bool) -> None:
-        self.state = state
-        self.begins = begins
-
-    def ready(self, *args: Any) -> bool:
-        """Whether the model may be compiled as a whole."""
-        return self.state.whole or self.state.paused or not torch.is_grad_enabled()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], rest: Any, *output: Any) -> None:
-        """A pass begins, or ends."""
-        if self.begins:
-            self.state.begin(args, rest)
-        else:
-            self.state.end()

@@ -67,6 +67,9 @@ class Told:
         """It can always do its work."""
         return True
 
+    def refuse(self) -> None:
+        """Never."""
+
     def __call__(self, *args: Any) -> None:
         """Tell, if there may be a backward pass. The result is kept, or a compiler would leave the operation out."""
         if torch.is_grad_enabled():

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.compiled.calls import CompiledCall, CompiledCalls, CompiledContainer, CompiledModel
+from hf_clars.grad_norms.compiled.calls import CompiledCall, CompiledCalls
+from hf_clars.grad_norms.compiled.containers import CompiledContainer, CompiledModel
 from hf_clars.grad_norms.compiled.operations import enlist
+from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, second_backward
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.hooked_modules import HookedModule
-    from hf_clars.grad_norms.hooked_norms import HookedNorms
+    from hf_clars.grad_norms.tracker import PerSampleGradNorms
 
 
 class CompiledPasses:
@@ -29,13 +31,14 @@ class CompiledPasses:
         calls: What compiled code sees.
     """
 
-    def __init__(self, norms: HookedNorms, hooked: list[HookedModule]) -> None:
+    def __init__(self, norms: PerSampleGradNorms, hooked: list[HookedModule]) -> None:
         self._norms = weakref.proxy(norms)
         self._open: weakref.WeakValueDictionary[int, ForwardPass] = weakref.WeakValueDictionary()
         self._number = 0
         self._joined: ForwardPass | None = None
         self._arrived: set[int] = set()
         self.calls = CompiledCalls(norms.model, enlist(self), hooked)
+        self.calls.forgiving = norms.take_error is not None
         layers = [norms._layer_of[p] for p in self.calls.params]
         self._layers, self._layer_index = sorted(set(layers)), torch.tensor(layers)
 
@@ -43,13 +46,13 @@ class CompiledPasses:
         """Know parameters by those that an engine has put in their place: {old: new}."""
         self.calls.params = [swapped.get(p, p) for p in self.calls.params]
 
-    def hook_of(self, hooked: HookedModule) -> CompiledCall | CompiledContainer | None:
+    def hook_of(self, hooked: HookedModule) -> CompiledCall | CompiledContainer:
         """What stands for a module's hook in compiled code."""
-        if hooked.rule is not None:
-            return self.calls.calls.get(hooked.path)
+        if hooked.path in self.calls.calls:
+            return self.calls.calls[hooked.path]
         known = set(self.calls.params)
-        inside = (p for p in hooked.module.parameters() if p in self._norms._layer_of)
-        return CompiledContainer(self.calls) if all(p in known for p in inside) else None
+        inside = ((n, p) for n, p in hooked.module.named_parameters() if p in self._norms._layer_of)
+        return CompiledContainer(self.calls, ", ".join(hooked.full_name(n) for n, p in inside if p not in known))
 
     def model_hook(self, *, begins: bool) -> CompiledModel:
         """What stands for the model's own hooks in compiled code."""
@@ -82,9 +85,10 @@ class CompiledPasses:
     def compiled_pass_begins(self, batch: int, weights: Tensor | None, checked: bool) -> int:
         """See `operations.Receiver`."""
         self._number += 1
-        current = self._joined or self._norms._open_compiled(batch)
+        current = self._joined or self._norms._open(batch)
         current.unchecked = not checked
         if self._joined is None:
+            current.begun_compiled = True
             current.weights = weights
             self._norms._choose_check(current)
         self._open[self._number] = current
@@ -99,6 +103,10 @@ class CompiledPasses:
         if number in self._arrived:
             self._norms._stop_check()
             raise second_backward("the compiled model")
+        failed, self.calls.failed = self.calls.failed, ""
+        if failed and self._norms.take_error is not None:
+            self._norms.take_error(UncoveredParameterError(failed))
+            return
         self._arrived = {n for n in self._arrived if n in self._open} | {number}
         self._norms._note_compiled([call for call in self.calls.calls.values() if call.ran])
         found = squares[:, : current.kept]
