@@ -137,6 +137,7 @@ def test_modules_that_a_backward_function_runs_again_are_exact_and_left_alone():
             for name, p in named.items():
                 torch.testing.assert_close(p.grad, plain[name], msg=name)
             assert len(came) == len(named) * number
+        assert all(way.ways for way in norms.explain().parameters)
     for i in range(len(x)):
         model.zero_grad()
         model(x)[i].sin().sum().backward()
