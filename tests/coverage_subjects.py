@@ -23,6 +23,8 @@ class Misbehaves(nn.Module):
                 os.kill(os.getpid(), signal.SIGSEGV)
             if self.what == "sleeps":
                 time.sleep(600)
+            while self.what == "computes without end":
+                pass
             if self.what == "is greedy":
                 torch.empty(200 * 2**30, dtype=torch.uint8)
             if self.what == "raises":
@@ -31,7 +33,7 @@ class Misbehaves(nn.Module):
 
 
 def names():
-    return ["is well", "dies", "sleeps", "is greedy", "raises"]
+    return ["is well", "dies", "sleeps", "computes without end", "is greedy", "raises"]
 
 
 def build(name):

@@ -55,9 +55,15 @@ def test_what_does_not_end_is_a_row(swept):
     assert "not done after 10 s" in rows["own/sleeps"]["float32"]["why"]
 
 
+def test_what_takes_too_long_is_not_judged(swept):
+    rows, _ = swept("computes without end", seconds=2)
+    assert word_of(rows["own/computes without end"]) == "not judged"
+    assert rows["own/computes without end"]["float32"]["why"] == "took longer than 2 s"
+
+
 def test_what_cannot_be_built_is_a_row(swept):
     rows, _ = swept("cannot be built")
-    assert word_of(rows["own/cannot be built"]) == "not run"
+    assert word_of(rows["own/cannot be built"]) == "not judged"
     assert "no such model" in rows["own/cannot be built"]["why"]
 
 
@@ -103,6 +109,29 @@ def test_copies_agree_with_the_other_oracle():
         torch.testing.assert_close(found[name], grads.flatten(1).norm(dim=1), msg=name)
 
 
+class AcrossTheBatch(nn.Module):
+    """Attends over the samples by mistake, to values that are all alike: LayerNorm of one number is its bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 1), nn.LayerNorm(1)
+        nn.init.ones_(self.norm.bias)
+
+    def forward(self, x):  # [B, 4, 8]
+        x = self.layer(x)
+        values = self.norm(x)[..., 0]
+        return x[..., 0].tanh() * (1 + (values @ values.T).softmax(-1) @ values)
+
+
+def test_coupling_is_seen_where_no_value_shows_it():
+    torch.manual_seed(0)
+    subject = Subject(AcrossTheBatch(), {"": (torch.randn(3, 4, 8),)})
+    assert is_coupled(subject)
+    right = expected(subject, ["float32"])["float32"]
+    row = judge(subject, "float32", right)
+    assert row["verdict"] == "exact", row
+
+
 @pytest.mark.parametrize("name", ["BertConfig", "Gemma3Config", "MixtralConfig"])
 def test_configurations_become_tiny_by_the_names_of_their_fields(name):
     config = tiny_config(getattr(transformers, name), pad_token_id=0)
@@ -128,14 +157,16 @@ def test_the_page_says_what_the_results_say(tmp_path):
     rows = {
         "transformers/Fine": {"float32": exact, "bf16": exact},
         "timm/bad": {"float32": exact, "bf16": {"verdict": "wrong", "why": "w: 1 for 2", "pass": 2}},
-        "timm/no": {"verdict": "unjudged", "why": "takes | boxes"},
+        "timm/half": {"float32": exact, "bf16": {"verdict": "unjudged", "why": "took longer than 60 s"}},
+        "timm/no": {"verdict": "unjudged", "why": "NotRunnable: takes | boxes"},
     }
     write_page({"rows": rows, "versions": {"torch": "2"}}, tmp_path / "page.md", 10)
     text = (tmp_path / "page.md").read_text()
     assert "| Fine | exact | 1.5 / 1.5 | rule 3 |" in text
     assert "| bad | wrong | 1.5 | bf16, pass 2: w: 1 for 2 |" in text
-    assert "| no | not run |  | takes / boxes |" in text
-    assert "3 of 10" in text
+    assert "| no | not judged |  | takes / boxes |" in text
+    assert "| half | exact | 1.5 | bf16 not judged: took longer than 60 s |" in text
+    assert "4 of 10" in text
 
 
 def test_the_page_in_the_docs_is_that_of_the_results():

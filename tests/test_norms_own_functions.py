@@ -76,3 +76,70 @@ def test_an_error_there_ends_the_measuring_and_not_the_training(monkeypatch, cap
                 model(ids).sum().backward()
     assert monitor.ended.startswith("ZeroDivisionError")
     assert model.words.weight.grad is not None
+
+
+class Reversible(torch.autograd.Function):
+    """Keeps its result alone: its backward runs both modules again, and calls backward() there."""
+
+    @staticmethod
+    def forward(ctx, x, f, g):
+        ctx.modules = f, g
+        first, second = x.chunk(2, -1)
+        first = first + f(second)
+        second = second + g(first)
+        ctx.save_for_backward(first, second)
+        return torch.cat((first, second), -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        f, g = ctx.modules
+        (first, second), (to_first, to_second) = ctx.saved_tensors, grad.chunk(2, -1)
+        first = first.detach().requires_grad_()
+        with torch.enable_grad():
+            out = g(first)
+            out.backward(to_second)
+        second = (second - out.detach()).requires_grad_()
+        to_first = to_first + first.grad
+        with torch.enable_grad():
+            f(second).backward(to_first)
+        return torch.cat((to_first, to_second + second.grad), -1), None, None
+
+
+class ReversibleNet(nn.Module):
+    """Time comes first before them: whose rows are whose is learned from the graph, through the reversible layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x):  # [B, T, 4]
+        hidden = self.words(x.transpose(0, 1)).transpose(0, 1)
+        for f, g in zip(self.layers[::2], self.layers[1::2], strict=True):
+            hidden = Reversible.apply(hidden, f, g)
+        return self.head(hidden)
+
+
+def test_modules_that_a_backward_function_runs_again_are_exact_and_left_alone():
+    model, x = ReversibleNet().double(), torch.randn(5, 7, 4, dtype=torch.float64)
+    named = dict(model.named_parameters())
+    model(x).sin().sum().backward()
+    plain = {n: p.grad for n, p in named.items()}
+    came = []
+    for p in named.values():
+        p.register_post_accumulate_grad_hook(came.append)
+    with PerSampleGradNorms(model, loss_reduction="sum", layers="tensor", check=True) as norms:
+        for number in range(1, 4):
+            model.zero_grad()
+            model(x).sin().sum().backward()
+            found = norms.per_sample
+            for name, p in named.items():
+                torch.testing.assert_close(p.grad, plain[name], msg=name)
+            assert len(came) == len(named) * number
+        assert all(way.ways for way in norms.explain().parameters)
+    for i in range(len(x)):
+        model.zero_grad()
+        model(x)[i].sin().sum().backward()
+        for name, p in named.items():
+            torch.testing.assert_close(found[name][i], p.grad.norm(), rtol=1e-9, atol=1e-12, msg=name)

@@ -106,6 +106,43 @@ def test_low_precision_is_no_fault(dtype):
             norms.per_sample  # noqa: B018
 
 
+class Table(nn.Module):
+    """A small network on fixed coordinates makes a table, in float32 at last, that is added to the data (Swin v2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.table = nn.Linear(16, 16), nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 1))
+        self.places = torch.randn(16, 2)
+
+    def forward(self, x):
+        return self.inner(x) + 16 * self.table(self.places).float().sigmoid()[:, 0]
+
+
+def test_low_precision_in_a_table_that_ends_in_full_precision_is_no_fault():
+    torch.manual_seed(0)
+    model = Table()
+    with PerSampleGradNorms(model, check=True) as norms:
+        for _ in range(10):
+            x = torch.randn(3, 16)
+            model.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(x).float().square().sum(1).mean()
+            loss.backward()
+            norms.per_sample  # noqa: B018
+
+
+def test_low_precision_inside_a_recurrent_layer_is_no_fault():
+    torch.manual_seed(0)
+    model = nn.GRU(8, 8, 2, batch_first=True)
+    with PerSampleGradNorms(model, check=True) as norms:
+        for _ in range(10):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(torch.randn(3, 5, 8))[0]
+            out.float().sin().sum((1, 2)).mean().backward()
+            norms.per_sample  # noqa: B018
+
+
 def test_nothing_is_left_on_the_parameters():
     model = Scaled()
     norms = PerSampleGradNorms(model)

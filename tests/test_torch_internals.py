@@ -19,6 +19,22 @@ def test_a_running_backward_pass_is_seen():
     assert not internals.inside_backward()
 
 
+def test_hooks_that_are_taken_out_do_not_run_and_those_put_back_do():
+    seen, w = [], torch.ones(2, requires_grad=True)
+    w.register_hook(lambda g: seen.append("comes"))
+    w.register_post_accumulate_grad_hook(lambda w: seen.append("was added"))
+    found = internals.hooks_on_gradients(w)
+    before = [dict(hooks) for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    w.sum().backward()
+    assert seen == []
+    for hooks, kept in zip(found, before, strict=True):
+        hooks.update(kept)
+    w.sum().backward()
+    assert seen == ["comes", "was added"]
+
+
 def test_packing_of_saved_tensors_is_seen():
     seen = []
 

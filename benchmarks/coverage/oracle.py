@@ -24,6 +24,11 @@ class OracleFails(Exception):
     """The oracle cannot judge this model; the words say why."""
 
 
+def norm(g: Tensor) -> Tensor:
+    """A gradient's norm; a sum of 100 million squares in float32 would be off by half a percent."""
+    return torch.linalg.vector_norm(g, dtype=torch.float64).to(g.dtype)
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -44,7 +49,7 @@ def one_backward_a_sample(model: nn.Module, losses_of: Callable[[], Tensor]) -> 
     for i in range(len(losses)):
         model.zero_grad()
         (losses_of() if i else losses)[i].backward()
-        rows.append([losses.new_zeros(()) if p.grad is None else p.grad.norm() for p in named.values()])
+        rows.append([losses.new_zeros(()) if p.grad is None else norm(p.grad) for p in named.values()])
     model.zero_grad()
     return {n: torch.stack([row[k] for row in rows]).detach() for k, n in enumerate(named)}
 
@@ -83,7 +88,7 @@ def one_copy_a_sample(model: nn.Module, losses_of: Callable[[], Tensor], batch: 
             torch.stack(kept).sum(0), want, rtol=rtol, atol=2 * rtol * largest + 1e-7
         ):
             raise OracleFails(f"the copies' gradients of {name} do not add up to the batch gradient")
-        result[name] = torch.stack([g.norm() for g in kept]).detach()
+        result[name] = torch.stack([norm(g) for g in kept]).detach()
     model.zero_grad()
     return result
 

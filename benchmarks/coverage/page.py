@@ -20,13 +20,15 @@ Each norm was compared with plain autograd in float64, one backward pass for eve
 - **slow**: exact, but a pass costs more than {slow:g} plain ones on this tiny model. On a large model it is less.
 - **refused**: an error comes before a wrong norm does. Its words are in the table.
 - **wrong** or **crashed**: a fault of ours. Do not use it there.
-- **not run**: nothing can be said, and why.
+- **not judged**: nothing can be said, and why. Where only one precision was not judged, the word is that of the other.
 
-The cost is the processor time of a pass with norms against a plain one, in float32 / bf16. The machine was busy with
-other work, so a figure may be off by half. Tiny models cost the most in proportion.
+The cost is the time of a pass with norms against a plain one, in float32 / bf16. The machine was busy with other work,
+so a figure may be off by half. Tiny models cost the most in proportion.
 
-Made by `python scripts/sweep_coverage.py` with {versions}. Rows that say "no rule" are older: they
-were made with the engine that the present one replaced. Rows that say "in the graph", or "rule" alone, are of either.
+The last column counts tensors: those measured by a rule for their module's class, where the graph uses them, or by one
+backward pass a sample of the module around them; and those that no forward pass used.
+
+Made by `python scripts/sweep_coverage.py` with {versions}.
 {count} of {all} subjects have been swept.
 """
 _TITLES = {
@@ -56,7 +58,7 @@ def write_page(results: dict[str, Any], path: Path, total: int) -> None:
 
 
 def _summary(rows: dict[str, Any]) -> str:
-    words = ("exact", "slow", "refused", "wrong", "crashed", "not run")
+    words = ("exact", "slow", "refused", "wrong", "crashed", "not judged")
     lines = ["| | " + " | ".join(words) + " |", "| --- |" + " ---: |" * len(words)]
     for suite in SUITES:
         counted = Counter(word_of(row) for name, row in rows.items() if name.startswith(suite + "/"))
@@ -80,19 +82,20 @@ def word_of(row: dict[str, Any]) -> str:
         if verdict in found:
             return verdict
     if "exact" not in found:
-        return "not run"
+        return "not judged"
     return "slow" if any(row[p].get("cost", 0) > SLOW for p in PRECISIONS) else "exact"
 
 
 def _how(row: dict[str, Any]) -> str:
     """The words of a refusal, or the ways of measuring."""
     if "verdict" in row:
-        return _cell(row["why"])
+        return _cell(row["why"].removeprefix("NotRunnable: "))
     said = []
     for p in PRECISIONS:
         one = row.get(p, {})
         if "why" in one:
-            where = f", pass {one['pass']}" if "pass" in one else ""
+            where = " not judged" if one["verdict"] == "unjudged" else ""
+            where += f", pass {one['pass']}" if "pass" in one else ""
             said.append(f"{p}{where}: {_cell(one['why'])}")
     if said:
         return "; ".join(said)

@@ -98,16 +98,20 @@ def _one(server: Any, name: str, seconds: float, gigabytes: float) -> dict[str, 
         process.kill()
         process.join()
         _ended(row, stage, f"not done after {10 * seconds:.0f} s")
+    elif process.exitcode == -signal.SIGXCPU:
+        _ended(row, stage, f"took longer than {seconds:.0f} s", "unjudged")
     elif process.exitcode:
         code = process.exitcode
         _ended(row, stage, f"the process died of {signal.Signals(-code).name}" if code < 0 else f"exit status {code}")
     return row
 
 
-def _ended(row: dict[str, Any], stage: str, why: str) -> None:
-    """Note a death in the precision that it happened in."""
-    died = {"verdict": "crashed" if stage in PRECISIONS else "unjudged", "why": f"{why} ({stage})"}
-    row.update({stage: died} if stage in PRECISIONS else {"verdict": "unjudged", "why": died["why"]})
+def _ended(row: dict[str, Any], stage: str, why: str, verdict: str = "crashed") -> None:
+    """Note an end in the precision that it happened in."""
+    if stage in PRECISIONS:
+        row[stage] = {"verdict": verdict, "why": why}
+    else:
+        row.update(verdict="unjudged", why=f"{why} ({stage})")
 
 
 def _in_child(module: str, name: str, send: Connection, seconds: float, gigabytes: float) -> None:

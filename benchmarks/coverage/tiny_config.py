@@ -42,6 +42,7 @@ _RULES: list[tuple[str, _Shrink]] = [
         lambda v: min(v, 2),
     ),
     (r".*(image_size|input_size|img_size|crop_size)", lambda v: IMAGE),
+    (r"hidden_size_global", lambda v: WIDTH),
     (r".*patch_size", lambda v: min(v, PATCH)),
     (
         r".*(max_position_embeddings|n_positions|n_ctx|max_seq_len.*|max_source_positions|max_target_positions|seq_length)",
@@ -66,7 +67,16 @@ _WIDE = (
 
 
 # What a class leaves to be computed, and some forget to.
-_SIZES_LEFT_OPEN = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "num_experts_per_tok": 2, "vocab_size": VOCAB}
+_SIZES_LEFT_OPEN = {
+    "head_dim": HEAD_DIM,
+    "num_key_value_heads": HEADS,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "vocab_size": VOCAB,
+}
+# What configurations take without a field of that name.
+_TAKEN_ANYWAY = ("num_labels", "out_indices", "rope_theta", "yes_token_index", "no_token_index")
 
 
 def narrow(value: int, wide: int) -> int:
@@ -147,7 +157,7 @@ def tiny_config(config_class: type[PretrainedConfig], keep_widths: bool = False,
         if dataclasses.is_dataclass(sub) and sub is not PretrainedConfig:
             inner = tiny_config(cast(Any, sub), keep_widths, **{k: v for k, v in settings.items() if k != "num_labels"})
             found[name] = inner.to_dict()
-    found.update({k: v for k, v in settings.items() if k in fields or k == "num_labels"})
+    found.update({k: v for k, v in settings.items() if k in fields or k in _TAKEN_ANYWAY})
     return config_class(**found)
 
 

@@ -16,7 +16,7 @@ MODELS: dict[str, tuple[int, ...]] = {
     "efficientnet_b0": (32, 32),
     "efficientnet_v2_s": (32, 32),
     "googlenet": (96, 96),
-    "inception_v3": (75, 75),
+    "inception_v3": (107, 107),
     "maxvit_t": (224, 224),
     "mnasnet0_5": (32, 32),
     "mobilenet_v2": (32, 32),

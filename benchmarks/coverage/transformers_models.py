@@ -19,14 +19,16 @@ TOKENS = 11
 
 # What the names of fields do not tell: settings that depend on each other. The key begins the class's name.
 _WINDOWS = {"image_size": 64, "window_size": 4, "depths": [1, 1], "num_heads": [2, 2]}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 BY_HAND: dict[str, dict[str, Any]] = {
     "Blt": {"encoder_hash_byte_group_vocab": VOCAB},
-    "Beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "BeitForSem": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "CohereCompass": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "Cvt": {"depth": [1, 1, 3], "drop_path_rate": [0.0, 0.0, 0.0]},
-    "DPT": {"num_hidden_layers": 4, "backbone_out_indices": [1, 2, 3, 4]},
-    "Data2VecVision": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "DPT": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
+    "Data2VecVisionForSem": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "Dbrx": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "DonutSwin": _WINDOWS,
-    "Dots1": {"n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4},
     "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
     "Ernie4_5_Moe": {"moe_k": 2},
     "GPTNeoFor": {"attention_types": [[["global", "local"], 1]]},
@@ -39,9 +41,21 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "Musicgen": {"num_codebooks": 1},
     "Qwen3_5": {"layer_types": ["linear_attention", "full_attention"]},
     "Reformer": {"is_decoder": True, "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [16, 16]},
+    "Sapiens2": {
+        "head_config": {
+            "upsample_out_channels": [8],
+            "upsample_kernel_sizes": [4],
+            "conv_out_channels": [8],
+            "conv_kernel_sizes": [1],
+        }
+    },
+    "ShieldGemma2": {"yes_token_index": 5, "no_token_index": 6},
     "SwinFor": _WINDOWS,
     "Swinv2": _WINDOWS,
+    "Tipsv2Dpt": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "reshape_hidden_states": False},
+    "UperNet": {"out_indices": [1, 2, 3, 4]},
     "Xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "Zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
 }
 
 

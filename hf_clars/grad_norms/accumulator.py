@@ -120,7 +120,8 @@ class NormAccumulator:
         if self.samples is not None:
             held = sum(p.kept for p in self._passes)
             kept = max(0, min(batch_size, self.samples - held))
-        opened = ForwardPass(batch_size, kept, implicit, mark=self._mark, keeps_errors=self.take_error is not None)
+        keeps_errors = self.take_error is not None
+        opened = ForwardPass(batch_size, kept, implicit, self._mark, self.model.parameters, keeps_errors=keeps_errors)
         self._passes.append(opened)
         return opened
 

@@ -53,6 +53,7 @@ class ForwardPass:
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
         recomputed: Modules whose parameters were counted for such calls already.
         error: What was found wrong in a backward pass, to be raised when the norms are asked for.
+        params: The model's parameters, for what must leave them undisturbed.
         keeps_errors: Whether an error of a hook in the backward pass is kept so, in place of ending that pass.
         device: Where the first captured call took place.
         packed: Whether saved tensors went through hooks in some module: checkpointing, or offloading.
@@ -81,6 +82,7 @@ class ForwardPass:
     kept: int
     implicit: bool = False
     mark: Callable[[ForwardPass], None] = lambda _: None
+    params: Callable[[], Iterable[nn.Parameter]] = tuple
     without_grad: Counter[HookedModule] = field(default_factory=Counter)
     recomputed: Counter[HookedModule] = field(default_factory=Counter)
     error: Exception | None = None

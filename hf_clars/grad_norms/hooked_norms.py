@@ -208,7 +208,11 @@ class HookedNorms(NormAccumulator):
             if current.recomputed[hooked] and not differentiating():
                 current.recomputed[hooked] -= 1
                 self._ever_captured.update(hooked.trainable().values())
-                return capture(hooked, current, x, call, output, None, recomputed=True)
+                known = len(current.rule_calls)
+                replaced = capture(hooked, current, x, call, output, None, recomputed=True)
+                for param, made in ((p, c) for c in current.rule_calls[known:] for p in c.wanted.values()):
+                    self._ways.setdefault(param, {}).setdefault(made.in_words())
+                return replaced
             if any(c.hooked is hooked for c in current.rule_calls):
                 return repeat(hooked, current, x, call, output)
         return None

@@ -44,6 +44,8 @@ class RuleCall:
         proven: Whether its rows are known to belong to samples as `rows` says.
         cancelled: Whether they turned out not to.
         fired: Whether its gradient has come.
+        autocast: The precision of the autocast region that a module with several results ran in: a GRU's products may
+            be in bf16, and its output in float32 all the same.
     """
 
     hooked: HookedModule
@@ -63,6 +65,7 @@ class RuleCall:
     x_depends_on_data: bool = False
     cancelled: bool = False
     fired: bool = field(default=False)
+    autocast: torch.dtype | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -109,7 +112,7 @@ class RuleCall:
         """
         grads = g if isinstance(g, tuple) else (g,)
         some = next(t for t in grads if t is not None)
-        dtype = some.dtype
+        dtype = self.autocast or some.dtype
         count = self.current.kept * self.rows
         if count < some.shape[0]:
             saved, grads = self.rule.take(saved, count), tuple(None if t is None else t[:count] for t in grads)

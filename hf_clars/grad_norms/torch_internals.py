@@ -44,6 +44,11 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def hooks_on_gradients(tensor: Tensor) -> list[dict[int, Any]]:
+    """The hooks that run when a leaf's gradient comes, and after it was added to `.grad`: dictionaries in use."""
+    return [hooks for hooks in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks) if hooks]
+
+
 def saved_tensors_are_packed() -> bool:
     """Whether saved tensors go through hooks now (checkpointing, offload): then a graph's tensors must not be read."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

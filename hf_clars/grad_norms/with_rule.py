@@ -169,6 +169,8 @@ def _follow(call: RuleCall, x: Tensor, given: Call, output: Any, axes: Sequence[
     call.tokens = rule.lookup_tokens(saved)
     if not rule.several_results:
         return observe(call, saved, output)
+    if torch.is_autocast_enabled(x.device.type):
+        call.autocast = torch.get_autocast_dtype(x.device.type)
     placed = map_tensors(lambda t: own_place(t) if is_differentiable(t) else t, output)
     observe_several(call, saved, differentiable_in(placed), axes)
     return placed

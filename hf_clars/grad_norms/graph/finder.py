@@ -21,6 +21,7 @@ from hf_clars.grad_norms.one_product import OWN_NODES
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import dtype_at, shape_at
 from hf_clars.grad_norms.trees import differentiable_in
+from hf_clars.grad_norms.undisturbed import undisturbed
 
 
 @dataclass(eq=False)
@@ -251,7 +252,7 @@ class GraphFinder:
             if not roots or not checks:
                 return None
         try:
-            with quietly():
+            with quietly(), undisturbed(current.params()):
                 found = prove(roots, [*places, *checks], batch, walk.couplings)
         except torch.OutOfMemoryError:
             raise

@@ -19,6 +19,7 @@ from hf_clars.grad_norms.graph.nodes import call_for_each, operand_grads
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
 from hf_clars.grad_norms.torch_internals import dtype_at, no_autocast, results_of
+from hf_clars.grad_norms.undisturbed import undisturbed
 
 Deliver = Callable[[ForwardPass, nn.Parameter, Tensor, torch.dtype], None]
 
@@ -149,10 +150,9 @@ class _GateArrival:
         current.arrive(self.ticket, self.gate.name)
         if edge is None:
             return
-        with torch.no_grad(), quietly(), no_autocast(g.device.type):
+        with torch.no_grad(), quietly(), undisturbed(current.params()), no_autocast(g.device.type):
             for use, own in self.gate.parts(edge, g.detach(), current.batch_size, current.kept):
-                for param, t in lead_back(use, at_least_float32(own)):
-                    self.deliver(current, param, t, g.dtype)
+                _deliver(self.deliver, current, use, at_least_float32(own), g.dtype)
 
 
 @dataclass(eq=False)
@@ -171,11 +171,20 @@ class _Arrival:
             return
         given = [None if g is None else g.detach() for g in grads]
         some = next(g for g in given if g is not None)
-        with torch.no_grad(), quietly(), no_autocast(some.device.type):
+        own_function = isinstance(measured.use.node, BackwardCFunction)
+        kept = undisturbed(current.params() if own_function else ())
+        with torch.no_grad(), quietly(), kept, no_autocast(some.device.type):
             shared = not current.several.isdisjoint(measured.use.leaves.values())
             own = at_least_float32(measured.grads(given, current.batch_size, current.kept, shared=shared))
-            for param, t in lead_back(measured.use, own):
-                self.deliver(current, param, t, some.dtype)
+            _deliver(self.deliver, current, measured.use, own, some.dtype)
+
+
+def _deliver(deliver: Deliver, current: ForwardPass, use: Use, own: Tensor, dtype: torch.dtype) -> None:
+    """Lead an operand's gradients back to its parameters, and deliver these."""
+    if current.check is not None:
+        dtype = use.coarsest(dtype)
+    for param, t in lead_back(use, own):
+        deliver(current, param, t, dtype)
 
 
 def lead_back(use: Use, grads: Tensor) -> list[tuple[nn.Parameter, Tensor]]:

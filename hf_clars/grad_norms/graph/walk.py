@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from hf_clars.distributed import whole_shape
-from hf_clars.grad_norms.torch_internals import BATCH_NORM_NODES, COMPILED, results_of, shape_at
+from hf_clars.grad_norms.torch_internals import BATCH_NORM_NODES, COMPILED, dtype_at, results_of, shape_at
 
 Edge = tuple[Node, int]
 Signature = tuple[object, ...]
@@ -60,6 +61,18 @@ class Use:
     def result_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the operation's results."""
         return [shape_at(self.node, i) or () for i in range(results_of(self.node))]
+
+    def coarsest(self, dtype: torch.dtype) -> torch.dtype:
+        """The coarsest of a type and those that the operand was computed in: under autocast a part may be in bf16."""
+        stack, seen = [self.child[0]], {self.child[0]}
+        while stack:
+            node = stack.pop()
+            here = [dtype_at(node, i) for i in range(results_of(node))] if node.next_functions else []
+            dtype = max((dtype, *(d for d in here if d.is_floating_point)), key=lambda d: torch.finfo(d).eps)
+            below = {child for child, _ in node.next_functions if child is not None} - seen
+            seen |= below
+            stack += below
+        return dtype
 
 
 def shape_of(node: Node, output: int) -> tuple[int, ...]:
