@@ -14,12 +14,13 @@ from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass, quietly
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, prove
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
+from hf_clars.grad_norms.graph.places import inner_roots, reaches
 from hf_clars.grad_norms.graph.taint import DataTaint
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.one_product import OWN_NODES
 from hf_clars.grad_norms.rule_call import RuleCall
-from hf_clars.grad_norms.torch_internals import dtype_at, shape_at
+from hf_clars.grad_norms.torch_internals import shape_at
 from hf_clars.grad_norms.trees import differentiable_in
 from hf_clars.grad_norms.undisturbed import undisturbed
 
@@ -243,7 +244,7 @@ class GraphFinder:
         roots = [(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
         checks: list[tuple[GradientEdge, tuple[int, ...]]] = []
         if not roots:
-            roots = _inner_roots(outputs, batch)
+            roots = inner_roots(outputs, batch)
             checks = [
                 _place(c.edges[0])
                 for c in current.rule_calls
@@ -288,7 +289,7 @@ class GraphFinder:
             if wanted is not None and container.hooked is not wanted:
                 continue
             starts = [edge.node for edge in container.batch_first(current.batch_size)]
-            if starts and _reaches(starts, use.node, container.inputs):
+            if starts and reaches(starts, use.node, container.inputs):
                 if key not in self._gate_of and current.kept > 1:
                     _announce(container, [self.name_of(p) for p in use.leaves.values()])
                 self._gate_of[key] = container.hooked
@@ -314,40 +315,6 @@ def _announce(container: ContainerCall, names: Sequence[str]) -> None:
 
 def _key(use: Use) -> tuple[object, ...]:
     return (use.key, tuple(len(s) for s in use.result_shapes))
-
-
-def _reaches(starts: Sequence[Node], node: Node, ends: set[Node]) -> bool:
-    """Whether a node lies between some results and the inputs."""
-    stack, seen = list(starts), set(starts)
-    while stack:
-        here = stack.pop()
-        if here is node:
-            return True
-        for child, _ in here.next_functions:
-            if child is not None and child not in seen and child not in ends:
-                seen.add(child)
-                stack.append(child)
-    return False
-
-
-def _inner_roots(outputs: Sequence[Tensor], batch: int) -> list[tuple[GradientEdge, Tensor]]:
-    """Below a loss that a model returns alone: the first values that have rows."""
-    found: list[tuple[GradientEdge, Tensor]] = []
-    device = outputs[0].device if outputs else torch.device("cpu")
-    stack = [(t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node, output = stack.pop()
-        shape = shape_at(node, output)
-        if shape and shape[0] and shape[0] % batch == 0:
-            like = torch.empty(batch, shape[0] // batch, *shape[1:], dtype=dtype_at(node, output), device=device)
-            found.append((GradientEdge(node, output), like))
-            continue
-        for child, i in node.next_functions:
-            if child is not None and (child, i) not in seen and child.next_functions:
-                seen.add((child, i))
-                stack.append((child, i))
-    return found
 
 
 def _is_meta(call: RuleCall) -> bool:
