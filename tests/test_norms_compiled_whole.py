@@ -179,15 +179,18 @@ def test_a_parameter_without_a_rule_is_named():
             whole(model)(torch.randn(3, 4))
 
 
+class Twice(nn.Module):
+    """A module that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(torch.relu(self.linear(x)))
+
+
 def test_a_module_that_is_called_twice_is_refused():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.linear(torch.relu(self.linear(x)))
-
     norms = PerSampleGradNorms(model := Twice())
     with pytest.raises(UncoveredParameterError, match="more than once"):
         whole(model)(torch.randn(3, 4)).sum().backward()
@@ -266,14 +269,6 @@ def test_a_part_that_is_compiled_but_cannot_be_measured_is_refused():
 
 
 def test_errors_go_to_the_one_who_asked_for_them():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.linear(torch.relu(self.linear(x)))
-
     for model in (Twice(), Scaled()):
         torch.compiler.reset()
         errors = []
