@@ -16,6 +16,7 @@ Main = Callable[..., int]
 COMMANDS = {  # name: (module, what it does)
     "train": ("hf_clars.cli.train", "train an image classifier from a YAML file and flags"),
     "plot": ("hf_clars.plots.command", "draw runs: layer rates, curves, an interactive page"),
+    "explain": ("hf_clars.cli.explain", "say how the norms of a model's parameters are measured"),
     "advise": ("hf_clars.cli.advise", "say which batch size a run could have used"),
     "card": ("hf_clars.cli.card", "write a finished run's model card again, with other facts"),
     "push": ("hf_clars.cli.push", "put a finished run on the Hugging Face Hub"),
