@@ -19,7 +19,7 @@ quickstart: setup
 	$(BIN)/accelerate launch $(LAUNCH) \
 	  scripts/train_imagenet.py --config configs/quickstart.yaml
 
-# In processes of their own: after compiled code has run, torch sometimes takes no_grad() for nothing in code that follows.
+# In processes of their own: beside them seven tests of other files failed once, and why is not known yet.
 COMPILED_TESTS := tests/test_norms_compiled.py tests/test_norms_compiled_whole.py tests/test_optim_compiled.py
 
 # A worker a core, and one thread a worker: tests are many small things, and threads would wait for each other. A file stays
