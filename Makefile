@@ -19,16 +19,10 @@ quickstart: setup
 	$(BIN)/accelerate launch $(LAUNCH) \
 	  scripts/train_imagenet.py --config configs/quickstart.yaml
 
-# In processes of their own: beside them seven tests of other files failed once, and why is not known yet.
-COMPILED_TESTS := tests/test_norms_compiled.py tests/test_norms_compiled_whole.py tests/test_optim_compiled.py
-
 # A worker a core, and one thread a worker: tests are many small things, and threads would wait for each other. A file stays
 # on one worker, so that what it sets up is set up once; files that share it stay together (tests/conftest.py).
 test: setup-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup \
-	  $(addprefix --ignore=,$(COMPILED_TESTS)) $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup \
-	  $(COMPILED_TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # Where a library's older version would show: its interfaces, private names, files, and the loops of Trainer.
 LOWEST_TESTS := tests/test_torch_internals.py tests/test_three_ways_in.py tests/test_norms_exact.py \

@@ -294,6 +294,8 @@ class HookedNorms(NormAccumulator):
     @paused.setter
     def paused(self, paused: bool) -> None:
         self._paused = paused
+        if paused:
+            self._end_taint()  # in the middle of a forward pass, whose end will not be seen
         if hasattr(self, "_compiled"):
             self._compiled.calls.paused = paused
 

@@ -188,9 +188,8 @@ class CompiledCall:
         wanted = [i for i, n in enumerate(self.names) if getattr(module, n).requires_grad]
         names = tuple(self.names[i] for i in wanted)
         rows = [self.rows[i] for i in wanted] + [self.uses[i] for i in wanted]
-        if (
-            not self.state.within
-        ):  # where the whole model is compiled, checkpointing allows no change of attributes here
+        # Where the whole model is compiled, checkpointing allows no change of attributes here.
+        if not self.state.within:
             self.rows = self.uses = ()
             self.ran = True
         batch = rows[0].shape[0]

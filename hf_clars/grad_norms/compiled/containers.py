@@ -55,7 +55,7 @@ class CompiledModel:
 
     def refuse(self) -> None:
         """See `TracedHook`."""
-        if not self.state.whole:
+        if self.begins and not self.state.whole:
             raise not_compiled(self.state.reason)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], rest: Any, *output: Any) -> None:

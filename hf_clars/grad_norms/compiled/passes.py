@@ -63,8 +63,7 @@ class CompiledPasses:
 
     def join(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass has begun outside compiled code: prepare rows for compiled code inside, if there may be any."""
-        for call in self.calls.calls.values():
-            call.ran = False
+        self.calls.forget()
         if self.calls.expected and self.calls.params:
             self._joined = current
             try:
@@ -74,7 +73,7 @@ class CompiledPasses:
 
     def part(self, current: ForwardPass) -> list[CompiledCall]:
         """The forward pass has ended: the calls that compiled code has made in it."""
-        ran = [call for call in self.calls.calls.values() if call.ran]
+        ran = self.calls.ran()
         if self.calls.measures:
             self.calls.expected = bool(ran)
         self.calls.end()
@@ -124,10 +123,10 @@ class CompiledPasses:
         """What is wrong with rows that were used twice; "" if none was. A GPU is asked in checked passes only."""
         if uses.is_cuda and current.unchecked:
             return ""
-        often = {i for i, n in enumerate(uses.tolist()) if n > 1}
-        calls = [c for c in self.calls.calls.values() if c.tie is None and often.intersection(c.row_numbers)]
-        tied = [c for c in self.calls.calls.values() if c.tie is not None and any(uses[i] > 2 for i in c.row_numbers)]
-        return used_twice(", ".join(c.name for c in (*calls, *tied))) if calls or tied else ""
+        times = uses.tolist()
+        allowed = {c: 1 if c.tie is None else 2 for c in self.calls.calls.values()}
+        names = [c.name for c, most in allowed.items() if any(times[i] > most for i in c.row_numbers)]
+        return used_twice(", ".join(names)) if names else ""
 
     def compiled_sum_arrives(self, row: int, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         """See `operations.Receiver`."""
