@@ -4,6 +4,7 @@ import os
 import tempfile
 
 import pytest
+from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
 from tests.undrawn import draw_nothing, keep_imports
 
@@ -32,3 +33,13 @@ def _pictures(request):
     yield
     if undo is not None:
         undo()
+
+
+@pytest.fixture(autouse=True)
+def _no_mode_is_left():
+    """A mode that outlives its forward pass would follow everything that comes after, also other people's code."""
+    yield
+    left = list(_get_current_function_mode_stack())
+    for _ in left:
+        _pop_mode()
+    assert left == []

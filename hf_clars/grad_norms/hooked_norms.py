@@ -18,7 +18,7 @@ from hf_clars.grad_norms.compiled.passes import CompiledPasses
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
 from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, watch
-from hf_clars.grad_norms.graph.taint import DataTaint
+from hf_clars.grad_norms.graph.taint import DataTaint, Following
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
@@ -46,14 +46,14 @@ class HookedNorms(NormAccumulator):
         self._ever_captured: set[nn.Parameter] = set()
         self._in_use: dict[Tensor, nn.Parameter] = {}
         self._finder = GraphFinder(self._param_of, self._name_of, self._is_split)
-        self._taint: DataTaint | None = None
+        self._following = Following()
         self._containers: list[ContainerCall] = []
         self._learned = False
         self._new_ways = False
         self._known_ways: set[object] = set()
         self._ways: dict[nn.Parameter, dict[str, None]] = {}
         self._module_handles: list[RemovableHandle] = []
-        self._end_hook = PassEnds(self._on_model_end)
+        self._end_hook = PassEnds(self._following.on_model_end, keep_owner=True)
         self._hook_modules()
         self._watch_results()
         self._handles.append(model.register_forward_hook(self._end_hook, always_call=True))
@@ -61,6 +61,7 @@ class HookedNorms(NormAccumulator):
     def _hook_modules(self) -> None:
         self._hooked = find_hooked_modules(self.model, self._layer_of)
         self._compiled = CompiledPasses(self, self._hooked)  # type: ignore[arg-type]  # the subclass is what exists
+        self._following.also = self._compiled.calls.end
         self._call_hook.traced = self._compiled.model_hook(begins=True)
         self._result_hook.traced = self._end_hook.traced = self._compiled.model_hook(begins=False)
         for hooked in self._hooked:
@@ -110,25 +111,12 @@ class HookedNorms(NormAccumulator):
         return not differentiating() and super().active
 
     def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._end_taint()
+        self._following.end()
         self._containers.clear()
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
         if not self._learned or self._finder.asks_for_data or self._finder.always_asks_for_data or mixed:
-            self._taint = DataTaint()
-            self._taint.mark(tensors_in((args, kwargs)))
-            self._taint.__enter__()
+            self._following.begin(tensors_in((args, kwargs)))
         self._compiled.join(current, args, kwargs)
-
-    def _on_model_end(self, *_: Any) -> None:
-        """Also when the forward pass failed: a mode that follows the data must not outlive it."""
-        self._end_taint()
-        self._compiled.calls.end()
-
-    def _end_taint(self) -> DataTaint | None:
-        taint, self._taint = self._taint, None
-        if taint is not None:
-            taint.__exit__(None, None, None)
-        return taint
 
     def _on_container_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -146,7 +134,7 @@ class HookedNorms(NormAccumulator):
         current.packed = current.packed or saved_tensors_are_packed()
         if hooked.params:
             self._learn_what_is_in_use(hooked)
-        if self._taint is None and hooked not in self._finder.gated:
+        if self._following.taint is None and hooked not in self._finder.gated:
             return
         edges = [torch.autograd.graph.get_gradient_edge(t) for t in tensors_in(output) if t.requires_grad]
         inputs = {t.grad_fn for t in tensors_in((args, kwargs)) if t.grad_fn is not None}
@@ -182,9 +170,10 @@ class HookedNorms(NormAccumulator):
         if current.begun_compiled:
             raise ran_outside(hooked)
         current.packed = current.packed or saved_tensors_are_packed()
-        replaced = capture(hooked, current, x, (args, kwargs), output, self._taint)
-        if self._taint is not None and replaced is not None and self._taint.holds(x):
-            self._taint.mark(tensors_in(replaced))
+        taint = self._following.taint
+        replaced = capture(hooked, current, x, (args, kwargs), output, taint)
+        if taint is not None and replaced is not None and taint.holds(x):
+            taint.mark(tensors_in(replaced))
         if current.implicit:
             self._ever_captured.update(hooked.params.values())
         return replaced
@@ -220,7 +209,7 @@ class HookedNorms(NormAccumulator):
     # ---- the end of the forward pass -------------------------------------------------------------------------
 
     def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
-        taint = self._end_taint()
+        taint = self._following.end()
         containers, self._containers = self._containers, []
         compiled = self._compiled.part(current)
         if not current.kept:
@@ -294,8 +283,6 @@ class HookedNorms(NormAccumulator):
     @paused.setter
     def paused(self, paused: bool) -> None:
         self._paused = paused
-        if paused:
-            self._end_taint()  # in the middle of a forward pass, whose end will not be seen
         if hasattr(self, "_compiled"):
             self._compiled.calls.paused = paused
 
@@ -316,7 +303,7 @@ class HookedNorms(NormAccumulator):
 
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""
-        self._end_taint()
+        self._following.end()
         super().remove()
         remove_all(self._module_handles)
         for current in self._passes:

@@ -196,7 +196,7 @@ class PerSampleGradNorms(HookedNorms):
     def pause(self) -> None:
         """Forget the batch, and do nothing until `resume()`: what was learned about the model is kept."""
         self.paused = self._watch.paused = True
-        self._end_taint()
+        self._following.end()
         self.reset()
         self._free_dropped()
 

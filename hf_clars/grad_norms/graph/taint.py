@@ -6,7 +6,7 @@ cannot be told from shapes: such a table may be as long as the batch by chance. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,12 +38,14 @@ class DataTaint(TorchFunctionMode):
             storage = storage_of(t)
             if storage is not None:
                 self._marked[storage.key] = storage
-            if t.grad_fn is not None:
-                self._mark_nodes(t.grad_fn)
+            node = node_of(t)
+            if node is not None:
+                self._mark_nodes(node)
 
     def holds(self, t: Tensor) -> bool:
         """Whether a tensor depends on the data; what compiled code made is taken to."""
-        if t.grad_fn is not None and t.grad_fn.name().startswith(COMPILED):
+        node = node_of(t)
+        if node is not None and node.name().startswith(COMPILED):
             return True
         storage = storage_of(t)
         return storage is not None and storage.key in self._marked
@@ -69,9 +71,52 @@ class DataTaint(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         taken = list(tensors_in((args, kwargs)))
         # Where the function begins in the graph; looked at before, as an in-place function moves its argument there.
-        self._visited.update(t.grad_fn for t in taken if t.grad_fn is not None)
+        self._visited.update(node for t in taken if (node := node_of(t)) is not None)
         result = func(*args, **(kwargs or {}))
         if any(self.holds(t) for t in taken):
             changed = [args[0]] if getattr(func, "__name__", "") == "__setitem__" else []
             self.mark(tensors_in((result, changed)))
         return result
+
+
+def node_of(t: Tensor) -> Node | None:
+    """A tensor's place in the graph; None for a view of which torch cannot say it any more."""
+    try:
+        return t.grad_fn
+    except RuntimeError:  # a view made without gradients, of something that was then changed with them
+        return None
+
+
+class Following:
+    """The mode of a forward pass, if it has one.
+
+    It outlives the tracker: an optimizer that nobody keeps may be collected in the middle of a forward pass, and a mode
+    that was left behind would follow everything that comes after.
+
+    Attributes:
+        taint: The mode.
+        also: What else must be done when a forward pass ends.
+    """
+
+    def __init__(self) -> None:
+        self.taint: DataTaint | None = None
+        self.also: Callable[[], None] = lambda: None
+
+    def begin(self, given: Iterable[Tensor]) -> None:
+        """Follow what depends on these tensors from now on."""
+        self.end()
+        self.taint = DataTaint()
+        self.taint.mark(given)
+        self.taint.__enter__()
+
+    def end(self) -> DataTaint | None:
+        """Follow no longer. Returns what was followed."""
+        taint, self.taint = self.taint, None
+        if taint is not None:
+            taint.__exit__(None, None, None)
+        return taint
+
+    def on_model_end(self, *_: Any) -> None:
+        """A hook for when the model returns, or fails."""
+        self.end()
+        self.also()
