@@ -52,7 +52,7 @@ def test_it_ends_although_the_tracker_is_collected_in_the_middle():
 
 
 class ChangesAView(nn.Module):
-    """A view that was made without gradients: torch refuses to say where it is in the graph once its base is changed."""
+    """It makes a view without gradients, whose place in the graph torch does not say once its base is changed."""
 
     def __init__(self):
         super().__init__()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SecondBackwardError
 from hf_clars.grad_norms.norm_math import SMALL, squared_sum
+from hf_clars.grad_norms.torch_internals import operations_recorded
 from hf_clars.grad_norms.trees import memory_of
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.hooked_modules import HookedModule
-    from hf_clars.grad_norms.rule_call import RuleCall
+    from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
     from hf_clars.grad_norms.sum_check import SumCheck
     from hf_clars.grad_norms.tied_tables import TiedTable
 
@@ -30,14 +30,17 @@ def differentiating() -> bool:
     return _differentiating > 0
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
+class quietly:
     """Differentiate without any tracker taking note."""
-    global _differentiating
-    _differentiating += 1
-    try:
-        yield
-    finally:
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        global _differentiating
+        _differentiating += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _differentiating
         _differentiating -= 1
 
 
@@ -76,6 +79,8 @@ class ForwardPass:
         backward_seen: Whether a gradient has reached this pass.
         closed: Whether its norms have been taken.
         given: What the model was called with: (memory, shape, strides) of tensors with more axes than the batch.
+        trace: What its graph is known by so far, see `graph/known.py`; None if it must be walked.
+        begun_at: How many operations torch had recorded when it began.
     """
 
     batch_size: int
@@ -108,6 +113,8 @@ class ForwardPass:
     backward_seen: bool = False
     closed: bool = False
     given: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
+    trace: list[Any] | None = None
+    begun_at: int = 0
 
     def free_graph(self) -> None:
         """Drop what no gradient came through, so that the graph and its hooks do not keep each other."""
@@ -117,6 +124,11 @@ class ForwardPass:
         self.gates.clear()
         for call in self.rule_calls:
             call.leave_graph()
+
+    def note(self, plan: CallPlan) -> None:
+        """A rule's call has been made in this way: a mark in the trace."""
+        if self.trace is not None:
+            self.trace += (plan, operations_recorded() - self.begun_at)
 
     def note_given(self, tensors: Iterable[Tensor]) -> None:
         """Remember what the model was called with: the first axis of that is the batch by contract."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.registry import LayerRule, find_rule
+
+if TYPE_CHECKING:
+    from hf_clars.grad_norms.rule_call import CallPlan
 
 
 class HookedModule:
@@ -25,7 +28,7 @@ class HookedModule:
             or "graph" (their rows belong to no sample: measured where the graph uses the parameters).
         own_dims: Numbers of axes with which it was called on tensors that are made of parameters alone.
         data_dims: The same for tensors that depend on the data.
-        decisions: How the rule takes the weight gradient over, if it does, by shapes.
+        plans: How calls are measured, by what they look like; see `with_rule.py`.
     """
 
     def __init__(self, path: str, module: nn.Module, layers: dict[str, int]) -> None:
@@ -37,7 +40,7 @@ class HookedModule:
         self.calls: dict[tuple[int, ...], str] = {}
         self.own_dims: set[int] = set()
         self.data_dims: set[int] = set()
-        self.decisions: dict[tuple[Any, ...], Any] = {}
+        self.plans: dict[tuple[Any, ...], CallPlan] = {}
 
     def __str__(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__})"
@@ -61,6 +64,7 @@ class HookedModule:
     def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Know parameters by those that an engine has put in their place: {old: new}."""
         self.params = {n: swapped.get(p, p) for n, p in self.params.items()}
+        self.plans.clear()
 
 
 def folded_rows(x: Tensor, output: Tensor, batch_size: int) -> int | None:

@@ -17,6 +17,7 @@ from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
 from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
+from hf_clars.grad_norms.graph.known import KnownGraphs
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, watch
 from hf_clars.grad_norms.graph.taint import DataTaint, Following
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
@@ -47,6 +48,7 @@ class HookedNorms(NormAccumulator):
         self._in_use: dict[Tensor, nn.Parameter] = {}
         self._finder = GraphFinder(self._param_of, self._name_of, self._is_split)
         self._following = Following()
+        self._graphs = KnownGraphs()
         self._containers: list[ContainerCall] = []
         self._learned = False
         self._new_ways = False
@@ -86,6 +88,7 @@ class HookedNorms(NormAccumulator):
         self._ever_captured.clear()
         self._in_use.clear()
         self._finder.forget()
+        self._graphs.forget()
         self._ways.clear()
         self._known_ways.clear()
 
@@ -102,6 +105,7 @@ class HookedNorms(NormAccumulator):
         self._ever_captured = {swapped.get(p, p) for p in self._ever_captured}
         self._in_use = {used: swapped.get(p, p) for used, p in self._in_use.items()}
         self._finder.forget()
+        self._graphs.forget()
 
     # ---- forward ---------------------------------------------------------------------------------------------
 
@@ -116,6 +120,8 @@ class HookedNorms(NormAccumulator):
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
         if not self._learned or self._finder.asks_for_data or self._finder.always_asks_for_data or mixed:
             self._following.begin(tensors_in((args, kwargs)))
+        else:
+            self._graphs.begin(current)
         self._compiled.join(current, args, kwargs)
 
     def _on_container_call(
@@ -222,8 +228,12 @@ class HookedNorms(NormAccumulator):
             current.recomputed[hooked] += times
             for param in list(hooked.trainable().values()) * times:
                 current.add_use(param)
+        mark = None if containers else self._graphs.end(current, trained=sum(p.requires_grad for p in self._layer_of))
         try:
-            self._watch_uses(current, outputs, taint, containers)
+            if mark not in self._graphs:
+                by_rules = self._watch_uses(current, outputs, taint, containers)
+                if mark is not None and by_rules:
+                    self._graphs.add(mark)
         finally:
             for call in current.rule_calls:
                 call.leave_graph()
@@ -238,7 +248,8 @@ class HookedNorms(NormAccumulator):
         containers: list[ContainerCall],
         *,
         again: bool = False,
-    ) -> None:
+    ) -> bool:
+        """Find the uses of parameters that no rule measures, and hook them. Returns whether there are none."""
         found, gates = self._finder.find(current, outputs, taint, containers)
         if again:  # a module inside may have been seen to
             seen = {(m.use.node, m.use.index) for m in current.open_uses.values() if isinstance(m, MeasuredUse)}
@@ -256,11 +267,12 @@ class HookedNorms(NormAccumulator):
         for call in current.rule_calls:
             if not call.cancelled:
                 self._ever_captured.update(call.wanted.values())
-        ways = {use.key for use in uses} | {(c.hooked, c.taken_over, c.key[0]) for c in current.rule_calls}
+        ways = {use.key for use in uses} | {(c.hooked, c.taken_over, c.plan.key[0]) for c in current.rule_calls}
         if not ways <= self._known_ways:
             self._known_ways |= ways
             self._new_ways = True
             self._note_ways(current, found, gates)
+        return not found and not gates and not any(c.cancelled for c in current.rule_calls)
 
     def _note_ways(self, current: ForwardPass, found: Sequence[MeasuredUse], gates: Sequence[Gate]) -> None:
         """For `explain`, and for the debug log where something is new."""

@@ -7,6 +7,7 @@ would cost the same product once more, is never computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,6 +120,9 @@ class _WholeBackward(torch.autograd.Function):
             grads = [_as(sums[n], d) if sums else None for n, d in zip(ctx.names, ctx.param_dtypes, strict=True)]
         return None, None, None, None, None if x_grad is None else _as(x_grad, ctx.x_dtype), None, *grads
 
+
+Way = Callable[[RuleCall, Tensor, Tensor], Tensor]
+"""`take_over` or `replace_backward`."""
 
 OWN_NODES = tuple(f"{function.__name__}Backward" for function in (_OneProduct, _WholeBackward))
 """Names of these functions' places in the graph."""

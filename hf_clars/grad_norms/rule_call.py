@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, quietly, second_backward
 from hf_clars.grad_norms.graph.layout import Layout
@@ -16,10 +16,47 @@ from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
 from hf_clars.grad_norms.registry import LayerRule
 from hf_clars.grad_norms.tied_tables import TiedTable, tied_table
-from hf_clars.grad_norms.torch_internals import no_autocast
+from hf_clars.grad_norms.torch_internals import no_autocast, no_grad
+from hf_clars.grad_norms.trees import tensors_in
 
 FIRST_AXIS = Layout()
 _EXACT = (torch.float32, torch.float64)
+
+
+@dataclass(eq=False, slots=True)
+class CallPlan:
+    """How calls of a module that look alike are measured: decided at the first, and kept.
+
+    Attributes:
+        hooked: The module.
+        rule: Its rule.
+        wanted: Parameters to measure, by local name.
+        rows: Rows of the module's first axis that make up one sample; 1 unless the model folds something into it.
+        key: What their layout is known by.
+        axes: The batch axis of each result.
+        layout: Which rows of the output should be whose.
+        way: How the weight gradient comes from this engine; None where the ordinary backward pass is watched.
+        x_depends_on_data: Whether the input is known to depend on what the model was called with.
+        proven: Whether rows are known to belong to samples as `rows` says.
+        lasts: Whether calls that look alike may follow it too.
+    """
+
+    hooked: HookedModule
+    rule: LayerRule
+    wanted: dict[str, nn.Parameter]
+    rows: int
+    key: tuple[int, ...] = ()
+    axes: Sequence[int] = (0,)
+    layout: Layout = FIRST_AXIS
+    way: Callable[[RuleCall, Tensor, Tensor], Tensor] | None = None
+    x_depends_on_data: bool = False
+    proven: bool = True
+    lasts: bool = False
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.hooked.module
 
 
 @dataclass(eq=False, slots=True)
@@ -27,50 +64,75 @@ class RuleCall:
     """What is known when a module has run, and what to do when its gradient comes.
 
     Attributes:
-        hooked: The module.
-        rule: Its rule.
+        plan: How it is measured.
         current: The pass that the call belongs to.
-        wanted: Parameters to measure, by local name.
-        rows: Rows of the module's first axis that make up one sample; 1 unless the model folds something into it.
         repeats: Whether activation checkpointing makes a call again that is measured already.
         tokens: The rows of its weight that an embedding looked up, [B, T].
-        edges: Where its results come from in the graph, until the forward pass ends.
+        places: Where its results come from in the graph, until the forward pass ends: (operation, which result).
         input_node: Where its input comes from.
-        key: What its layout is known by.
-        layout: Which rows of its output should be whose.
         taken_over: Whether its weight gradient comes from this engine.
         on_given: Whether its input is what the model was called with.
         x_depends_on_data: Whether its input is known to depend on that.
-        proven: Whether its rows are known to belong to samples as `rows` says.
+        proven: Whether its rows are known to belong to samples as the plan says.
         cancelled: Whether they turned out not to.
         fired: Whether its gradient has come.
         autocast: The precision of the autocast region that a module with several results ran in: a GRU's products may
             be in bf16, and its output in float32 all the same.
     """
 
-    hooked: HookedModule
-    rule: LayerRule
+    plan: CallPlan
     current: ForwardPass
-    wanted: dict[str, nn.Parameter]
-    rows: int
     repeats: bool = False
     tokens: Tensor | None = None
-    edges: list[GradientEdge] = field(default_factory=list)
-    input_node: torch.autograd.graph.Node | None = None
-    key: tuple[int, ...] = ()
-    layout: Layout = FIRST_AXIS
+    places: list[tuple[Node, int]] = field(default_factory=list)
+    input_node: Node | None = None
     proven: bool = True
     taken_over: bool = False
     on_given: bool = False
     x_depends_on_data: bool = False
     cancelled: bool = False
-    fired: bool = field(default=False)
+    fired: bool = False
     autocast: torch.dtype | None = None
+
+    @property
+    def hooked(self) -> HookedModule:
+        """The module, and what is known of it."""
+        return self.plan.hooked
+
+    @property
+    def rule(self) -> LayerRule:
+        """The module's rule."""
+        return self.plan.rule
+
+    @property
+    def wanted(self) -> dict[str, nn.Parameter]:
+        """Parameters to measure, by local name."""
+        return self.plan.wanted
+
+    @property
+    def rows(self) -> int:
+        """Rows of the module's first axis that make up one sample."""
+        return self.plan.rows
 
     @property
     def module(self) -> nn.Module:
         """The module."""
-        return self.hooked.module
+        return self.plan.hooked.module
+
+    def place(self, output: Any, x: Tensor) -> None:
+        """Note where its results and its input are in the graph."""
+        if self.places:
+            pass  # it is watched at a place of its own
+        elif isinstance(output, Tensor):
+            self.places = [(output.grad_fn, output.output_nr)] if output.grad_fn is not None else []
+        else:
+            self.places = [(t.grad_fn, t.output_nr) for t in tensors_in(output) if t.grad_fn is not None]
+        self.input_node = x.grad_fn
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where its results come from in the graph, until the forward pass ends."""
+        return [GradientEdge(*place) for place in self.places]
 
     def in_words(self) -> str:
         """How it is measured, for people."""
@@ -80,7 +142,7 @@ class RuleCall:
 
     def leave_graph(self) -> None:
         """Let go of its places in the graph."""
-        self.edges, self.input_node = [], None
+        self.places, self.input_node = [], None
 
     def arrived(self) -> bool:
         """Note that the gradient has come; False if it is to be left unmeasured.
@@ -110,22 +172,20 @@ class RuleCall:
             saved: What the rule saved.
             g: Gradient of the module's output; a tuple for a module with several results.
         """
-        grads = g if isinstance(g, tuple) else (g,)
+        plan, grads = self.plan, g if isinstance(g, tuple) else (g,)
         some = next(t for t in grads if t is not None)
-        dtype = self.autocast or some.dtype
-        count = self.current.kept * self.rows
+        count = self.current.kept * plan.rows
         if count < some.shape[0]:
-            saved, grads = self.rule.take(saved, count), tuple(None if t is None else t[:count] for t in grads)
-        with torch.no_grad(), no_autocast(some.device.type):
+            saved, grads = plan.rule.take(saved, count), tuple(None if t is None else t[:count] for t in grads)
+        with no_grad(), no_autocast(some.device.type), quietly():
             if any(t is not None and t.dtype not in _EXACT for t in (*grads, *saved)):
                 saved = tuple(at_least_float32(t) for t in saved)
                 grads = tuple(None if t is None else at_least_float32(t) for t in grads)
-            if self.rows > 1 and self.rule.positions_in_the_middle:
-                split = (self.current.kept, self.rows)
+            if plan.rows > 1 and plan.rule.positions_in_the_middle:
+                split = (self.current.kept, plan.rows)
                 saved = tuple(t.unflatten(0, split) for t in saved)
                 grads = tuple(None if t is None else t.unflatten(0, split) for t in grads)
-            with quietly():
-                self._add(saved, grads if isinstance(g, tuple) else grads[0], dtype)
+            self._add(saved, grads if isinstance(g, tuple) else grads[0], self.autocast or some.dtype)
 
     def _tables(self) -> dict[str, TiedTable]:
         """Those of the shared parameters that are tables looked up by some of their uses."""
@@ -133,27 +193,27 @@ class RuleCall:
         return {n: table for n, table in found.items() if table is not None}
 
     def _add(self, saved: tuple[Tensor, ...], g: Any, dtype: torch.dtype) -> None:
-        names: Collection[str] = self.wanted.keys()
-        tables = self._tables() if self.current.several else {}
+        plan, current = self.plan, self.current
+        names: Set[str] = plan.wanted.keys()
+        tables = self._tables() if current.several else {}
         for name, table in tables.items():
             table.measure(self, name, saved, g)
-        if tables:
-            names = self.wanted.keys() - tables.keys()
-        by_grads: Collection[str] = names
-        folded = self.rows > 1 and not self.rule.positions_in_the_middle
-        if not folded and self.rule.squares_without_grads:
-            by_grads = self.shared.intersection(names)
-            single = set(names) - by_grads if by_grads else names
-            for name, squares in self.rule.squared_norms(self.module, saved, g, single).items() if single else ():
-                self.current.add_squares(self.hooked.layers[name], squares)
-                self._check_by_sum(name, saved, g, squares, dtype)
-        for name in tables:
             self._check_by_sum(name, saved, g, None, dtype)
-        grads = self.rule.per_sample_grads(self.module, saved, g, by_grads) if by_grads else {}
+        if tables:
+            names = names - tables.keys()
+        folded = plan.rows > 1 and not plan.rule.positions_in_the_middle
+        by_grads: Set[str] = names
+        if not folded and plan.rule.squares_without_grads:
+            by_grads = self.shared.intersection(names)
+            single = names - by_grads if by_grads else names
+            for name, squares in plan.rule.squared_norms(plan.module, saved, g, single).items() if single else ():
+                current.add_squares(plan.hooked.layers[name], squares)
+                self._check_by_sum(name, saved, g, squares, dtype)
+        grads = plan.rule.per_sample_grads(plan.module, saved, g, by_grads) if by_grads else {}
         for name, t in grads.items():
-            t = t.unflatten(0, (self.current.kept, self.rows)).sum(1) if folded else t
-            if self.current.check is not None:
-                self.current.check.add_grads(self.wanted[name], t, dtype)
+            t = t.unflatten(0, (current.kept, plan.rows)).sum(1) if folded else t
+            if current.check is not None:
+                current.check.add_grads(plan.wanted[name], t, dtype)
             self._add_grads(name, t)
 
     def _check_by_sum(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ def inside_backward() -> bool:
 def backward_number() -> int:
     """Tells one backward pass in this thread from another; `NO_BACKWARD` outside of them."""
     return torch._C._current_graph_task_id()
+
+
+def operations_recorded() -> int:
+    """How many operations this thread has recorded for backward passes; each gets the next number."""
+    number: int = torch.autograd._get_sequence_nr()
+    return number
 
 
 def inside_function_transform() -> bool:
@@ -80,8 +87,18 @@ COMPILED = "CompiledFunction"
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = _knows_autocast(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else _NOTHING
+
+
+@cache
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def no_grad() -> AbstractContextManager[Any]:
+    """`torch.no_grad()`, which takes its time also where gradients are off, as in a backward pass."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 def is_view(t: Tensor) -> bool:
@@ -185,6 +202,19 @@ def operand_of(output: Tensor, x: Tensor) -> Tensor:
             break
         node = node.next_functions[0][0] if node.next_functions else None
     return x.detach().to(output.dtype)
+
+
+def product_before_view(output: Tensor) -> torch.autograd.graph.Node | None:
+    """The matrix product of which a Linear layer's output over positions is a view, in the graph; None if it is not.
+
+    The gradient that arrives there is the output's, in another shape. An operation that works on the output in place
+    changes the view's place in the graph, and leaves this one.
+    """
+    view = output.grad_fn
+    if view is None or view.name() not in ("ViewBackward0", "UnsafeViewBackward0"):
+        return None
+    product = view.next_functions[0][0]
+    return product if product is not None and product.name() in ("AddmmBackward0", "MmBackward0") else None
 
 
 def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from hf_clars.grad_norms.graph.layout import Layout, is_open
 from hf_clars.grad_norms.graph.taint import DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
 from hf_clars.grad_norms.observation import observe, observe_several
-from hf_clars.grad_norms.one_product import is_taken_over, replace_backward, take_over
+from hf_clars.grad_norms.one_product import Way, is_taken_over, replace_backward, take_over
 from hf_clars.grad_norms.own_place import own_place
-from hf_clars.grad_norms.rule_call import RuleCall
-from hf_clars.grad_norms.trees import differentiable_in, is_differentiable, map_tensors, tensors_in
+from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
+from hf_clars.grad_norms.trees import differentiable_in, is_differentiable, map_tensors
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -47,6 +46,47 @@ def capture(
     Returns:
         What takes the output's place; None to leave it.
     """
+    plan, like = None, None
+    if taint is None and not recomputed and isinstance(output, Tensor):
+        like = _look(hooked, current, x, output)
+        plan = hooked.plans.get(like)
+    if plan is None:
+        plan = _decide(hooked, current, x, output, taint, recomputed=recomputed)
+        if plan is None:
+            current.trace = None
+            return None
+        if like is not None and plan.lasts:
+            hooked.plans[like] = plan
+    _check_device(hooked, current, x)
+    measured = RuleCall(plan, current, proven=plan.proven or current.implicit or recomputed)
+    measured.on_given = current.was_given(x)
+    measured.x_depends_on_data = plan.x_depends_on_data
+    if not recomputed:
+        for param in plan.wanted.values():
+            current.add_use(param)
+    current.rule_calls.append(measured)
+    replaced = _follow(measured, x, call, output)
+    if not current.implicit:
+        measured.place(output if replaced is None else replaced, x)
+        current.note(plan)
+    return replaced
+
+
+def _look(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> tuple[Any, ...]:
+    """What calls must have in common to be measured by one plan."""
+    module = hooked.module
+    return (
+        (current.batch_size, current.kept, current.implicit, module.training),
+        (x.shape, x.stride(), x.dtype, x.device),
+        (output.shape, output.stride(), output.dtype, output.requires_grad),
+        *[getattr(module, name).requires_grad for name in hooked.params],
+    )
+
+
+def _decide(
+    hooked: HookedModule, current: ForwardPass, x: Tensor, output: Any, taint: DataTaint | None, *, recomputed: bool
+) -> CallPlan | None:
+    """How to measure a call, or None to leave it to the graph. Arguments as for `capture`."""
     wanted = hooked.trainable()
     rule = hooked.rule
     assert rule is not None
@@ -56,6 +96,7 @@ def capture(
     tainted = None if taint is None else taint.holds(x) or current.was_given(x)
     if tainted is not None and current.batch_size > 1:
         (hooked.data_dims if tainted else hooked.own_dims).add(x.dim())
+        hooked.plans.clear()
     axes = rule.batch_axes(hooked.module, results)
     rows = _rows(hooked, current, x, results[0], axes[0])
     if recomputed and (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed":
@@ -67,25 +108,20 @@ def capture(
     known = hooked.calls.get(key)
     if known == "graph":
         return None
-    simple = current.implicit or not hooked.path or current.was_given(x) or current.batch_size == 1
+    always = current.implicit or not hooked.path or current.batch_size == 1
+    simple = always or current.was_given(x)
     sure = simple or (tainted is True and not _open(hooked, results[0], current))
+    lasts = known is not None or always
     if known is None and rows == 1 and sure:
         known = "certain"
         if current.batch_size > 1 and tainted is not None:
             hooked.calls[key] = known
-    _check_device(hooked, current, x)
-    measured = RuleCall(hooked, rule, current, wanted, rows, key=key, layout=Layout(axes[0]))
-    measured.on_given, measured.x_depends_on_data = current.was_given(x), tainted is not False
-    measured.proven = known is not None or current.implicit or recomputed or current.batch_size == 1
-    for param in () if recomputed else wanted.values():
-        current.add_use(param)
-    current.rule_calls.append(measured)
-    replaced = _follow(measured, x, call, output, axes, may_take_over=known == "certain")
-    if not current.implicit:
-        placed = tensors_in(output if replaced is None else replaced)
-        measured.edges = [torch.autograd.graph.get_gradient_edge(t) for t in placed if t.requires_grad]
-        measured.input_node = x.grad_fn
-    return replaced
+    plan = CallPlan(hooked, rule, wanted, rows, key=key, axes=axes, layout=Layout(axes[0]))
+    plan.x_depends_on_data, plan.lasts = tainted is not False, lasts
+    plan.proven = known is not None or current.batch_size == 1
+    if known == "certain" and current.kept == current.batch_size and rows == 1 and not rule.several_results:
+        plan.way = _way(plan, x, output)
+    return plan
 
 
 def _unknown_rows(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> BatchAxisError:
@@ -115,18 +151,14 @@ def repeat(hooked: HookedModule, current: ForwardPass, x: Tensor, call: Call, ou
     Returns:
         What takes the output's place; None to leave it.
     """
-    rule, wanted = hooked.rule, hooked.trainable()
+    rule, results = hooked.rule, differentiable_in(output)
     assert rule is not None
-    results = differentiable_in(output)
-    if not wanted or not results:
+    if not hooked.trainable() or not results:
         return None
-    axes = rule.batch_axes(hooked.module, results)
-    rows = _rows(hooked, current, x, results[0], axes[0])
-    first = next((c for c in current.rule_calls if c.hooked is hooked and rows and c.key == _key(x, rows)), None)
-    if first is None or rows is None:
-        return None
-    again = RuleCall(hooked, rule, current, wanted, rows, repeats=True)
-    return _follow(again, x, call, output, axes, may_take_over=first.taken_over)
+    rows = _rows(hooked, current, x, results[0], rule.batch_axes(hooked.module, results)[0])
+    made = (c.plan for c in current.rule_calls if c.hooked is hooked)
+    plan = next((p for p in made if rows and p.key == _key(x, rows)), None)
+    return None if plan is None else _follow(RuleCall(plan, current, repeats=True), x, call, output)
 
 
 def _rows(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor, axis: int) -> int | None:
@@ -154,42 +186,34 @@ def _check_device(hooked: HookedModule, current: ForwardPass, x: Tensor) -> None
         )
 
 
-def _follow(call: RuleCall, x: Tensor, given: Call, output: Any, axes: Sequence[int], *, may_take_over: bool) -> Any:
+def _follow(call: RuleCall, x: Tensor, given: Call, output: Any) -> Any:
     """Take the weight gradient over, or watch the ordinary one."""
-    rule = call.rule
-    if may_take_over and call.current.kept == call.current.batch_size and call.rows == 1 and not rule.several_results:
-        way = _way(call, x, output)
-        if way is not None:
-            call.taken_over = True
-            return way(call, x, output)
+    plan, rule = call.plan, call.plan.rule
+    if plan.way is not None and not is_taken_over(output):
+        call.taken_over = True
+        return plan.way(call, x, output)
     args, kwargs = given
     plain = isinstance(args, tuple) and len(args) == 1 and args[0] is x and not kwargs
     args, kwargs = ((x.detach(),), {}) if plain else map_tensors(lambda t: t.detach(), given)
-    saved = rule.save(call.module, args, kwargs, output, call.wanted.keys())
+    saved = rule.save(plan.module, args, kwargs, output, plan.wanted.keys())
     call.tokens = rule.lookup_tokens(saved)
     if not rule.several_results:
         return observe(call, saved, output)
     if torch.is_autocast_enabled(x.device.type):
         call.autocast = torch.get_autocast_dtype(x.device.type)
     placed = map_tensors(lambda t: own_place(t) if is_differentiable(t) else t, output)
-    observe_several(call, saved, differentiable_in(placed), axes)
+    observe_several(call, saved, differentiable_in(placed), plan.axes)
     return placed
 
 
-def _way(call: RuleCall, x: Tensor, output: Tensor) -> Callable[[RuleCall, Tensor, Tensor], Tensor] | None:
-    """How the weight gradient should, and can, come from this engine: decided once for calls of one shape."""
-    if "weight" not in call.wanted or is_taken_over(output):
+def _way(plan: CallPlan, x: Tensor, output: Tensor) -> Way | None:
+    """How the weight gradient should, and can, come from this engine."""
+    if "weight" not in plan.wanted:
         return None
-    weight = call.hooked.in_use("weight")
-    decisions = call.hooked.decisions
-    key = (x.shape, output.dtype, x.device, tuple(call.wanted), call.module.training, x.stride(), output.stride())
-    if key not in decisions:
-        # Weights that an engine has split or put aside are differentiated by the engine's own graph.
-        plain = weight.numel() > 0 and not is_split(weight)
-        way = None
-        if plain and call.rule.supplies_backward(call.module, x, output):
-            way = replace_backward
-        elif plain and call.rule.takes_over(call.module, x, output):
-            way = take_over
-        decisions[key] = way
-    return decisions[key]
+    weight = plan.hooked.in_use("weight")
+    # Weights that an engine has split or put aside are differentiated by the engine's own graph.
+    if weight.numel() == 0 or is_split(weight):
+        return None
+    if plan.rule.supplies_backward(plan.module, x, output):
+        return replace_backward
+    return take_over if plan.rule.takes_over(plan.module, x, output) else None

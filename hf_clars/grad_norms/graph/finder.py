@@ -194,13 +194,13 @@ class GraphFinder:
         for call, found in zip(unproven, proven, strict=False):
             call.proven = True
             coupled = found is not None and found.everywhere and call.rows == 1 and call.x_depends_on_data
-            right = found is None or call.layout in found.layouts or coupled
+            right = found is None or call.plan.layout in found.layouts or coupled
             if not right:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():
                     current.forget_use(param)
             if found is not None:
-                call.hooked.calls[call.key] = "observed" if right else "graph"
+                call.hooked.calls[call.plan.key] = "observed" if right else "graph"
         rest = iter(proven[len(unproven) :])
         for use in unknown:
             shapes = use.result_shapes

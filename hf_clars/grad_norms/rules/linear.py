@@ -15,7 +15,7 @@ from hf_clars.grad_norms.rules.kernel_forms import kernels_fit, linear_backward
 
 def positions(t: Tensor) -> Tensor:
     """[B, ..., width] -> [B, T, width]."""
-    return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
+    return t if t.dim() == 3 else t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
 
 
 def linear_use(x: Tensor, output: Tensor) -> WeightUse:
@@ -52,6 +52,8 @@ class LinearRule(LayerRule):
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
+        if g.dim() == 2:
+            return _outer_squared_norms(saved[0], g, wanted)
         x, g = positions(saved[0]), positions(g)
         squares = {}
         if "weight" in wanted:
@@ -82,6 +84,15 @@ class LinearRule(LayerRule):
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """See `LayerRule`."""
         return g @ weight
+
+
+def _outer_squared_norms(x: Tensor, g: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+    """T = 1: ||g x^T||^2 = ||x||^2 ||g||^2, and the second factor is the bias's. x [B, in], g [B, out]."""
+    of_bias = norm_math.squared_sum(g)
+    squares = {"bias": of_bias} if "bias" in wanted else {}
+    if "weight" in wanted:
+        squares["weight"] = norm_math.squared_sum(x) * of_bias
+    return squares
 
 
 def linear_squared_norm(x: Tensor, g: Tensor, form: Form) -> Tensor:

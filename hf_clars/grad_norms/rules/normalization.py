@@ -150,6 +150,8 @@ class InstanceNormRule(_ChannelRule):
 
 def _positions(t: Tensor, dims: int) -> Tensor:
     """[B, ..., *shape of `dims` axes] -> [B, T, size of that shape]."""
+    if t.dim() == 3 and dims == 1:
+        return t  # as it mostly is; flattening costs something also where there is nothing to do
     return t.flatten(t.dim() - dims).flatten(1, -2) if t.dim() > dims + 1 else t.flatten(1).unsqueeze(1)
 
 
