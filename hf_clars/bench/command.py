@@ -27,6 +27,7 @@ pages:
   subset     norms of the first 512 samples of an accumulated batch of 16384 (resnet20)
   growth     the time ratio of hf_clars against batch, image size, width and depth, and where each form wins
   layers     the cost model: predicted and measured time of the forms, for every layer
+  overhead   the engine's own time on tiny tensors, in microseconds a layer and pass, for each kind of layer
   compiled   norms in models compiled as a whole, against the compiled plain model (minutes of compiling: ask for it)
 
 Networks whose name ends in -gn have GroupNorm for BatchNorm, which other libraries do not support.

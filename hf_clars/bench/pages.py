@@ -17,6 +17,7 @@ from hf_clars.bench.figures import save_cost_page, save_growth_page
 from hf_clars.bench.layers import LayerRow, measure_layers
 from hf_clars.bench.networks import GROUP_NORM_SUFFIX, NETWORKS, Network
 from hf_clars.bench.optimizer_step import measure_optimizers
+from hf_clars.bench.overhead import STACKS, measure_overhead
 from hf_clars.bench.report import Rows, milliseconds, ratio_or_note, save_json, text_table
 from hf_clars.bench.subset import measure_subset
 
@@ -174,6 +175,18 @@ def run_compiled(settings: Settings) -> None:
     _finish(settings, "compiled", "Norms in compiled models, against the compiled plain model", rows, columns)
 
 
+def run_overhead(settings: Settings) -> None:
+    """The engine's own time."""
+    rows = [measure_overhead(name, settings.rounds) for name in STACKS]
+    columns: Columns = {
+        "layers": lambda row: f"{row.depth} x {row.layers}",
+        "plain, us a layer": lambda row: f"{row.plain:.0f}",
+        "with norms": lambda row: f"{row.with_norms:.0f}",
+        "norms cost": lambda row: f"{row.overhead:.0f}",
+    }
+    _finish(settings, "overhead", "The engine's own time on tiny tensors: microseconds a layer and pass", rows, columns)
+
+
 PAGES: dict[str, Callable[[Settings], None]] = {
     "cost": run_cost,
     "memory": run_memory,
@@ -181,6 +194,7 @@ PAGES: dict[str, Callable[[Settings], None]] = {
     "subset": run_subset,
     "growth": run_growth,
     "layers": run_layers,
+    "overhead": run_overhead,
     "compiled": run_compiled,
 }
 """What `--pages` can name."""

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from hf_clars.grad_norms.rule_call import CallPlan
 
 
+MOST_PLANS = 512
+"""Plans that a module keeps: texts may have any length, and each length is another look."""
+
+
 class HookedModule:
     """A module with measured parameters of its own or inside, and the rule for it.
 
@@ -60,6 +64,12 @@ class HookedModule:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Its own measured parameters that are not frozen now, by local name."""
         return {n: p for n, p in self.params.items() if self.in_use(n).requires_grad}
+
+    def keep_plan(self, look: tuple[Any, ...], plan: CallPlan) -> None:
+        """Measure calls that look like this by this plan from now on."""
+        if len(self.plans) >= MOST_PLANS:
+            self.plans.clear()
+        self.plans[look] = plan
 
     def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Know parameters by those that an engine has put in their place: {old: new}."""

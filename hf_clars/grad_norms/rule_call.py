@@ -72,7 +72,6 @@ class RuleCall:
         input_node: Where its input comes from.
         taken_over: Whether its weight gradient comes from this engine.
         on_given: Whether its input is what the model was called with.
-        x_depends_on_data: Whether its input is known to depend on that.
         proven: Whether its rows are known to belong to samples as the plan says.
         cancelled: Whether they turned out not to.
         fired: Whether its gradient has come.
@@ -89,7 +88,6 @@ class RuleCall:
     proven: bool = True
     taken_over: bool = False
     on_given: bool = False
-    x_depends_on_data: bool = False
     cancelled: bool = False
     fired: bool = False
     autocast: torch.dtype | None = None

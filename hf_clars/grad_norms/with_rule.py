@@ -46,21 +46,21 @@ def capture(
     Returns:
         What takes the output's place; None to leave it.
     """
-    plan, like = None, None
+    plan = look = None
     if taint is None and not recomputed and isinstance(output, Tensor):
-        like = _look(hooked, current, x, output)
-        plan = hooked.plans.get(like)
+        look = _look(hooked, current, x, output)
+        plan = hooked.plans.get(look)
     if plan is None:
         plan = _decide(hooked, current, x, output, taint, recomputed=recomputed)
-        if plan is None:
+        if plan is None or look is None or not plan.lasts:
             current.trace = None
+        else:
+            hooked.keep_plan(look, plan)
+        if plan is None:
             return None
-        if like is not None and plan.lasts:
-            hooked.plans[like] = plan
     _check_device(hooked, current, x)
     measured = RuleCall(plan, current, proven=plan.proven or current.implicit or recomputed)
     measured.on_given = current.was_given(x)
-    measured.x_depends_on_data = plan.x_depends_on_data
     if not recomputed:
         for param in plan.wanted.values():
             current.add_use(param)

@@ -193,7 +193,7 @@ class GraphFinder:
         again = False
         for call, found in zip(unproven, proven, strict=False):
             call.proven = True
-            coupled = found is not None and found.everywhere and call.rows == 1 and call.x_depends_on_data
+            coupled = found is not None and found.everywhere and call.rows == 1 and call.plan.x_depends_on_data
             right = found is None or call.plan.layout in found.layouts or coupled
             if not right:
                 call.cancelled, again = True, True

@@ -1,0 +1,139 @@
+"""Promise: a graph that is like one before is not walked again, and one that is not is measured right all the same."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms.graph.walk import GraphWalk
+from tests.oracle import one_by_one
+
+B, PASSES = 4, 9
+
+
+class Changing(nn.Module):
+    """What it computes changes from pass to pass; rules measure all of it at first."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+        self.spare = nn.Linear(5, 5)
+        self.change, self.late = change, False
+
+    def forward(self, x):
+        h = self.norm(self.first(x).tanh())
+        if self.late:
+            h = self.change(self, h)
+        return self.last(h).square().sum(-1) + 0.1 * self.spare(x).square().sum(-1)
+
+
+CHANGES = {
+    "a module is called twice": lambda m, h: m.norm(h),
+    "another module is called": lambda m, h: m.spare(h),
+    "a weight is used without its module": lambda m, h: nn.functional.linear(h, m.first.weight),
+    "a bias is used in one operation more": lambda m, h: h * m.first.bias,
+    "the same operations, in another order": lambda m, h: m.norm(m.first(h).tanh()),
+    "nothing": lambda m, h: h,
+}
+
+
+def norms_are_exact(model, norms, x):
+    model.zero_grad()
+    model(x).mean().backward()
+    want = one_by_one(model, lambda m, i: m(x[i : i + 1]).sum(), len(x))
+    assert norms.per_sample.keys() == want.keys()
+    for name, grads in want.items():
+        torch.testing.assert_close(norms.per_sample[name], grads.flatten(1).norm(dim=1), rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    counted, run = [], GraphWalk.run
+    monkeypatch.setattr(GraphWalk, "run", lambda self, outputs: (counted.append(1), run(self, outputs))[1])
+    return counted
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("tokens", [(), (2,)])
+def test_a_graph_that_changes_after_many_passes(change, tokens):
+    torch.manual_seed(0)
+    model = Changing(CHANGES[change]).double()
+    with PerSampleGradNorms(model, layers="tensor") as norms:
+        for step in range(PASSES):
+            model.late = step >= PASSES - 3
+            x = torch.randn(B, *tokens, 5, dtype=torch.float64)
+            model.zero_grad()
+            loss = model(x)
+            loss.reshape(B, -1).sum(1).mean().backward()
+            want = one_by_one(model, lambda m, i, x=x: m(x[i : i + 1]).sum(), B)
+            for name, grads in want.items():
+                torch.testing.assert_close(norms.per_sample[name], grads.flatten(1).norm(dim=1), rtol=1e-9, atol=1e-12)
+
+
+def test_steady_passes_are_not_walked(walks):
+    model = Changing(CHANGES["nothing"]).double()
+    with PerSampleGradNorms(model, layers="tensor") as norms:
+        for step in range(PASSES):
+            if step == 4:
+                walks.clear()
+            norms_are_exact(model, norms, torch.randn(B, 5, dtype=torch.float64))
+    assert not walks
+
+
+def test_each_number_of_samples_is_walked_once(walks):
+    model = Changing(CHANGES["nothing"]).double()
+    with PerSampleGradNorms(model, layers="tensor") as norms:
+        for samples in (4, 4, 4, 6, 4, 6, 4, 6):
+            norms_are_exact(model, norms, torch.randn(samples, 5, dtype=torch.float64))
+    assert len(walks) <= 5
+
+
+class Scaled(nn.Module):
+    """A parameter of no module with a rule, which trains later."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(5, 5), nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        return (self.layer(x) * self.scale).square().sum(-1)
+
+
+def test_a_parameter_that_is_thawed_after_many_passes():
+    """The operation is the same one, with or without a gradient for its second operand."""
+    torch.manual_seed(0)
+    model = Scaled().double()
+    with PerSampleGradNorms(model, layers="tensor") as norms:
+        for step in range(PASSES):
+            model.scale.requires_grad_(step == 0 or step >= PASSES - 3)
+            x = torch.randn(B, 5, dtype=torch.float64)
+            model.zero_grad()
+            model(x).mean().backward()
+            want = one_by_one(model, lambda m, i, x=x: m(x[i : i + 1]).sum(), B)
+            for name, grads in want.items():
+                torch.testing.assert_close(norms.per_sample[name], grads.flatten(1).norm(dim=1), rtol=1e-9, atol=1e-12)
+
+
+class InPlace(nn.Module):
+    """Operations in place on outputs that are views, and hooks of the user on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 5), nn.Linear(5, 5, bias=False), nn.Linear(5, 1)
+
+    def forward(self, x):
+        h = self.first(x.tanh()).relu_()
+        g = self.second(h)
+        g.mul_(0.5).add_(h)
+        out = self.last(g)
+        if out.requires_grad:
+            out.register_hook(lambda grad: 3 * grad)
+        return out.flatten(1).sum(1)
+
+
+def test_outputs_that_are_changed_in_place_and_gradients_that_a_hook_changes():
+    torch.manual_seed(0)
+    model = InPlace().double()
+    with PerSampleGradNorms(model, layers="tensor") as norms:
+        for _ in range(PASSES):
+            norms_are_exact(model, norms, torch.randn(B, 3, 5, dtype=torch.float64))
