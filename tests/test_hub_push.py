@@ -1,12 +1,7 @@
 """Promise: a push puts exactly a finished run's files on the Hub, all or none, and failures say what to do."""
 
-import json
-import os
 import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,85 +9,16 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from transformers import AutoModelForImageClassification
 
-from hf_clars.cli.commands import main
-from hf_clars.data import PixelSettings, build_image_processor, collate_images
-from hf_clars.errors import ConfigError
-from hf_clars.hub import HubError, RunSummary, push_run, read_facts, shared_files, write_card
+from hf_clars.hub import HubError, push_run, read_facts, shared_files, write_card
 from hf_clars.hub.push import readable_size
-from hf_clars.trainer import ClarsTrainer
-from tests.hub_server import TOKEN, hub_server
-from tests.trainer_kit import Images, clars_args, tiny_resnet
+from tests.hub_kit import SHARED, SUMMARY, finished_run, local_hub
+from tests.hub_server import TOKEN
+from tests.trainer_kit import tiny_resnet
+
+run = pytest.fixture(finished_run)
+hub = pytest.fixture(local_hub)
 
 pytestmark = pytest.mark.draws
-
-SUMMARY = RunSummary(
-    model_name="tiny",
-    architecture="ResNetForImageClassification",
-    parameters=1000,
-    dataset="ImageNet",
-    method="clars",
-    recipe={"global_batch": 16384},
-    results={"eval_accuracy": 0.7512, "eval_loss": 1.25},
-    dataset_id="ILSVRC/imagenet-1k",
-    eval_split="validation",
-)
-SHARED = {
-    "model.safetensors",
-    "config.json",
-    "preprocessor_config.json",
-    "README.md",
-    "layer_rates.safetensors",
-    "layer_rates.png",
-    "accuracy.svg",
-    "layer_rates.html",
-    ".eval_results/imagenet-1k.yaml",
-    "all_results.json",
-}
-KEPT = (
-    "checkpoint-3/model.safetensors",
-    "checkpoint-3/optimizer.safetensors",
-    "layer_rates/0001.safetensors",
-    "optimizer.pt",
-    "training_args.bin",
-    "training_args.json",
-    "trainer_state.json",
-    "train_results.json",
-    "notes.txt",
-    ".env",
-    "runs/events.out.tfevents.1",
-)
-
-
-@pytest.fixture
-def run(tmp_path):
-    """The folder of a finished run, with all that a run can leave and more."""
-    folder = tmp_path / "secret-place" / "run"
-    tiny_resnet().save_pretrained(folder)
-    build_image_processor(PixelSettings(image_size=8, num_channels=1)).save_pretrained(folder)
-    for name in KEPT:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"not for sharing: {name}")
-    for name in ("layer_rates.safetensors", "layer_rates.png", "accuracy.svg", "layer_rates.html"):
-        (folder / name).write_bytes(name.encode() * 100)
-    (folder / "all_results.json").write_text(json.dumps(SUMMARY.results))
-    write_card(folder, SUMMARY)
-    return folder
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A server that the client in this process talks to, with a token that it knows."""
-    with hub_server() as (address, state):
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-        # The clients that Trainer makes repositories with took their address when they were made: that behind
-        # `huggingface_hub.create_repo` at import, transformers' own (from 5.24 on) at its first use.
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between the client's retries
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield state
 
 
 def test_a_push_uploads_exactly_the_shared_files_in_one_commit(run, hub):
@@ -267,104 +193,3 @@ def test_data_that_is_not_on_the_hub_has_no_eval_results(tmp_path):
     write_card(tmp_path, replace(SUMMARY, dataset_id=None))
     assert (tmp_path / "README.md").exists()
     assert not (tmp_path / ".eval_results").exists()
-
-
-# ---- the trainer -----------------------------------------------------------------------------------------------------
-
-
-def trained(folder, **changes):
-    args = clars_args(folder, max_steps=2, per_device_train_batch_size=16, log_layer_rates=True, **changes)
-    trainer = ClarsTrainer(
-        tiny_resnet(),
-        args,
-        train_dataset=Images(),
-        eval_dataset=Images(16),
-        data_collator=collate_images,
-        processing_class=build_image_processor(PixelSettings(image_size=8, num_channels=1)),
-    )
-    trainer.train()
-    trainer.evaluate()
-    return trainer
-
-
-def test_the_trainer_pushes_the_same_files_and_writes_the_card_that_is_missing(tmp_path, hub):
-    trainer = trained(tmp_path / "my-run", save_strategy="steps", save_steps=1)
-    trainer.push_to_hub(license="mit", dataset="random images")
-    files = hub.repos["me/my-run"]["main"]
-    assert set(files) == {
-        "model.safetensors",
-        "config.json",
-        "preprocessor_config.json",
-        "README.md",
-        "layer_rates.safetensors",
-        "layer_rates.png",
-        "layer_rates.html",
-    }
-    card = ModelCard(files["README.md"].decode())
-    assert card.data.license == "mit"
-    loss = next(r.metric_value for r in card.data.eval_results if r.metric_type == "loss")
-    assert loss == pytest.approx([e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e][-1])
-    assert not any(str(tmp_path).encode() in content for content in files.values())
-    assert (tmp_path / "my-run" / "checkpoint-2").is_dir()
-
-
-def test_a_card_that_is_there_is_pushed_as_it_is(tmp_path, hub):
-    trainer = trained(tmp_path / "run")
-    card = "---\nlicense: mit\n---\n\n# Mine\n"
-    (tmp_path / "run" / "README.md").write_text(card)
-    with pytest.raises(ConfigError, match="has a card already"):
-        trainer.push_to_hub(license="apache-2.0")
-    trainer.push_to_hub(blocking=False).result(timeout=60)
-    assert hub.repos["me/run"]["main"]["README.md"].decode() == card
-
-
-def test_push_to_hub_in_the_arguments_shares_the_end_and_fails_before_training_without_a_token(
-    tmp_path, hub, monkeypatch
-):
-    trainer = trained(tmp_path / "run", push_to_hub=True, save_strategy="steps", save_steps=1)
-    assert hub.commits == []
-    trainer.save_model()
-    assert [commit[2] for commit in hub.commits] == ["Model save"]
-    assert not any("checkpoint" in name or "args" in name for name in hub.commits[0][3])
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(HubError, match="does not know the token"):
-        trained(tmp_path / "other", push_to_hub=True)
-    with pytest.raises(ConfigError, match="hub_strategy=every_save would push checkpoints"):
-        clars_args(tmp_path / "x", push_to_hub=True, hub_strategy="every_save")
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-
-def test_the_script_shows_what_would_be_pushed(run):
-    script = Path(__file__).parent.parent / "scripts" / "push_to_hub.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(run), "--repo-id", "owner/name", "--dry-run"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": ""},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in SHARED)
-    assert "Nothing was sent to owner/name." in done.stdout
-
-
-def test_the_command_pushes_and_reports_in_one_line(run, hub, capsys, monkeypatch):
-    assert main(["push", str(run), "--repo-id", "owner/name", "--private"]) == 0
-    assert "/owner/name/commit/" in capsys.readouterr().out
-    assert set(hub.repos["owner/name"]["main"]) == SHARED
-    assert hub.private["owner/name"] is True
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert main(["push", str(run), "--repo-id", "owner/name"]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: http://127.0.0.1")
-    assert "hf auth login" in error
-
-
-def test_the_card_command_keeps_a_card_unless_told_otherwise(run, capsys):
-    assert main(["card", str(run), "--license", "mit"]) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert main(["card", str(run), "--license", "mit", "--title", "New", "--overwrite"]) == 0
-    data = ModelCard.load(run / "README.md").data
-    assert (data.license, data.model_name) == ("mit", "New")

@@ -13,7 +13,7 @@ from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.per_sample import NormMonitor, PerSampleNormsCallback, with_index
 from tests.processes import GROUP, leave, results_of_two
-from tests.test_callback import Images, Plain, plain_args
+from tests.trainer_kit import Images, Plain, plain_args
 from tests.twin import batch, loss_on
 
 pytestmark = GROUP

@@ -9,8 +9,10 @@ from hf_clars.per_sample import PerSampleLog
 from hf_clars.plots import open_runs
 from hf_clars.plots.command import main as plot
 from hf_clars.plots.page import write_page
+from tests.page_kit import embedded, make_log, open_browser, point_at, read
 from tests.test_per_sample_log import step, written
-from tests.test_plots_page import chromium, embedded, make_log, point_at, read  # noqa: F401
+
+chromium = pytest.fixture(scope="module")(open_browser)
 
 
 def page_of(tmp_path):
@@ -58,7 +60,7 @@ def test_norms_without_a_batch_gradient_have_no_noise_scale(tmp_path):
     assert list(run["quantities"]) == ["mean_sample_norm"]
 
 
-def test_the_curve_stands_below_the_map_and_a_cell_reads_the_noise_scale(chromium, tmp_path):  # noqa: F811
+def test_the_curve_stands_below_the_map_and_a_cell_reads_the_noise_scale(chromium, tmp_path):
     log = written(tmp_path / "run", steps=30)
     chromium.open(page_of(tmp_path))
     assert not chromium.run("noises.hidden")
@@ -75,7 +77,7 @@ def test_the_curve_stands_below_the_map_and_a_cell_reads_the_noise_scale(chromiu
     assert not chromium.complaints()
 
 
-def test_without_per_sample_norms_there_is_no_curve(chromium, tmp_path):  # noqa: F811
+def test_without_per_sample_norms_there_is_no_curve(chromium, tmp_path):
     make_log(tmp_path / "run")
     chromium.open(page_of(tmp_path))
     assert chromium.run("noises.hidden")

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_clars.errors import DataError
 from hf_clars.per_sample import rank_samples, ranking
 from hf_clars.per_sample.losses import UnknownLossError
-from tests.test_callback import Sentences, brute_force
+from tests.callback_kit import Sentences, brute_force
 from tests.trainer_kit import Images, Plain
 
 

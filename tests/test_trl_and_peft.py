@@ -20,7 +20,7 @@ from transformers import (  # noqa: E402
 )
 
 from hf_clars.per_sample import PerSampleNormsCallback  # noqa: E402
-from tests.test_callback import Sentences, bert, train  # noqa: E402
+from tests.callback_kit import Sentences, bert, train  # noqa: E402
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_clars.distributed.collectives import world_size
+from hf_clars.distributed.collectives import sum_over_ranks, world_size
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,29 @@ def local_norms(
     return LocalNorms(
         none if of_weights is None else of_weights, none if of_grads is None else of_grads, partial=partial
     )
+
+
+def whole_norms(local: LocalNorms, beside: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Norms of whole layers, and the sum over ranks of what is needed beside them: one all-reduce at most.
+
+    Args:
+        local: What each process holds.
+        beside: [n], to be summed over ranks in the same all-reduce; None: nothing.
+
+    Returns:
+        (||w_k||, ||g_k||), each [K]; and the sum [n].
+    """
+    layers = len(local.weights)
+    parts = [local.weights.square(), local.grads.square()] if local.partial else []
+    if beside is not None:
+        parts.append(beside.to(local.weights))
+    if not parts:
+        return local.weights, local.grads, None
+    summed = sum_over_ranks(torch.cat(parts))
+    if not local.partial:
+        return local.weights, local.grads, summed
+    weights, grads = summed[: 2 * layers].sqrt().split(layers)
+    return weights, grads, None if beside is None else summed[2 * layers :]
 
 
 def tensor_norms(tensors: Sequence[Tensor], *, foreach: bool) -> Tensor:

@@ -4,54 +4,28 @@ ZeRO 1 and 2 call `step()` once for each parameter group, ZeRO 3 once for each s
 calls the gradients of the others are not yet where an optimizer looks for them. A layer's norms need all pieces at
 once, so they are read from the engine. DeepSpeed has public functions for single tensors (`safe_get_full_grad` and the
 like), but each is a collective of its own, once a parameter; so this file, and no other, reads the names that these
-functions are built on, and `tests/test_launchers_agree.py` fails loudly when one of them changes.
-
-Private names: `_hp_mapping` and `_z3_optimizer`, by which DeepSpeed marks the parameters that it has partitioned. They
-end when DeepSpeed says in public whether it has, and hands out all pieces at once.
+functions are built on, and `tests/test_launchers_agree.py` fails loudly when one of them changes. That ends when
+DeepSpeed hands out all pieces at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_clars.distributed.collectives import world_size
-from hf_clars.distributed.shards import LocalNorms, is_split, local_norms
+from hf_clars.distributed.engine import GroupTensors, TensorHolder
+from hf_clars.distributed.shards import LocalNorms, local_norms
 from hf_clars.errors import HfClarsError
 
 
 class UnsupportedEngineError(HfClarsError, RuntimeError):
     """An engine setting under which layer norms would be wrong."""
-
-
-def keeps_gradients_elsewhere(param: nn.Parameter) -> bool:
-    """Whether an engine that splits weights or gradients holds this parameter: its `grad` is None in between then."""
-    return is_split(param) or is_zeros(param)
-
-
-def is_zeros(param: nn.Parameter) -> bool:
-    """Whether DeepSpeed's ZeRO holds this parameter's gradient, in pieces of its own."""
-    return hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
-
-
-def whole_shape(param: Any) -> tuple[int, ...]:
-    """A parameter's shape, also while ZeRO-3 has put its values aside."""
-    return tuple(getattr(param, "ds_shape", param.shape))
-
-
-def is_flat_piece(tensor: Tensor, params: Sequence[nn.Parameter]) -> bool:
-    """Whether a group's tensor is DeepSpeed's flat piece of the group's parameters, and not one of them."""
-    return any(hasattr(p, "_hp_mapping") for p in params) and all(tensor is not p for p in params)
-
-
-def trains_without(params: Sequence[nn.Parameter], groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether ZeRO has partitioned a model for another optimizer: it would have put its pieces into these groups."""
-    partitioned = {p for p in params if hasattr(p, "_z3_optimizer") or getattr(p, "_hp_mapping", None) is not None}
-    return bool(partitioned) and any(t in partitioned for group in groups for t in group["params"])
 
 
 def is_partitioned(engine: Any) -> bool:
@@ -61,6 +35,44 @@ def is_partitioned(engine: Any) -> bool:
             return True
         engine = getattr(engine, "optimizer", None)
     return False
+
+
+def check_one_layer_a_group(engine: Any, groups: Sequence[Collection[int]]) -> None:
+    """Check that ZeRO, if that is inside the engine, can tell layers apart.
+
+    Args:
+        engine: DeepSpeed's engine.
+        groups: For each parameter group, the rows of the layers that train in it.
+
+    Raises:
+        UnsupportedEngineError: If a group that becomes one flat piece holds several layers.
+    """
+    several = next((number for number, rows in enumerate(groups) if len(set(rows)) > 1), None)
+    if several is not None and is_partitioned(engine):
+        raise UnsupportedEngineError(
+            f"Group {several} holds more than one layer, and DeepSpeed makes one flat piece of it, of which "
+            "layers cannot be told apart: leave params= out, or give a group for each layer."
+        )
+
+
+def check_all_at_once(shown: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], sizes: Sequence[int]) -> None:
+    """Check that a call of `step()` is for all of an optimizer's groups.
+
+    Args:
+        shown: The groups that it is for.
+        groups: All of them.
+        sizes: How many tensors each of them was given.
+
+    Raises:
+        UnsupportedEngineError: If it is for a part, as under ZeRO.
+    """
+    emptied = any(size and not group["params"] for size, group in zip(sizes, groups, strict=True))
+    if emptied or len(shown) < len(groups):
+        raise UnsupportedEngineError(
+            "step() was called with a part of the layers, as DeepSpeed's ZeRO does, but this optimizer does not "
+            "know its engine: call optimizer.attach_engine(engine) after deepspeed.initialize or "
+            "accelerator.prepare, or use ClarsTrainer."
+        )
 
 
 def zero_pieces(
@@ -102,7 +114,7 @@ def zero_pieces(
     return kind(zero, engine, rows)
 
 
-class ZeroPieces:
+class ZeroPieces(TensorHolder):
     """The pieces that this process holds.
 
     Args:
@@ -110,9 +122,9 @@ class ZeroPieces:
         engine: The engine around it.
         layer_of_group: The row of each parameter group's layer.
 
-    Attributes:
-        calls: How often `step()` is called for one update.
     """
+
+    in_pieces = True
 
     def __init__(self, zero: Any, engine: Any, layer_of_group: Sequence[int]) -> None:
         self.zero = zero
@@ -143,17 +155,12 @@ class ZeroPieces:
         return 1.0 / float(self.zero.loss_scale)
 
     def dropped_a_batch(self) -> bool:
-        """Whether the engine has skipped a step, for gradients that are not finite, since this was last asked."""
+        """See `TensorHolder`: DeepSpeed skips steps by itself."""
         before, self._skipped = self._skipped, self._engine.skipped_steps
         return self._skipped != before
 
-    def local_norms(self, layers: int, *, foreach: bool = True) -> LocalNorms:
-        """Norms [K] of the local pieces; call it in the first `step()` of an update.
-
-        Args:
-            layers: Number of layers K.
-            foreach: Take all norms in one multi-tensor operation.
-        """
+    def local_norms(self, found: GroupTensors, layers: int, *, foreach: bool = True) -> LocalNorms:
+        """See `TensorHolder`; the pieces are read from the engine, whatever is in the groups."""
         weights, weight_layers = self._flattened(self._weights())
         ready = [piece.grad for piece in self._flat()]
         grads: list[Tensor] = []
@@ -173,21 +180,21 @@ class ZeroPieces:
         """The real parts of each flat piece: padding is not always zero."""
         return [self._parts_of(number, piece.detach()) for number, piece in enumerate(self._flat())]
 
+    @abstractmethod
     def _flat(self) -> list[Tensor]:
         """The flat pieces, in the order of the calls."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _group(self, number: int) -> int:
         """The parameter group of a call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _parts_of(self, number: int, flat: Tensor) -> list[Tensor]:
         """What of a flat piece, or of its gradient, is real."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _waiting_gradients(self, number: int) -> list[Tensor]:
         """Averaged gradients of a call that is still to come, without padding."""
-        raise NotImplementedError
 
 
 class _Zero2Pieces(ZeroPieces):

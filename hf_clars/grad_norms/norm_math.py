@@ -218,6 +218,27 @@ def embedding_weight_squared_norm(tokens: Tensor, g: Tensor) -> Tensor:
     return squared_sum(summed)
 
 
+def ragged_lookup_squared_norm(samples: Tensor, tokens: Tensor, g: Tensor, batch: int) -> Tensor:
+    """`embedding_weight_squared_norm` of lookups that are not equally many for each sample.
+
+    Args:
+        samples: The sample of each lookup, [N].
+        tokens: Its row number, [N].
+        g: What it adds to its row, [N, width].
+        batch: B.
+
+    Returns:
+        [B].
+    """
+    order = tokens.argsort()
+    order = order[samples[order].argsort(stable=True)]
+    samples, tokens = samples[order], tokens[order]
+    slots = torch.zeros_like(samples)
+    slots[1:] = ((samples[1:] != samples[:-1]) | (tokens[1:] != tokens[:-1])).cumsum(0)
+    squares = squared_sum(torch.zeros_like(g).index_add_(0, slots, g[order]))
+    return g.new_zeros(batch).index_add_(0, torch.zeros_like(samples).scatter_(0, slots, samples), squares)
+
+
 def embedding_weight_grads(tokens: Tensor, g: Tensor, rows: int) -> Tensor:
     """Each sample's gradient of an embedding table: tokens [B, T], g [B, T, width] -> [B, rows, width]."""
     grads = g.new_zeros(g.shape[0], rows, g.shape[2])

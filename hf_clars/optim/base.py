@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.distributed import LocalNorms, ZeroPieces, is_split, local_norms, on_device, sum_over_ranks, zero_pieces
-from hf_clars.distributed.zero import UnsupportedEngineError, is_flat_piece, is_partitioned
+from hf_clars.distributed import Groups, GroupTensors, TensorHolder, is_split, on_device, whole_norms, zero_pieces
+from hf_clars.distributed.zero import check_all_at_once, check_one_layer_a_group
 from hf_clars.layers import LayerMode
 from hf_clars.optim.gradient_scale import all_zero
 from hf_clars.optim.grouped import GroupedOptimizer
@@ -45,7 +45,7 @@ class LayerwiseOptimizer(GroupedOptimizer):
         self.foreach = foreach
         self.last_step: LayerMeasures | None = None
         self._step: LayerMeasures | None = None
-        self._zero: ZeroPieces | None = None
+        self._holder: TensorHolder = Groups()
         self._calls_left = 0
         self._makes_state = False
         self._guard: LoopGuard | None = None
@@ -97,7 +97,7 @@ class LayerwiseOptimizer(GroupedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._zero is None and self._book.asleep and self._book.wake():
+        if not self._holder.in_pieces and self._book.asleep and self._book.wake():
             self._new_partition()
         untouched = self._is_untouched()
         tensors = self._gather()
@@ -106,7 +106,7 @@ class LayerwiseOptimizer(GroupedOptimizer):
             return loss
         if self._calls_left == 0:
             self._calls_left = self._calls()
-            if tensors.params or self._zero is not None:
+            if tensors.params or self._holder.in_pieces:
                 if self.last_step is None:
                     self._check_processes()
                 measures = self._measure(tensors)
@@ -122,7 +122,7 @@ class LayerwiseOptimizer(GroupedOptimizer):
 
     def _check_processes(self) -> None:
         """At the first step, where nothing else has been asked: are the gradients shared?"""
-        if self._guard is not None and self._zero is None:
+        if self._guard is not None and not self._holder.in_pieces:
             check_gradients_are_shared(self._guard.scale, None)
 
     def _is_untouched(self) -> bool:
@@ -131,7 +131,8 @@ class LayerwiseOptimizer(GroupedOptimizer):
         It is taken with gradients of zero at a rate of zero, before any other. So may be the first of a warmup, but
         not with such gradients.
         """
-        return not self.state and self._zero is None and all(float(g["lr"]) == 0.0 for g in self.param_groups)
+        first = not self.state and not self._holder.in_pieces
+        return first and all(float(g["lr"]) == 0.0 for g in self.param_groups)
 
     def _make_state(self, tensors: StepTensors) -> None:
         """The state is there; nothing moves. Processes with parts of the weights must reduce together all the same."""
@@ -166,28 +167,17 @@ class LayerwiseOptimizer(GroupedOptimizer):
         Raises:
             UnsupportedEngineError: If it is no engine or this optimizer is not inside it, or under optimizer offload.
         """
-        several = [g for g in range(len(self._book.rows)) if len({*self._book.rows_in(g)} & {*self._book.shown}) > 1]
-        if several and self._model is not None and is_partitioned(engine):
-            raise UnsupportedEngineError(
-                f"Group {several[0]} holds more than one layer, and DeepSpeed makes one flat piece of it, of which "
-                "layers cannot be told apart: leave params= out, or give a group for each layer."
+        if self._model is not None:
+            check_one_layer_a_group(
+                engine, [{*self._book.rows_in(g)} & {*self._book.shown} for g in range(len(self._book.rows))]
             )
-        self._zero = zero_pieces(engine, self, self._book.leading_rows())
+        self._holder = zero_pieces(engine, self, self._book.leading_rows()) or Groups()
 
     def _calls(self) -> int:
         """How often `step()` is called for the update that begins now."""
-        if self._zero is not None:
-            return self._zero.calls
-        emptied = any(
-            rows and not group["params"] for rows, group in zip(self._book.rows, self._all_groups, strict=True)
-        )
-        if emptied or len(self.param_groups) < len(self._all_groups):
-            raise UnsupportedEngineError(
-                "step() was called with a part of the layers, as DeepSpeed's ZeRO does, but this optimizer does not "
-                "know its engine: call optimizer.attach_engine(engine) after deepspeed.initialize or "
-                "accelerator.prepare, or use ClarsTrainer."
-            )
-        return 1
+        if not self._holder.in_pieces:
+            check_all_at_once(self.param_groups, self._all_groups, [len(rows) for rows in self._book.rows])
+        return self._holder.calls
 
     def _keep(self, measures: LayerMeasures) -> None:
         """Subclasses with a memory of their own keep what a step measured."""
@@ -200,7 +190,7 @@ class LayerwiseOptimizer(GroupedOptimizer):
 
     def _before_forward(self) -> None:
         """A pass begins: know the parameters that take part in it."""
-        if self._zero is None and self.last_step is None:
+        if not self._holder.in_pieces and self.last_step is None:
             self._follow()
         if self._book.asleep and self._book.wake():
             self._new_partition()
@@ -342,39 +332,14 @@ class LayerwiseOptimizer(GroupedOptimizer):
         Returns:
             (||w_k||, ||g_k||), each [K], a layer without gradients having ||g_k|| = 0; and the sum [n].
         """
-        local = self._local_norms(tensors)
-        layers = len(self._book.layers)
-        parts = [local.weights.square(), local.grads.square()] if local.partial else []
-        if beside is not None:
-            parts.append(beside.to(local.weights))
-        if not parts:
-            return local.weights, local.grads, None
-        summed = sum_over_ranks(torch.cat(parts))
-        if not local.partial:
-            return local.weights, local.grads, summed
-        weights, grads = summed[: 2 * layers].sqrt().split(layers)
-        return weights, grads, None if beside is None else summed[2 * layers :]
+        weights, own = self._weights(), self._book.layers[0].params
+        found = GroupTensors(list(weights), list(weights.values()), tensors.grads, tensors.layer, own)
+        local = self._holder.local_norms(found, len(self._book.layers), foreach=self.foreach is not False)
+        return whole_norms(local, beside)
 
-    def _local_norms(self, tensors: StepTensors) -> LocalNorms:
-        layers, foreach = len(self._book.layers), self.foreach is not False
-        if self._zero is not None:
-            return self._zero.local_norms(layers, foreach=foreach)
-        weights = self._weights()
-        own = self._book.layers[0].params
-        flat = bool(weights) and is_flat_piece(weights[0][0], own) and weights[0][0].dim() == 1
-        return local_norms(
-            [p for p, _ in weights],
-            [k for _, k in weights],
-            tensors.grads,
-            tensors.layer,
-            layers,
-            flat=flat,
-            foreach=foreach,
-        )
-
-    def _weights(self) -> list[tuple[Tensor, int]]:
+    def _weights(self) -> dict[Tensor, int]:
         """The tensors that train now, each once, with their layer."""
         found: dict[Tensor, int] = {}
         for rows, group in zip(self._book.rows, self._all_groups, strict=True):
             found.update({p: row for p, row in zip(group["params"], rows, strict=False) if p.requires_grad})
-        return list(found.items())
+        return found

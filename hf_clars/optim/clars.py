@@ -215,8 +215,8 @@ class CLARS(LARS):
         if self.last_step is None and not self._makes_state:
             check_gradients_are_shared(self._guard.scale, sample)
         scale = self._guard.scale.scale_since(sample)
-        if self._zero is not None:
-            scale = scale * self._zero.gradient_scale
+        if self._holder.in_pieces:
+            scale = scale * self._holder.gradient_scale
         own = own * (scale if self.norm == "mean" else scale.square())
         return mean_sample_norm(own, own, grad_norm, captured=captured.clamp(min=1), total=total, norm=self.norm)
 
@@ -245,8 +245,7 @@ class CLARS(LARS):
             UnsupportedEngineError: As there.
         """
         super().attach_engine(engine)
-        if self._zero is not None:
-            self.norms.engine_dropped_a_batch = self._zero.dropped_a_batch
+        self.norms.engine_dropped_a_batch = self._holder.dropped_a_batch
 
     def _after_step(self) -> None:
         super()._after_step()
@@ -271,8 +270,7 @@ class CLARS(LARS):
         super().attach_hooks(model)
         if not self.norms.attached:
             self.norms = self._new_norms(model)
-            if self._zero is not None:
-                self.norms.engine_dropped_a_batch = self._zero.dropped_a_batch
+            self.norms.engine_dropped_a_batch = self._holder.dropped_a_batch
 
     def pause_hooks(self, paused: bool = True) -> None:
         """As `LayerwiseOptimizer.pause_hooks`.

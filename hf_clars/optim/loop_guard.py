@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from hf_clars.distributed import local_part
-from hf_clars.distributed.zero import trains_without
+from hf_clars.distributed.zero_marks import trains_without
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms.compiled.operations import Told
 from hf_clars.grad_norms.hooks import BoundHook, kind_of_hook

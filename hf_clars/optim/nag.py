@@ -67,9 +67,9 @@ class NAG(LayerwiseOptimizer):
             weight_norm = torch.full_like(grad_norm, float("nan"))
         return LayerMeasures(self._rates(torch.ones_like(grad_norm)), weight_norm, grad_norm)
 
-    def _weights(self) -> list[tuple[Tensor, int]]:
+    def _weights(self) -> dict[Tensor, int]:
         """None where their norms are not asked for."""
-        return super()._weights() if self.measure else []
+        return super()._weights() if self.measure else {}
 
     def _minds_scale(self) -> bool:
         """They do: a step is as long as the gradient."""

@@ -16,12 +16,15 @@ from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, quietly
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.nodes import call_for_each, operand_grads
+from hf_clars.grad_norms.graph.norms_alone import norms_alone
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
 from hf_clars.grad_norms.torch_internals import dtype_at, no_autocast, results_of
 from hf_clars.grad_norms.undisturbed import undisturbed
 
 Deliver = Callable[[ForwardPass, nn.Parameter, Tensor, torch.dtype], None]
+"""Takes a pass, a parameter, each sample's gradient [kept, *shape], and the operation's precision. Where only norms are
+asked for, [kept, 1] with each sample's norm does as well."""
 
 
 @dataclass(eq=False)
@@ -54,6 +57,14 @@ class MeasuredUse:
         if self.careful and not own and not use.node.name().startswith(("Expand", "Add", "Sub")):
             return self._by_engine(grads, batch, kept)
         return operand_grads(use.node, use.index, grads, self.layouts, use.shape, batch, kept)
+
+    def norms(self, current: ForwardPass, grads: Sequence[Tensor | None]) -> Tensor | None:
+        """Each sample's norm alone, [kept], of the one parameter; None where its gradients must be made."""
+        param = next(iter(self.use.leaves.values()))
+        summed = current.check is not None and current.check.wants(param)
+        if self.careful or summed or param in current.several:
+            return None
+        return norms_alone(self.use, grads, self.layouts, current.batch_size, current.kept)
 
     def _by_engine(self, grads: Sequence[Tensor | None], batch: int, kept: int) -> Tensor:
         """By a backward pass of its own, which unpacks what was saved once more."""
@@ -174,6 +185,10 @@ class _Arrival:
         own_function = isinstance(measured.use.node, BackwardCFunction)
         kept = undisturbed(current.params() if own_function else ())
         with torch.no_grad(), quietly(), kept, no_autocast(some.device.type):
+            norms = measured.norms(current, given)
+            if norms is not None:
+                self.deliver(current, next(iter(measured.use.leaves.values())), norms.unsqueeze(1), some.dtype)
+                return
             shared = not current.several.isdisjoint(measured.use.leaves.values())
             own = at_least_float32(measured.grads(given, current.batch_size, current.kept, shared=shared))
             _deliver(self.deliver, current, measured.use, own, some.dtype)

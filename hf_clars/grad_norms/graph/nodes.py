@@ -16,6 +16,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from hf_clars.grad_norms import norm_math
+from hf_clars.grad_norms.graph.bags import bag_grads
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
 from hf_clars.grad_norms.torch_internals import dtype_at, saved, shape_at
@@ -146,25 +147,48 @@ def _rows(t: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
     return at_least_float32(layout.samples_first(t, batch).flatten(1, 2)[:kept])
 
 
+#: What stands before w in x @ w and in b + x @ w, and w's place among the operands.
+_FACTORS = {"MmBackward": ("self", 1), "AddmmBackward": ("mat1", 2)}
+
+
+def factors(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> tuple[Tensor, Tensor] | None:
+    """What w's gradients are made of, where w is the operand of x @ w or b + x @ w.
+
+    Args:
+        node: The operation.
+        index: Which operand.
+        g: Gradient of the result [N, out].
+        layout: Whose rows are whose.
+        batch: B.
+        kept: How many of the first samples are measured.
+
+    Returns:
+        x [kept, T, in] and g [kept, T, out]; None for another operand, or one that is scaled.
+    """
+    name, place = _FACTORS[node.name().rstrip("0123456789")]
+    x = saved(node, name)
+    if index != place or x is None or _is_scaled(node):
+        return None
+    xs, rows = _rows(x, layout, batch, kept), _rows(g, layout, batch, kept)
+    return None if xs is None or rows is None else (xs, rows)
+
+
+def _is_scaled(node: Node) -> bool:
+    return saved(node, "beta") not in (1, None) or saved(node, "alpha") not in (1, None)
+
+
 def _mm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
     """Result = x @ w."""
-    x = saved(node, "self") if index == 1 else None
-    rows, xs = _rows(g, layout, batch, kept), None if x is None else _rows(x, layout, batch, kept)
-    return None if rows is None or xs is None else xs.mT @ rows
+    found = factors(node, index, g, layout, batch, kept)
+    return None if found is None else found[0].mT @ found[1]
 
 
 def _addmm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
     """Result = b + x @ w."""
-    if saved(node, "beta") not in (1, None) or saved(node, "alpha") not in (1, None):
-        return None
+    if index != 0 or _is_scaled(node):
+        return _mm(node, index, g, layout, batch, kept)
     rows = _rows(g, layout, batch, kept)
-    if rows is None:
-        return None
-    if index == 0:
-        return rows.sum(1) if node.next_functions[0][0] is not None else None
-    x = saved(node, "mat1") if index == 2 else None
-    xs = None if x is None else _rows(x, layout, batch, kept)
-    return None if xs is None else xs.mT @ rows
+    return None if rows is None else rows.sum(1)
 
 
 def _convolution(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
@@ -186,8 +210,12 @@ def _convolution(node: Node, index: int, g: Tensor, layout: Layout, batch: int, 
     )
 
 
-def _embedding(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
-    tokens, rows = saved(node, "indices"), saved(node, "weight_sym_argsize_0")
+def lookups(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> tuple[Tensor, Tensor] | None:
+    """What a table's gradients are made of: tokens [kept, T], and what each adds to its row [kept, T, width].
+
+    Arguments and None as for `factors`.
+    """
+    tokens = saved(node, "indices")
     if layout != Layout() or tokens is None or tokens.dim() == 0 or saved(node, "scale_grad_by_freq"):
         return None
     if g.shape[0] % batch or tokens.shape[0] != g.shape[0]:
@@ -195,9 +223,15 @@ def _embedding(node: Node, index: int, g: Tensor, layout: Layout, batch: int, ke
     tokens = tokens.reshape(batch, -1)[:kept]
     g = at_least_float32(g.reshape(batch, -1, g.shape[-1])[:kept])
     padding = saved(node, "padding_idx")
-    if isinstance(padding, int) and 0 <= padding < int(rows):
+    if isinstance(padding, int) and 0 <= padding < int(saved(node, "weight_sym_argsize_0")):
         g = g * (tokens != padding).unsqueeze(-1)
-    return norm_math.embedding_weight_grads(tokens, g, int(rows))
+    return tokens, g
+
+
+def _embedding(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+    found = lookups(node, index, g, layout, batch, kept)
+    rows = int(saved(node, "weight_sym_argsize_0"))
+    return None if found is None else norm_math.embedding_weight_grads(*found, rows)
 
 
 def _layer_norm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
@@ -219,5 +253,6 @@ _KINDS: dict[str, Kind] = {
     "MmBackward": _mm,
     "ConvolutionBackward": _convolution,
     "EmbeddingBackward": _embedding,
+    "EmbeddingBagBackward": bag_grads,
     "NativeLayerNormBackward": _layer_norm,
 }

@@ -1,0 +1,125 @@
+"""Promise: what the callback measured is in Trainer's log, in TensorBoard and in its own, under the data's indices."""
+
+import json
+import logging
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback
+
+from hf_clars.per_sample import IndexedDataset, PerSampleLog, PerSampleNormsCallback, with_index
+from hf_clars.per_sample.log import FOLDER
+from tests.callback_kit import LOGGER, brute_force, train
+from tests.trainer_kit import Images, Plain, plain_args
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_hardest_examples_are_named_by_the_data_sets_index_under_shuffling_and_workers(tmp_path, workers):
+    data = Images()
+    callback = PerSampleNormsCallback(every=1, top_k=3, strict=True)
+    settings = {"train_sampling_strategy": "random", "dataloader_num_workers": workers, "max_steps": 8}
+    train(tmp_path, callback, dataset=with_index(data), learning_rate=0.0, logging_steps=8, **settings)
+    windows = [json.loads(line) for line in (tmp_path / FOLDER / "windows.jsonl").read_text().splitlines()]
+    norms, _ = brute_force(Plain(), data.x, data.y)
+    assert [hard["index"] for hard in windows[0]["hardest"]] == norms.topk(3).indices.tolist()
+    arrays = PerSampleLog.open(tmp_path).read()
+    assert sorted(set(arrays["top_index"].flatten().tolist()))[0] >= 0
+    seen = {int(i): float(n) for i, n in zip(arrays["top_index"].flatten(), arrays["top_norm"].flatten(), strict=True)}
+    for index, norm in seen.items():
+        assert norm == pytest.approx(float(norms[index]), rel=1e-3)
+
+
+def test_a_column_of_a_datasets_dataset_works_too(tmp_path):
+    import datasets
+
+    data = datasets.Dataset.from_dict({"pixel_values": Images().x.tolist(), "labels": Images().y.tolist()})
+    indexed = with_index(data)
+    assert indexed[5]["sample_index"] == 5
+    callback = PerSampleNormsCallback(every=1, top_k=2, strict=True)
+    train(tmp_path, callback, dataset=indexed, train_sampling_strategy="random", max_steps=2)
+    assert callback.monitor.knows_indices
+
+
+def test_batches_without_an_index_say_how_to_keep_one_once(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, LOGGER):
+        train(tmp_path, PerSampleNormsCallback(every=1, top_k=2))
+    said = [r.getMessage() for r in caplog.records if "remove_unused_columns=False" in r.getMessage()]
+    assert len(said) == 1
+    assert "with_index" in said[0]
+
+
+def test_a_data_set_without_a_length_or_room_for_an_index_is_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield {}
+
+    with pytest.raises(ValueError, match="no length"):
+        with_index(Stream())
+    with pytest.raises(ValueError, match="has no room for an index"):
+        IndexedDataset([1, 2])[0]
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------
+
+
+def test_trainers_log_has_the_models_values_on_its_own_steps(tmp_path):
+    trainer = train(tmp_path, PerSampleNormsCallback(every=2, strict=True), logging_steps=2)
+    entries = [e for e in trainer.state.log_history if "loss" in e]
+    assert [e["step"] for e in entries] == [2, 4, 6]
+    for entry in entries:
+        assert entry["per_sample/norm_p05"] <= entry["per_sample/norm_p50"] <= entry["per_sample/norm_p95"]
+        assert 0 <= entry["per_sample/signal_share"] <= 1
+
+
+def test_tensorboard_gets_each_layer(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, PerSampleNormsCallback(every=1, strict=True), report_to=["tensorboard"])
+    events = EventAccumulator(str(tmp_path / "runs" / FOLDER)).Reload()
+    assert {"train/per_sample/R/conv", "train/per_sample/norm_p50"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("train/per_sample/R/conv")] == [1, 2, 3, 4, 5, 6]
+    assert all(0 <= e.value <= 1 + 1e-6 for e in events.Scalars("train/per_sample/R/conv"))
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_has_the_log_and_the_averages_of_one_that_was_not_stopped(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    whole = PerSampleNormsCallback(every=1, strict=True)
+    train(tmp_path / "whole", whole, **settings)
+    first = PerSampleNormsCallback(every=1, strict=True)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    train(tmp_path / "cut", [first, Stop()], **settings)
+    again = PerSampleNormsCallback(every=1, strict=True)
+    args = plain_args(tmp_path / "cut", per_device_train_batch_size=8, learning_rate=0.05, **settings)
+    trainer = Trainer(Plain(), args, train_dataset=Images(), callbacks=[again])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    a, b = PerSampleLog.open(tmp_path / "whole").read(), PerSampleLog.open(tmp_path / "cut").read()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=0, equal_nan=True)
+    torch.testing.assert_close(again.monitor.noise.read().value, whole.monitor.noise.read().value, rtol=1e-9, atol=0)
+
+
+def test_a_callback_that_is_added_late_says_so_and_measures_from_there(tmp_path, caplog):
+    late = PerSampleNormsCallback(every=2, strict=True)
+
+    class Adds(TrainerCallback):
+        trainer = None
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                self.trainer.add_callback(late)
+
+    adds = Adds()
+    args = plain_args(tmp_path, per_device_train_batch_size=8, max_steps=6)
+    adds.trainer = Trainer(Plain(), args, train_dataset=Images(), callbacks=[adds])
+    with caplog.at_level(logging.WARNING, LOGGER):
+        adds.trainer.train()
+    assert any("added after training began: its log begins at step 3" in r.getMessage() for r in caplog.records)
+    assert PerSampleLog.open(tmp_path).read()["steps"].tolist() == [4, 6]
