@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hf_clars.bench.compiled import COMPILED
-from hf_clars.bench.networks import NETWORKS
+from hf_clars.bench.networks import LARGE, NETWORKS
 from hf_clars.bench.pages import PAGES, Settings
 from hf_clars.bench.report import machine
 
@@ -37,6 +36,7 @@ For other libraries: pip install 'hf_clars[bench]'
 """
 
 
+NETWORKS_HELP = f"for cost, memory, layers and compiled: {', '.join(NETWORKS)} (default: all but {', '.join(LARGE)})"
 PAGES_HELP = "what to measure (default: all but compiled)"
 
 # glibc gives freed memory back to the system and takes it anew, page by page, whenever it likes; which of two ways pays
@@ -52,14 +52,11 @@ def keep_freed_memory() -> None:
 
 def parse(argv: Sequence[str] | None) -> tuple[Settings, list[str]]:
     """The settings, and the pages, of the command line."""
-    known = list(dict.fromkeys([*NETWORKS, *COMPILED]))
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--pages", nargs="+", choices=PAGES, default=[p for p in PAGES if p != "compiled"], help=PAGES_HELP
     )
-    parser.add_argument(
-        "--networks", nargs="+", choices=known, default=known, help="for cost, memory and compiled (default: all)"
-    )
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[], metavar="NAME", help=NETWORKS_HELP)
     parser.add_argument("--rounds", type=int, default=7, help="how often each thing is timed (default: 7)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
     parser.add_argument("--output", type=Path, default=Path("benchmark"), metavar="DIR", help="(default: benchmark)")
@@ -70,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, list[str]]:
         parser.error("--rounds and --threads must be at least 1")
     rounds = 1 if args.quick else args.rounds
     # In the order of the tables, whatever the order on the command line.
-    networks = tuple(name for name in known if name in args.networks)
+    networks = tuple(name for name in NETWORKS if name in args.networks)
     return Settings(networks, rounds, args.threads, args.output, quick=args.quick), [
         p for p in PAGES if p in args.pages
     ]

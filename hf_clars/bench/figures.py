@@ -76,7 +76,9 @@ def _draw_bars(axes: Axes, rows: Sequence[CostRow]) -> None:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("time / time of the plain step")
     if rows:
-        axes.set_title(f"{rows[0].network}: {rows[0].batch} images of {rows[0].image_size} pixels", fontsize=10.5)
+        axes.set_title(
+            f"{rows[0].network}: {rows[0].batch} samples of {rows[0].image_size} pixels or tokens", fontsize=10.5
+        )
 
 
 def save_growth_page(rows: Sequence[GrowthRow], path: Path) -> Path:

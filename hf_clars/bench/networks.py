@@ -6,16 +6,21 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
 
+from hf_clars.bench import transformer_networks as transformers_of
 from hf_clars.models import build_model
 
 GROUP_NORM_SUFFIX = "-gn"
 MAX_GROUPS = 32
+QUICK_SIZE, QUICK_BATCH = 32, 2
+TOKENS = 100
+"""Texts are of the first so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,12 @@ class Network:
 
     Attributes:
         name: Its name in tables.
-        make: Makes the model for images of a given side and a number of classes.
-        image_size: Side of the images, in pixels.
-        batch: Images a step.
-        num_labels: Classes.
+        make: Makes the model for inputs of a given size and a number of classes.
+        image_size: Side of the images, in pixels; of texts, how many tokens each has.
+        batch: Samples a step.
+        num_labels: Classes; of a language model, its tokens.
+        texts: Whether it takes texts: "" (images), "whole" (a class for each), "tokens" (one for each token).
+        tiny: Makes a small model of the same kind, to see that everything runs; None: `make` is small enough.
     """
 
     name: str
@@ -35,6 +42,8 @@ class Network:
     image_size: int
     batch: int
     num_labels: int
+    texts: Literal["", "whole", "tokens"] = ""
+    tiny: Callable[[int, int], nn.Module] | None = None
 
     def build(self) -> nn.Module:
         """The model in train mode and float32 on the device, with the same first weights every time."""
@@ -42,15 +51,30 @@ class Network:
         return self.make(self.image_size, self.num_labels).float().train().to(device())
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """Random images [batch, 3, image_size, image_size] and class numbers [batch]; the same every time."""
+        """Random inputs and class numbers; the same every time.
+
+        Returns:
+            Images [batch, 3, image_size, image_size], or tokens [batch, image_size]; and class numbers [batch], or
+            [batch, image_size] for each token.
+        """
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn(self.batch, 3, self.image_size, self.image_size, generator=generator)
-        y = torch.randint(self.num_labels, (self.batch,), generator=generator)
+        shape = (self.batch, self.image_size)
+        if self.texts:
+            x = torch.randint(1, TOKENS, shape, generator=generator)
+        else:
+            x = torch.randn(self.batch, 3, self.image_size, self.image_size, generator=generator)
+        y = torch.randint(self.num_labels, shape if self.texts == "tokens" else shape[:1], generator=generator)
         return x.to(device()), y.to(device())
 
     def resized(self, *, image_size: int, batch: int) -> Network:
         """The same network with other images."""
         return replace(self, image_size=image_size, batch=batch)
+
+    def quick(self) -> Network:
+        """A small one of the same kind, and two small samples."""
+        labels = min(self.num_labels, TOKENS)
+        small = replace(self, make=self.tiny, num_labels=labels) if self.tiny is not None else self
+        return small.resized(image_size=8 if self.texts else QUICK_SIZE, batch=QUICK_BATCH)
 
     def with_group_norm(self) -> Network:
         """The same network with GroupNorm for BatchNorm."""
@@ -68,6 +92,17 @@ def device() -> torch.device:
 def logits(output: Any) -> Tensor:
     """The scores [B, classes] in what a model returns: a tensor, or an output object of transformers."""
     return output if torch.is_tensor(output) else output.logits
+
+
+def mean_loss(output: Any, y: Tensor) -> Tensor:
+    """Cross-entropy, a mean over samples (and over tokens, of which all samples have the same number).
+
+    Args:
+        output: What a model returned.
+        y: Class numbers [B], or [B, T].
+    """
+    scores = logits(output)
+    return functional.cross_entropy(scores.flatten(0, -2), y.flatten())
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -137,11 +172,36 @@ _BASE = (
     ),
 )
 
+
+def _transformer(
+    name: str, make: Callable[..., nn.Module], size: int, batch: int, labels: int, texts: Literal["", "whole", "tokens"]
+) -> Network:
+    def of(tiny: bool) -> Callable[[int, int], nn.Module]:
+        if texts:
+            return lambda size, labels: make(labels, tiny=tiny)
+        return lambda size, labels: make(size, labels, tiny=tiny)
+
+    return Network(name, of(False), size, batch, labels, texts, of(True))
+
+
+_TRANSFORMERS = (
+    _transformer("gpt2", transformers_of.gpt2, 256, 4, 50_257, "tokens"),
+    _transformer("llama-100m", transformers_of.llama, 256, 4, 16_384, "tokens"),
+    _transformer("bert-base", transformers_of.bert, 128, 8, 2, "whole"),
+    _transformer("vit-b16", transformers_of.vit, 224, 4, 1000, ""),
+    _transformer("convnext-t", transformers_of.convnext, 224, 4, 1000, ""),
+    _transformer("swin-t", transformers_of.swin, 224, 4, 1000, ""),
+)
+
 NETWORKS: dict[str, Network] = {
     network.name: network
     for network in (
         *(variant for base in _BASE for variant in (base, base.with_group_norm())),
         Network("vit-tiny", _vit_tiny, image_size=224, batch=8, num_labels=1000),
+        *_TRANSFORMERS,
     )
 }
 """By name; `-gn` marks the copies with GroupNorm."""
+
+LARGE = tuple(network.name for network in _TRANSFORMERS)
+"""Networks that take minutes each, and that a page measures only if they are named."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from hf_clars.bench.compiled import COMPILED, measure_compiled
 from hf_clars.bench.cost import measure_cost, measure_memory
 from hf_clars.bench.figures import save_cost_page, save_growth_page
 from hf_clars.bench.layers import LayerRow, measure_layers
-from hf_clars.bench.networks import GROUP_NORM_SUFFIX, NETWORKS, Network
+from hf_clars.bench.networks import GROUP_NORM_SUFFIX, LARGE, NETWORKS, Network
 from hf_clars.bench.optimizer_step import measure_optimizers
 from hf_clars.bench.overhead import STACKS, measure_overhead
 from hf_clars.bench.report import Rows, milliseconds, ratio_or_note, save_json, text_table
 from hf_clars.bench.subset import measure_subset
 
-QUICK_SIZE, QUICK_BATCH = 32, 2
+USUAL = tuple(name for name in NETWORKS if name not in LARGE)
 
 Columns = dict[str, Callable[[Any], object]]
 
@@ -31,7 +31,7 @@ class Settings:
     """What the command line decides.
 
     Attributes:
-        networks: Names of `NETWORKS` and `COMPILED`, for the pages that compare ways.
+        networks: Names of `NETWORKS`; empty: what each page usually measures.
         rounds: How often each thing is timed.
         threads: Threads of torch.
         output: Folder of the JSON and the pictures.
@@ -44,24 +44,19 @@ class Settings:
     output: Path
     quick: bool = False
 
-    @property
-    def images(self) -> list[str]:
-        """The networks on images."""
-        return [name for name in self.networks if name in NETWORKS]
-
-    def network(self, name: str) -> Network:
-        """A network with the batch that is measured."""
-        network = NETWORKS[name]
-        return network.resized(image_size=QUICK_SIZE, batch=QUICK_BATCH) if self.quick else network
+    def chosen(self, usual: Iterable[str]) -> list[Network]:
+        """The networks that were named, or these if none was."""
+        names = self.networks or tuple(usual)
+        return [NETWORKS[name].quick() if self.quick else NETWORKS[name] for name in names]
 
 
 def run_cost(settings: Settings) -> None:
     """Time of every way."""
-    rows = [row for name in settings.images for row in measure_cost(settings.network(name), settings.rounds)]
+    rows = [row for network in settings.chosen(USUAL) for row in measure_cost(network, settings.rounds)]
     columns: Columns = {
         "network": lambda row: row.network,
         "batch": lambda row: row.batch,
-        "pixels": lambda row: row.image_size,
+        "pixels or tokens": lambda row: row.image_size,
         "way": lambda row: row.way,
         "ms a step": lambda row: milliseconds(row.seconds),
         "times the plain step (quartiles)": lambda row: ratio_or_note(row.ratio, row.note),
@@ -72,11 +67,11 @@ def run_cost(settings: Settings) -> None:
 
 def run_memory(settings: Settings) -> None:
     """Peak memory of every way."""
-    rows = [row for name in settings.images for row in measure_memory(settings.network(name), settings.threads)]
+    rows = [row for network in settings.chosen(USUAL) for row in measure_memory(network, settings.threads)]
     columns: Columns = {
         "network": lambda row: row.network,
         "batch": lambda row: row.batch,
-        "pixels": lambda row: row.image_size,
+        "pixels or tokens": lambda row: row.image_size,
         "way": lambda row: row.way,
         "peak MiB": lambda row: row.mebibytes.get("peak"),
         "times the plain step's": lambda row: ratio_or_note(row.ratio, row.note),
@@ -134,8 +129,8 @@ def run_growth(settings: Settings) -> None:
 
 def run_layers(settings: Settings) -> None:
     """The cost model against the clock."""
-    names = [name for name in settings.images if not name.endswith(GROUP_NORM_SUFFIX)]
-    rows = [row for name in names for row in measure_layers(settings.network(name), settings.rounds)]
+    networks = settings.chosen(name for name in USUAL if not name.endswith(GROUP_NORM_SUFFIX))
+    rows = [row for network in networks for row in measure_layers(network, settings.rounds)]
 
     def milliseconds_of(seconds: Callable[[LayerRow], dict[str, float]], form: str) -> Callable[[Any], object]:
         return lambda row: seconds(row).get(form, float("nan")) * 1e3
@@ -162,8 +157,7 @@ def run_layers(settings: Settings) -> None:
 
 def run_compiled(settings: Settings) -> None:
     """Cost in models that are compiled as a whole."""
-    names = [name for name in COMPILED if name in settings.networks]
-    rows = [measure_compiled(name, settings.rounds, quick=settings.quick) for name in names]
+    rows = [measure_compiled(network, settings.rounds) for network in settings.chosen(COMPILED)]
     columns: Columns = {
         "network": lambda row: row.network,
         "input": lambda row: " x ".join(map(str, row.shape)),

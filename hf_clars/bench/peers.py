@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetBottleNeckLayer
 
-from hf_clars.bench.networks import logits
+from hf_clars.bench.networks import logits, mean_loss
 from hf_clars.bench.ways import HfClars, Plain, SquaredNorms, Way
 
 
@@ -125,7 +124,7 @@ class BackPack(Way):
         """As `Way.step`, for the parameters that it knows."""
         self.model.zero_grad(set_to_none=True)
         with _without_warnings(), self._context(self._extension):
-            self._loss(logits(self._extended(self.x)), self.y).backward()
+            self._loss(logits(self._extended(self.x)).flatten(0, -2), self.y.flatten()).backward()
         squares = {}
         for name, param in self.model.named_parameters():
             if hasattr(param, "batch_l2"):
@@ -150,7 +149,7 @@ class VmapGrad(Way):
 
         def loss(params: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
             output = torch.func.functional_call(model, (params, buffers), (image[None],))
-            return functional.cross_entropy(logits(output), label[None])
+            return mean_loss(output, label[None])
 
         self._per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
 

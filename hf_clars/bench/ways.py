@@ -11,9 +11,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from hf_clars.bench.networks import logits
+from hf_clars.bench.networks import mean_loss
 from hf_clars.grad_norms import PerSampleGradNorms
 
 SquaredNorms = dict[str, Tensor]
@@ -25,8 +24,8 @@ class Way(ABC):
 
     Args:
         model: Belongs to the way from now on: it may be hooked or changed.
-        x: Images [B, C, H, W].
-        y: Class numbers [B].
+        x: Images [B, C, H, W], or tokens [B, T].
+        y: Class numbers [B], or [B, T].
     """
 
     name: ClassVar[str]
@@ -48,7 +47,7 @@ class Way(ABC):
     def backward(self, model: nn.Module) -> None:
         """The ordinary part of a training step: the gradient of the mean loss."""
         self.model.zero_grad(set_to_none=True)
-        functional.cross_entropy(logits(model(self.x)), self.y).backward()
+        mean_loss(model(self.x), self.y).backward()
 
 
 class Plain(Way):
@@ -101,7 +100,7 @@ class OneByOne(Way):
         params = dict(self.model.named_parameters())
         found: dict[str, list[Tensor]] = {name: [] for name in params}
         for x, y in zip(self.x.split(1), self.y.split(1), strict=True):
-            grads = torch.autograd.grad(functional.cross_entropy(logits(self.model(x)), y), list(params.values()))
+            grads = torch.autograd.grad(mean_loss(self.model(x), y), list(params.values()))
             for name, grad in zip(params, grads, strict=True):
                 found[name].append(grad.square().sum())
         self.backward(self.model)
