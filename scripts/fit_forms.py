@@ -145,7 +145,7 @@ def _use_of(name: str) -> tuple[Kind, WeightUse]:
     family, shape = name.split(" ", 1)
     numbers = ast.literal_eval(shape)
     if family == "linear":
-        return "linear", WeightUse(*numbers, element_size=2)
+        return "linear", _linear(*numbers)
     width_in, width_out, kernel, stride, side = numbers
     return _convolution(128, width_in, width_out, kernel, stride, side)
 
@@ -153,9 +153,13 @@ def _use_of(name: str) -> tuple[Kind, WeightUse]:
 def _use_in_network(key: tuple[Any, ...]) -> tuple[Kind, WeightUse]:
     """Of ("linear", B, T, in, out), ("conv", (B, in, side, side), out, kernel, stride)."""
     if key[0] == "linear":
-        return "linear", WeightUse(*key[1:], element_size=2)
+        return "linear", _linear(*key[1:])
     (samples, width_in, side, _), width_out, kernel, stride = key[1:]
     return _convolution(samples, width_in, width_out, kernel, stride, side)
+
+
+def _linear(samples: int, positions: int, width_in: int, width_out: int) -> WeightUse:
+    return WeightUse(samples, positions, width_in, width_out, element_size=2)
 
 
 def _convolution(samples: int, width_in: int, width_out: int, k: int, stride: int, side: int) -> tuple[Kind, WeightUse]:
