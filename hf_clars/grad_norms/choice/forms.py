@@ -116,6 +116,15 @@ class FormChoices:
             tables.write(self._tables()["disk"])
         return times
 
+    def measure_anew(self, seconds: float) -> None:
+        """Forget all that is known, and measure.
+
+        Args:
+            seconds: How long, in all.
+        """
+        self.seconds, self._known = seconds, {"disk": {}}
+        self.restore({})
+
     # ---- from run to run, from process to process ------------------------------------------------------------
 
     def export(self) -> dict[str, dict[str, str]]:
