@@ -15,6 +15,7 @@ from hf_clars.grad_norms.norm_math import on_cuda
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.costs import Form, WeightUse
 from hf_clars.grad_norms.rules.kernel_forms import (
+    FEW_CHANNELS,
     convolution_backward,
     convolution_shapes,
     in_channels_last,
@@ -136,7 +137,8 @@ class ConvolutionRule(LayerRule):
         assert isinstance(module, _Conv)
         if self.supplies_backward(module, x, output):
             kind, use = convolution_shapes(x, module.weight, output, _settings(module, module.padding))
-            return use, form_choices.look_up(kind, use)
+            few = x.shape[1] < FEW_CHANNELS
+            return use, Choice("product", "model") if few else form_choices.look_up(kind, use)
         use = convolution_use(module, x, output)
         return use, form_choices.look_up("torch" if on_cuda(x) else "cpu", use)
 
