@@ -116,7 +116,7 @@ def test_times_of_another_version_are_ignored_and_it_is_said_once(monkeypatch, c
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"machine": {}}', json.dumps({"machine": H100, "times": {"linear": {str(USE): {"magic": 1.0}}}})],
+    ["{", "[]", '{"machine": {}}', json.dumps({"machine": H100, "times": {"linear": {str(USE): {"rows": 1.0}}}})],
 )
 def test_a_file_that_is_none_is_ignored_and_it_is_said(tmp_path, caplog, content):
     (tmp_path / "forms.json").write_text(content)
@@ -173,8 +173,8 @@ def test_a_resumed_run_takes_the_same_forms_through_plain_json(fresh_forms):
     assert choice_of(second).form == "gram"
     assert second.export() == first.export()
     assert choice_of(second, "torch", WeightUse(2, 8, 36, 7)).why == "memory"
-    for stored in ({"linear": {"B": "magic"}}, {"magic": {}}):
-        with pytest.raises(ConfigError, match="magic"):
+    for stored in ({"linear": {"B": "magic"}}, {"magic": {}}, {"linear": {"B": "grouped"}}, {"cpu": {"B": "gram"}}):
+        with pytest.raises(ConfigError, match="not of this hf_clars"):
             second.restore(stored)
 
 

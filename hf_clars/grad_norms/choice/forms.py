@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from hf_clars.grad_norms.choice import tables
 from hf_clars.grad_norms.choice.tables import Times
 from hf_clars.grad_norms.choice.timing import milliseconds
 from hf_clars.grad_norms.rules import costs
-from hf_clars.grad_norms.rules.costs import SHIPPED, Form, Kind, WeightUse, fastest, predicted
+from hf_clars.grad_norms.rules.costs import SHIPPED, Form, Kind, WeightUse, fastest, forms_of, predicted
 
 Why = Literal["memory", "disk", "shipped", "measured", "model"]
 
@@ -144,8 +144,8 @@ class FormChoices:
             ConfigError: It names forms or kinds that there are not.
         """
         for kind, by_use in forms.items():
-            odd = [f"{use}: {form!r}" for use, form in by_use.items() if form not in get_args(Form)]
-            if kind not in get_args(Kind) or odd:
+            odd = [f"{use}: {form!r}" for use, form in by_use.items() if form not in forms_of(kind)]
+            if odd or not forms_of(kind):
                 raise ConfigError(
                     f"The stored forms of layers' norms are not of this hf_clars ({kind!r}: {'; '.join(odd[:2])}). "
                     "Resume with the hf_clars that wrote them, or take 'forms' out of the checkpoint's settings."

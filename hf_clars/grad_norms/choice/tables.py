@@ -9,12 +9,12 @@ import re
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from hf_clars.errors import ConfigError
-from hf_clars.grad_norms.rules.costs import Form
+from hf_clars.grad_norms.rules.costs import Form, forms_of
 
 Times = dict[str, dict[str, dict[Form, float]]]
 """Milliseconds by kind, shapes and form."""
@@ -86,9 +86,9 @@ def read() -> Times:
 
 
 def _checked(times: Any) -> Times:
-    for by_use in times.values():
+    for kind, by_use in times.items():
         for forms in by_use.values():
-            if not all(form in get_args(Form) and float(ms) > 0 for form, ms in forms.items()):
+            if not all(form in forms_of(kind) and float(ms) > 0 for form, ms in forms.items()):
                 raise ValueError(f"{forms} are no times of forms")
     return dict(times)
 

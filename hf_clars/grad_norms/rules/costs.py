@@ -182,6 +182,12 @@ def predicted(kind: Kind, use: WeightUse) -> dict[Form, float]:
     return found
 
 
+def forms_of(kind: str) -> set[str]:
+    """The forms that may be taken on CUDA; none for a kind that is not CUDA's. The model predicts all but "grouped"."""
+    known = set(SHIPPED["model"].get(kind, ()))
+    return known | {"grouped"} if kind.startswith("torch") else known
+
+
 def fastest(times: dict[Form, float]) -> Form:
     """The form of the least time; of equal ones the last."""
     best, least = next(iter(times)), math.inf
