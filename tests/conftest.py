@@ -43,3 +43,21 @@ def _no_mode_is_left():
     for _ in left:
         _pop_mode()
     assert left == []
+
+
+@pytest.fixture
+def fresh_forms(monkeypatch, tmp_path):
+    """A process that seems to have an H100, has chosen no form of norms yet, and knows no file of the user's."""
+    from hf_clars.grad_norms.choice import FormChoices, forms, tables
+    from hf_clars.grad_norms.rules import convolution, kernel_forms, linear
+    from hf_clars.grad_norms.rules.costs import SHIPPED
+    from hf_clars.trainer import callbacks, resuming, trainer
+
+    monkeypatch.setenv(tables.PLACE, str(tmp_path / "forms.json"))
+    monkeypatch.delenv(tables.SECONDS, raising=False)
+    here = {**tables.machine(), **SHIPPED["machine"]}
+    monkeypatch.setattr(tables, "machine", lambda: here)
+    fresh = FormChoices()
+    for module in (forms, kernel_forms, convolution, linear, callbacks, resuming, trainer):
+        monkeypatch.setattr(module, "form_choices", fresh)
+    return fresh

@@ -120,7 +120,8 @@ def test_wheel_and_sdist_hold_all_that_the_package_needs(built):
     names = set(zipfile.ZipFile(built[0]).namelist())
     tracked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_clars").rglob("*.py")}
     assert tracked <= names
-    assert {"hf_clars/py.typed", "hf_clars/grad_norms/README.md"} <= names
+    data = {"hf_clars/py.typed", "hf_clars/grad_norms/README.md", "hf_clars/grad_norms/rules/h100.json"}
+    assert data <= names
     assert {f"hf_clars/configs/{name}.yaml" for name in recipe_names()} <= names
     assert not any(
         name.startswith(("tests", "scripts", "configs", "research", "benchmarks", "setup")) for name in names

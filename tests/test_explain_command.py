@@ -13,6 +13,13 @@ def test_a_network_with_rules_only(capsys):
     assert "can be compiled as a whole" in shown
 
 
+def test_the_form_of_each_layer_and_why(capsys):
+    assert main(["explain", "resnet8", "--forms"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = (line.split() for line in lines if line.startswith("features.5.conv2 ") and "kernel 3x3" in line)
+    assert row[row.index("bytes") + 2 :][:3] == ["gram", "model", "gram"]
+
+
 def test_a_language_model_in_a_folder(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 50}

@@ -13,7 +13,7 @@ from hf_clars.bench.networks import Network
 from hf_clars.bench.timing import alternate
 from hf_clars.grad_norms.norm_math import squared_sum
 from hf_clars.grad_norms.rules.convolution import ConvolutionRule, convolution_squared_norm, convolution_use
-from hf_clars.grad_norms.rules.costs import MACHINES, Form, WeightUse, cheapest_form
+from hf_clars.grad_norms.rules.costs import Form, WeightUse, cheapest_form, milliseconds_beyond
 from hf_clars.grad_norms.rules.linear import LinearRule, linear_squared_norm, linear_use
 from hf_clars.grad_norms.torch_internals import convolution_weight_grad
 
@@ -91,7 +91,6 @@ def measure_layers(network: Network, rounds: int) -> list[LayerRow]:
 
 def _measure(network: str, use: WeightUse, calls: list[tuple[str, nn.Module, Tensor, Tensor]], rounds: int) -> LayerRow:
     name, module, x, output = calls[0]
-    machine = MACHINES.get(x.device.type, MACHINES["cuda"])
     x, g = torch.randn_like(x), torch.randn_like(output)
     steps: dict[str, Callable[[], object]] = {
         "weight gradient": partial(_weight_grad, module, x, g),
@@ -102,7 +101,7 @@ def _measure(network: str, use: WeightUse, calls: list[tuple[str, nn.Module, Ten
     times = {step: sorted(each)[len(each) // 2] for step, each in alternate(steps, rounds, label=name).items()}
     plain = times.pop("weight gradient")
     measured = {form: seconds - (plain if form == "product" else 0) for form, seconds in times.items()}
-    predicted = {"gram": use.gram_seconds(machine), "product": use.product_seconds(machine)}
+    predicted = {str(form): ms / 1e3 for form, ms in milliseconds_beyond(use, x.device.type).items()}
     return LayerRow(network, name, len(calls), use, cheapest_form(use, x.device.type), predicted, measured, plain)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_clars.cli.commands import reporting
 from hf_clars.errors import ConfigError
 from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms.choice import layer_forms
 from hf_clars.models import build_model, model_names
 
 DESCRIPTION = """\
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--channels", type=int, default=3, help="channels of the images (default: 3)")
     parser.add_argument("--tokens", type=int, metavar="T", help="for language models: the length of the input")
     parser.add_argument("--batch", type=int, default=4, help="samples (default: 4)")
+    parser.add_argument(
+        "--forms", action="store_true", help="also which of the equal forms each weight's norms take, and why"
+    )
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     if args.tokens:
@@ -55,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         given = torch.randn(args.batch, args.channels, args.image_size, args.image_size)
     print(explain(model, given))
+    if args.forms:
+        print(f"\n{layer_forms(model, given)}")
     return 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from hf_clars.grad_norms.torch_internals import convolution_weight_grad
 MAX_ELEMENTS = 1 << 24
 # Below this many numbers it is the number of operations that counts.
 SMALL = 1 << 15
+# On CUDA a slice may take this part of the memory that is free when the first one is cut.
+FREE_PART = 64
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -37,6 +41,25 @@ def squared_sum(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(flat, dim=1).square()  # half the time of a dot product with itself
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The product a @ b; of half precision on CUDA in float32, so that nothing is rounded before it is squared."""
+    if not on_cuda(a) or a.dtype not in _HALF or a.dim() != 3 or torch.compiler.is_compiling():
+        return a @ b
+    return float_product(a, b)
+
+
+def float_product(a: Tensor, b: Tensor) -> Tensor:
+    """The product a @ b, accumulated and given in float32: of matrices, or of stacks [B, ...] of them."""
+    if a.dtype is torch.float32 or a.device.type != "cuda":
+        return a.float() @ b.float()
+    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+
+
+def on_cuda(t: Tensor) -> bool:
+    """Whether a tensor is on a CUDA device, where other forms are fast than on a CPU."""
+    return t.device.type == "cuda"
+
+
 def outer_squared_norm(x: Tensor, g: Tensor) -> Tensor:
     """Squared norm of g x^T for every sample: x [B, in], g [B, out] -> [B]."""
     return squared_sum(x) * squared_sum(g)
@@ -48,12 +71,12 @@ def gram_squared_norm(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _gram_squared_norm(x: Tensor, g: Tensor) -> Tensor:
-    return torch.linalg.vecdot((x @ x.mT).flatten(1), (g @ g.mT).flatten(1))
+    return torch.linalg.vecdot(product(x, x.mT).flatten(1), product(g, g.mT).flatten(1))
 
 
 def linear_weight_grads(x: Tensor, g: Tensor) -> Tensor:
     """Each sample's weight gradient of y = x W^T: x [B, T, in], g [B, T, out] -> [B, out, in]."""
-    return g.mT @ x
+    return product(g.mT, x)
 
 
 def convolution_weight_grads(
@@ -117,6 +140,68 @@ def thin_convolution_weight_grads(
         x.storage_offset(),
     ).reshape(x.shape[0], math.prod(kernel_shape[1:]), -1)  # half the time of `unfold`
     return (g.flatten(2) @ patches.mT).view(-1, *kernel_shape)
+
+
+def patches_of(
+    x: Tensor,
+    *,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """What each output position of a convolution sees, written out: [B * groups, T, in / groups * taps].
+
+    Args:
+        x: Inputs [B, in, *space].
+        kernel: Kernel size per spatial dimension, as are the others.
+        stride: Steps between output positions.
+        padding: Zeros added on both sides.
+        dilation: Kernel spacing.
+        groups: Groups of the layer.
+    """
+    x = pad(x, [p for each in reversed(padding) for p in (each, each)])
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    axes = len(kernel)  # [B, in, *space', *kernel]
+    x = x.unflatten(1, (groups, -1))
+    order = (0, 1, *range(3, 3 + axes), 2, *range(3 + axes, 3 + 2 * axes))
+    return x.permute(order).flatten(2 + axes).flatten(2, 1 + axes).flatten(0, 1)
+
+
+def patch_weight_grads(
+    x: Tensor,
+    g: Tensor,
+    *,
+    kernel_shape: tuple[int, ...],
+    groups: int,
+    **steps: tuple[int, ...],
+) -> Tensor:
+    """`convolution_weight_grads` by products with the patches, written out in slices of the batch: for CUDA."""
+
+    def grads(x: Tensor, g: Tensor) -> Tensor:
+        patches = patches_of(x, kernel=kernel_shape[2:], groups=groups, **steps)
+        outputs = g.flatten(2).unflatten(1, (groups, -1)).flatten(0, 1)
+        return product(outputs, patches).reshape(-1, *kernel_shape)
+
+    written = math.prod(g.shape[2:]) * math.prod(kernel_shape[1:]) * groups
+    return in_slices(grads, x, g, elements_per_sample=written)
+
+
+def patch_gram_squared_norm(
+    x: Tensor, g: Tensor, *, kernel: tuple[int, ...], groups: int, **steps: tuple[int, ...]
+) -> Tensor:
+    """`convolution_gram_squared_norm` by products of the patches, written out in slices of the batch: for CUDA."""
+
+    def squares(x: Tensor, g: Tensor) -> Tensor:
+        patches = patches_of(x, kernel=kernel, groups=groups, **steps)
+        outputs = g.flatten(2).unflatten(1, (groups, -1)).flatten(0, 1).mT
+        return _gram_squared_norm(patches, outputs).unflatten(0, (-1, groups)).sum(1)
+
+    positions = math.prod(g.shape[2:])
+    written = positions * (x.shape[1] * math.prod(kernel) + 2 * groups * positions)
+    return in_slices(squares, x, g, elements_per_sample=written)
 
 
 def convolution_gram_squared_norm(
@@ -261,8 +346,16 @@ def in_slices(norms_of: Callable[..., Tensor], *tensors: Tensor, elements_per_sa
 
 
 def slices_of(*tensors: Tensor, elements_per_sample: int) -> Iterator[tuple[Tensor, ...]]:
-    """Slices of the batch axis of several tensors, at most `MAX_ELEMENTS` elements each."""
-    step = max(1, MAX_ELEMENTS // max(1, elements_per_sample))
+    """Slices of the batch axis of several tensors, at most `MAX_ELEMENTS` elements each; on CUDA `_room`."""
+    there = on_cuda(tensors[0]) and not torch.compiler.is_compiling()
+    step = max(1, (_room(tensors[0].device) if there else MAX_ELEMENTS) // max(1, elements_per_sample))
     if tensors[0].shape[0] <= step:
         return iter([tensors])
     return zip(*(t.split(step) for t in tensors), strict=True)
+
+
+@cache
+def _room(device: torch.device) -> int:
+    """How many numbers of float32 a slice may have on a CUDA device: a power of two, of the memory free at first."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return 1 << max(10, (free // FREE_PART // 4).bit_length() - 1)

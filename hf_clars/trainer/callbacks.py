@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_clars.extras import MissingExtraError
+from hf_clars.grad_norms.choice import form_choices
 from hf_clars.optim import LayerMeasures, LayerwiseOptimizer
 from hf_clars.optim.freeze import set_frozen
 from hf_clars.records import LayerRateLog, RecordError, checkpoints
@@ -217,6 +219,27 @@ class HooksCallback(TrainerCallback):
         """All backward passes of the step are done."""
         if (optimizer := layerwise(kwargs.get("optimizer"))) is not None:
             optimizer.pause_hooks()
+
+
+class SharedFormsCallback(TrainerCallback):
+    """On GPUs all processes take rank 0's forms of the layers' norms, as training begins and after the first step."""
+
+    def __init__(self) -> None:
+        self._due = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What rank 0 knows from a checkpoint or from its disk."""
+        self._due = torch.cuda.is_available()
+        if self._due:
+            form_choices.share()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """What rank 0 measured."""
+        if self._due:
+            form_choices.share()
+            self._due = False
 
 
 class FreezeHeadCallback(TrainerCallback):

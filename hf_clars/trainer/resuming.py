@@ -12,12 +12,16 @@ from torch import nn
 from transformers import TrainerState
 
 from hf_clars.errors import ConfigError, HfClarsError
+from hf_clars.grad_norms.choice import form_choices
 from hf_clars.records import RecordError, checkpoints
 from hf_clars.records.differences import sentence
 from hf_clars.trainer import stored_weights
 
 MUST_AGREE = ("global_batch", "train_samples")
 """Settings that count steps: with another value the resumed run would skip or repeat other samples than it has used."""
+
+FORMS = "forms"
+"""The setting that keeps which forms the layers' norms take on a GPU: taken over, and not compared."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,20 @@ def check_checkpoint(folder: Path, model: nn.Module, settings: dict[str, Any]) -
     check_weights(folder, model)
     if (folder / checkpoints.MANIFEST).exists():
         _compare_settings(folder, checkpoints.read_manifest(folder)["settings"], settings)
+
+
+def take_forms(folder: Path) -> None:
+    """Let layers' norms take the forms that they took in the run that resumes, so that sums are rounded as they were.
+
+    Args:
+        folder: The checkpoint; one of an engine's own format keeps none.
+
+    Raises:
+        ConfigError: The forms are of another version.
+        RecordError: The checkpoint is damaged.
+    """
+    if (folder / checkpoints.MANIFEST).exists():
+        form_choices.restore(checkpoints.read_manifest(folder)["settings"].get(FORMS, {}))
 
 
 def check_weights(folder: Path, model: nn.Module) -> None:
@@ -133,7 +151,8 @@ def _check_state(path: Path) -> None:
 def _compare_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     # Through JSON, as the stored ones went: tuples are lists there.
     now = json.loads(json.dumps(now))
-    changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
+    shared = [key for key in before if key in now and key != FORMS]
+    changed = {key: (before[key], now[key]) for key in shared if before[key] != now[key]}
     fatal = [f"{key} was {changed[key][0]} and is {changed[key][1]}" for key in MUST_AGREE if key in changed]
     if fatal:
         raise CheckpointMisfitError(

@@ -34,6 +34,7 @@ from hf_clars.trainer.resuming import (
     check_engine,
     check_weights,
     newest_to_resume,
+    take_forms,
 )
 
 OPTIMIZER = "optimizer.safetensors"
@@ -95,6 +96,8 @@ class SafeCheckpoints(Trainer):
         if resume_from_checkpoint and not self._keeps_own_format():
             assert isinstance(self.model, nn.Module)
             check_checkpoint(Path(str(resume_from_checkpoint)), self.model, self.checkpoint_settings())
+        if resume_from_checkpoint:
+            take_forms(Path(str(resume_from_checkpoint)))
         output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         if resume_from_checkpoint:  # the run before may have been killed before it had cleaned up
             self._delete_old_checkpoints(self.run_folder(trial), set())

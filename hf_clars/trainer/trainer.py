@@ -17,12 +17,14 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from hf_clars.errors import ConfigError
+from hf_clars.grad_norms.choice import form_choices
 from hf_clars.trainer.arguments import ClarsTrainingArguments
 from hf_clars.trainer.callbacks import (
     FreezeHeadCallback,
     HooksCallback,
     LayerRateCallback,
     LogAtCheckpointCallback,
+    SharedFormsCallback,
 )
 from hf_clars.trainer.console import print_lines
 from hf_clars.trainer.epochs import EpochCallback
@@ -30,6 +32,7 @@ from hf_clars.trainer.launch_checks import allow_missing_embeddings, check_launc
 from hf_clars.trainer.live_view import LayerReportCallback, rate_summary, reporters_of
 from hf_clars.trainer.nonfinite import NonFiniteCallback
 from hf_clars.trainer.optimizers import build_optimizer, layers_to_hold, layerwise, step_schedule
+from hf_clars.trainer.resuming import FORMS
 from hf_clars.trainer.run_clock import RunClockCallback
 from hf_clars.trainer.run_settings import run_settings
 from hf_clars.trainer.value_checks import environment_kept_if_refused
@@ -128,6 +131,7 @@ class ClarsTrainer(WeightedLosses):
         self.on_save_error = args.on_save_error
         self._optimizer_is_the_users = self.optimizer is not None
         self.add_callback(HooksCallback(attach=not self._optimizer_is_the_users))
+        self.add_callback(SharedFormsCallback())
         self.add_callback(EpochCallback())
         self._clock = RunClockCallback()
         self.add_callback(self._clock)
@@ -241,7 +245,8 @@ class ClarsTrainer(WeightedLosses):
     def checkpoint_settings(self) -> dict[str, Any]:
         """What a run that resumes should have in common with this one; stored in each checkpoint."""
         size = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
-        return {**self.run_settings(), "train_samples": size}
+        forms = form_choices.export()
+        return {**self.run_settings(), "train_samples": size, **({FORMS: forms} if forms else {})}
 
     def before_checkpoint(self) -> None:
         """A checkpoint is never ahead of the layer-rate log: a run killed right after it resumes without a gap."""

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hf_clars.bench.gpu.networks import NETWORKS, GpuNetwork
 from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms.choice import form_choices
 
 Figures = dict[str, Any]
 Step = Callable[[], object]
@@ -234,6 +235,22 @@ def subset(tiny: bool) -> Figures:
     return _in_turn(plain, with_norms, seconds=0.5 if tiny else 10.0)
 
 
+def forms(tiny: bool) -> Figures:
+    """Which form each layer of the networks takes, measured anew: for `scripts/fit_forms.py`, and kept on disk."""
+    form_choices.measure_anew(seconds=45.0)
+    for spec in NETWORKS.values():
+        model, loss = spec.prepare(_device(), tiny=tiny)
+        with PerSampleGradNorms(model, keep_per_sample=False):
+            loss(model).backward()
+        del model, loss
+        gc.collect()
+    times: dict[str, Figures] = {}
+    for kind, use, choice in form_choices:
+        if choice.why == "measured":
+            times.setdefault(kind, {})[str(use)] = dict(choice.measured)
+    return {"times": times, "seconds left": form_choices.seconds}
+
+
 def optimizer_step(tiny: bool) -> Figures:
     """`step()` alone on ResNet-50's 161 tensors, against torch's own and timm's."""
     from hf_clars.optim import LARS, NAG
@@ -276,6 +293,7 @@ def optimizer_step(tiny: bool) -> Figures:
 STAGES: dict[str, tuple[float, Callable[[bool], Figures]]] = {
     "exactness": (1.2, exactness),
     **{name: (1.0, partial(network, name)) for name in NETWORKS},
+    "forms": (0.6, forms),
     "optimizer step": (0.3, optimizer_step),
     "512 of 16,384 samples": (0.4, subset),
     "captured: resnet50 B64": (0.5, partial(captured, "resnet50 B64")),

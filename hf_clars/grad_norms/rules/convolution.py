@@ -10,9 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
+from hf_clars.grad_norms.choice import Choice, cheapest_form, form_choices
+from hf_clars.grad_norms.norm_math import on_cuda
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
-from hf_clars.grad_norms.rules.costs import Form, WeightUse, cheapest_form
-from hf_clars.grad_norms.rules.kernel_forms import convolution_backward, in_channels_last, kernels_fit
+from hf_clars.grad_norms.rules.costs import Form, WeightUse
+from hf_clars.grad_norms.rules.kernel_forms import (
+    FEW_CHANNELS,
+    convolution_backward,
+    convolution_shapes,
+    in_channels_last,
+    kernels_fit,
+)
 from hf_clars.grad_norms.rules.linear import linear_squared_norm
 from hf_clars.grad_norms.torch_internals import convolution_input_grad
 
@@ -106,7 +114,7 @@ class ConvolutionRule(LayerRule):
         """Where the per-sample product is the cheapest form, and the padding is plain."""
         assert isinstance(module, _Conv)
         use = convolution_use(module, x, output)
-        return _zeros_only(module) and cheapest_form(use, x.device.type) in ("product", "outer")
+        return _zeros_only(module) and cheapest_form(use, x.device.type) != "gram"
 
     def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """On a GPU, for images in channels_last, without groups and with plain padding."""
@@ -123,6 +131,16 @@ class ConvolutionRule(LayerRule):
         del settings["groups"]
         has_bias = module.bias is not None
         return convolution_backward(saved[0], weight, g, settings, bias=has_bias, input_wanted=input_wanted)
+
+    def choice(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[WeightUse, Choice]:
+        """The shapes of a call, and the form of its weight's norms."""
+        assert isinstance(module, _Conv)
+        if self.supplies_backward(module, x, output):
+            kind, use = convolution_shapes(x, module.weight, output, _settings(module, module.padding))
+            few = x.shape[1] < FEW_CHANNELS
+            return use, Choice("product", "model") if few else form_choices.look_up(kind, use)
+        use = convolution_use(module, x, output)
+        return use, form_choices.look_up("torch" if on_cuda(x) else "cpu", use)
 
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """See `LayerRule`."""
@@ -165,9 +183,8 @@ def convolution_squared_norm(module: _Conv, x: Tensor, g: Tensor, form: Form) ->
     if _is_pointwise(module, padding):
         return linear_squared_norm(_visited(module, x), g.flatten(2).mT, form)
     if form == "gram":
-        return norm_math.convolution_gram_squared_norm(
-            x, g, kernel=tuple(module.kernel_size), **_settings(module, padding)
-        )
+        gram = norm_math.patch_gram_squared_norm if on_cuda(x) else norm_math.convolution_gram_squared_norm
+        return gram(x, g, kernel=tuple(module.kernel_size), **_settings(module, padding))
     return norm_math.in_slices(
         lambda x_part, g_part: norm_math.squared_sum(_weight_grads(module, x_part, padding, g_part)),
         x,
@@ -179,8 +196,10 @@ def convolution_squared_norm(module: _Conv, x: Tensor, g: Tensor, form: Form) ->
 def _weight_grads(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor) -> Tensor:
     shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
     if _is_pointwise(module, padding):
-        return (g.flatten(2) @ _visited(module, x)).view(-1, *shape)
+        return norm_math.product(g.flatten(2), _visited(module, x)).view(-1, *shape)
     settings = _settings(module, padding)
+    if on_cuda(x) and form_choices.take("torch", convolution_use(module, x, g)) != "grouped":
+        return norm_math.patch_weight_grads(x, g, kernel_shape=shape, **settings)
     if len(shape) == 4 and settings.pop("groups") == 1 and math.prod(shape[1:]) <= _THIN:
         return norm_math.thin_convolution_weight_grads(x, g, kernel_shape=shape, **settings)
     return norm_math.convolution_weight_grads(x, g, kernel_shape=shape, **_settings(module, padding))
@@ -206,7 +225,8 @@ class TransposedConvolutionRule(LayerRule):
         if "weight" in wanted:
             shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
             settings = _settings(module, module.padding)
-            grads["weight"] = norm_math.convolution_weight_grads(g, saved[0], kernel_shape=shape, **settings)
+            weight_grads = norm_math.patch_weight_grads if on_cuda(g) else norm_math.convolution_weight_grads
+            grads["weight"] = weight_grads(g, saved[0], kernel_shape=shape, **settings)
         if "bias" in wanted:
             grads["bias"] = g.flatten(2).sum(2)
         return grads

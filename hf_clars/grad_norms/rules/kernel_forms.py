@@ -1,21 +1,26 @@
-"""Whole backward passes by the kernels of `kernels/`, and for which shapes they are taken.
-
-The choice follows what was measured on an H100 in ResNet-50, ViT-B and a Llama: the Gram form where a weight is shared
-by few positions, the one product where it is shared by many.
-"""
+"""Whole backward passes by the kernels of `kernels/`; `choice/` says which form a shape takes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_clars.grad_norms.choice import form_choices
 from hf_clars.grad_norms.kernels import INTERPRETED, usable_on
+from hf_clars.grad_norms.norm_math import float_product
 from hf_clars.grad_norms.registry import WholeBackward
+from hf_clars.grad_norms.rules.costs import Form, Kind, WeightUse
 
-#: Up to so many positions the Gram form wins on an H100: tokens of a Linear layer; pixels of a convolution.
-GRAM_TOKENS, GRAM_PIXELS = 512, 196
+Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Gradients and squared norms by parameter."""
+Runs = dict[Form, Callable[[], Parts]]
+
+#: Below so many input channels a convolution has one kernel, whose columns are (tap, channel) pairs.
+FEW_CHANNELS = 16
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,28 +38,30 @@ def in_channels_last(t: Tensor) -> bool:
 
 def linear_backward(x: Tensor, weight: Tensor, g: Tensor, *, bias: bool, input_wanted: bool) -> WholeBackward:
     """A Linear layer's backward pass: x [B, T, in] and g [B, T, out] in the precision of the forward pass."""
-    from hf_clars.grad_norms.kernels import linear
-
     x, g = x.contiguous(), g.contiguous()
-    grads: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
-    if x.shape[1] <= GRAM_TOKENS:
-        grads["weight"] = _float_product(g.flatten(0, 1).mT, x.flatten(0, 1))
-        squares["weight"], of_bias = linear.linear_gram(x, g)
-        if bias:
-            grads["bias"], squares["bias"] = g.sum((0, 1), dtype=torch.float32), of_bias
-    else:
-        grads["weight"], bias_grad, squares["weight"], bias_squares = linear.linear_product(x, g, bias=bias)
-        if bias_grad is not None and bias_squares is not None:
-            grads["bias"], squares["bias"] = bias_grad, bias_squares
+    use = WeightUse(x.shape[0], x.shape[1], x.shape[2], g.shape[2], element_size=x.element_size())
+    runs: Runs = {"gram": partial(_linear_gram, x, g, bias), "product": partial(_linear_product, x, g, bias)}
+    grads, squares = runs[form_choices.take("linear", use, runs)]()
     return WholeBackward(g @ weight.to(g.dtype) if input_wanted else None, grads, squares)
 
 
-def _float_product(a: Tensor, b: Tensor) -> Tensor:
-    """A @ b, accumulated and given in float32: nothing is rounded in between."""
-    if a.dtype is torch.float32 or a.device.type != "cuda":
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+def _linear_gram(x: Tensor, g: Tensor, bias: bool) -> Parts:
+    from hf_clars.grad_norms.kernels import linear
+
+    grads = {"weight": float_product(g.flatten(0, 1).mT, x.flatten(0, 1))}
+    weight, of_bias = linear.linear_gram(x, g)
+    if not bias:
+        return grads, {"weight": weight}
+    return grads | {"bias": g.sum((0, 1), dtype=torch.float32)}, {"weight": weight, "bias": of_bias}
+
+
+def _linear_product(x: Tensor, g: Tensor, bias: bool) -> Parts:
+    from hf_clars.grad_norms.kernels import linear
+
+    weight, of_bias, squares, bias_squares = linear.linear_product(x, g, bias=bias)
+    if of_bias is None or bias_squares is None:
+        return {"weight": weight}, {"weight": squares}
+    return {"weight": weight, "bias": of_bias}, {"weight": squares, "bias": bias_squares}
 
 
 def convolution_backward(
@@ -70,39 +77,60 @@ def convolution_backward(
         bias: Whether there is one.
         input_wanted: Whether the input's gradient is asked for.
     """
-    from hf_clars.grad_norms.kernels import convolution, linear
-
     g = g.contiguous(memory_format=torch.channels_last)
-    kernel = (int(weight.shape[2]), int(weight.shape[3]))
     weight = weight.to(g.dtype, memory_format=torch.channels_last)
-    library = lambda which: torch.ops.aten.convolution_backward(  # noqa: E731
-        g, x, weight, None, settings["stride"], settings["padding"], settings["dilation"], False, [0, 0], 1, which
-    )
-    grads: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
-    positions = g.shape[2] * g.shape[3]
-    pointwise = kernel == (1, 1) and settings["stride"] == (1, 1) and settings["padding"] == (0, 0)
-    input_grad = None
-    if positions <= GRAM_PIXELS and x.shape[1] >= 16 and not (pointwise and positions > 64):
-        input_grad, grads["weight"], _ = library([input_wanted, True, False])
-        squares["weight"], of_bias = convolution.convolution_gram(x, g, kernel=kernel, **settings)
-        if bias:
-            grads["bias"], squares["bias"] = g.sum((0, 2, 3), dtype=torch.float32), of_bias
-        return WholeBackward(input_grad if input_wanted else None, grads, squares)
-    if input_wanted:
-        input_grad = library([True, False, False])[0]
-    if pointwise and x.shape[1] >= 16:
-        rows, g_rows = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, g))
-        weight_grad, bias_grad, squares["weight"], bias_squares = linear.linear_product(rows, g_rows, bias=bias)
-        grads["weight"] = weight_grad[:, :, None, None]
-        if bias_grad is not None and bias_squares is not None:
-            grads["bias"], squares["bias"] = bias_grad, bias_squares
-        return WholeBackward(input_grad, grads, squares)
-    grads["weight"], squares["weight"] = convolution.convolution_product(x, g, kernel=kernel, **settings)
-    if bias:
-        sums = g.sum((2, 3), dtype=torch.float32)
-        grads["bias"], squares["bias"] = sums.sum(0), sums.square().sum(1)
+    kind, use = convolution_shapes(x, weight, g, settings)
+    runs: Runs = {"product": partial(_convolution_product, x, weight, g, settings, bias)}
+    if use.width_in >= FEW_CHANNELS:
+        runs["gram"] = partial(_convolution_gram, x, weight, g, settings, bias)
+        if kind == "pointwise":
+            runs["rows"] = partial(_pointwise_rows, x, g, bias)
+    grads, squares = runs[form_choices.take(kind, use, runs) if len(runs) > 1 else "product"]()
+    input_grad = _library(x, weight, g, settings, [True, False, False])[0] if input_wanted else None
     return WholeBackward(input_grad, grads, squares)
+
+
+def convolution_shapes(x: Tensor, weight: Tensor, g: Tensor, settings: dict[str, Any]) -> tuple[Kind, WeightUse]:
+    """What the form of a convolution is asked by; arguments as above."""
+    kernel = (int(weight.shape[2]), int(weight.shape[3]))
+    pixels = int(x.shape[2] * x.shape[3]) if kernel != (1, 1) else 0
+    positions = g.shape[2] * g.shape[3]
+    use = WeightUse(x.shape[0], positions, x.shape[1], g.shape[1], 1, pixels, kernel, g.element_size())
+    plain = kernel == (1, 1) and tuple(settings["stride"]) == (1, 1) and tuple(settings["padding"]) == (0, 0)
+    return "pointwise" if plain else "convolution", use
+
+
+def _library(x: Tensor, weight: Tensor, g: Tensor, settings: dict[str, Any], which: list[bool]) -> Any:
+    steps = settings["stride"], settings["padding"], settings["dilation"]
+    return torch.ops.aten.convolution_backward(g, x, weight, None, *steps, False, [0, 0], 1, which)
+
+
+def _convolution_gram(x: Tensor, weight: Tensor, g: Tensor, settings: dict[str, Any], bias: bool) -> Parts:
+    from hf_clars.grad_norms.kernels import convolution
+
+    grads = {"weight": _library(x, weight, g, settings, [False, True, False])[1]}
+    kernel = (int(weight.shape[2]), int(weight.shape[3]))
+    squares, of_bias = convolution.convolution_gram(x, g, kernel=kernel, **settings)
+    if not bias:
+        return grads, {"weight": squares}
+    return grads | {"bias": g.sum((0, 2, 3), dtype=torch.float32)}, {"weight": squares, "bias": of_bias}
+
+
+def _pointwise_rows(x: Tensor, g: Tensor, bias: bool) -> Parts:
+    rows, g_rows = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, g))
+    grads, squares = _linear_product(rows, g_rows, bias)
+    return grads | {"weight": grads["weight"][:, :, None, None]}, squares
+
+
+def _convolution_product(x: Tensor, weight: Tensor, g: Tensor, settings: dict[str, Any], bias: bool) -> Parts:
+    from hf_clars.grad_norms.kernels import convolution
+
+    kernel = (int(weight.shape[2]), int(weight.shape[3]))
+    grad, squares = convolution.convolution_product(x, g, kernel=kernel, **settings)
+    if not bias:
+        return {"weight": grad}, {"weight": squares}
+    sums = g.sum((2, 3), dtype=torch.float32)
+    return {"weight": grad, "bias": sums.sum(0)}, {"weight": squares, "bias": sums.square().sum(1)}
 
 
 def batch_norm_backward(x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, g: Tensor) -> WholeBackward:

@@ -8,8 +8,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
+from hf_clars.grad_norms.choice import Choice, cheapest_form, form_choices
+from hf_clars.grad_norms.norm_math import on_cuda
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
-from hf_clars.grad_norms.rules.costs import Form, WeightUse, cheapest_form
+from hf_clars.grad_norms.rules.costs import Form, Kind, WeightUse
 from hf_clars.grad_norms.rules.kernel_forms import kernels_fit, linear_backward
 
 
@@ -80,6 +82,12 @@ class LinearRule(LayerRule):
             positions(saved[0]), weight, positions(g), bias=module.bias is not None, input_wanted=input_wanted
         )
         return done if done.input_grad is None else replace(done, input_grad=done.input_grad.view(saved[0].shape))
+
+    def choice(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[WeightUse, Choice]:
+        """The shapes of a call, and the form of its weight's norms."""
+        use = linear_use(positions(x), positions(output))
+        kind: Kind = "torch" if on_cuda(x) else "cpu"
+        return use, form_choices.look_up("linear" if self.supplies_backward(module, x, output) else kind, use)
 
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """See `LayerRule`."""
