@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -142,12 +143,15 @@ class LayerRule(ABC):
         """Whether the weight gradient should come from the per-sample gradients of this call. Default: no.
 
         A rule that says yes is asked for `per_sample_grads` with the module's input alone as `saved`, and for
-        `input_grad`.
+        `input_grad`. It is not asked at all if it inherits that, and has `per_sample_grads` of its own.
         """
         return False
 
     def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
-        """Whether `whole_backward` should take the place of autograd's backward pass of this call. Default: no."""
+        """Whether `whole_backward` should take the place of autograd's backward pass of this call. Default: no.
+
+        A rule that inherits `whole_backward`, and has `per_sample_grads` of its own, is not asked.
+        """
         return False
 
     def whole_backward(
@@ -184,6 +188,21 @@ class LayerRule(ABC):
             The shape of `x`.
         """
         raise NotImplementedError
+
+
+@cache
+def fits_gradients(rule_type: type[LayerRule], backward: str) -> bool:
+    """Whether a rule's backward method is that of the layer whose samples' gradients it gives.
+
+    A rule that inherits the method, and takes the gradients in another way (through an activation, or of a weight that
+    is stored transposed), serves another layer. Then autograd's own backward pass is watched.
+
+    Args:
+        rule_type: Class of the rule.
+        backward: "whole_backward" or "input_grad".
+    """
+    places = {name: i for i, cls in reversed(list(enumerate(rule_type.__mro__))) for name in vars(cls)}
+    return places[backward] <= places["per_sample_grads"]
 
 
 @dataclass(frozen=True)

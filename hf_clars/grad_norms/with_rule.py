@@ -16,6 +16,7 @@ from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
 from hf_clars.grad_norms.observation import observe, observe_several
 from hf_clars.grad_norms.one_product import Way, is_taken_over, replace_backward, take_over
 from hf_clars.grad_norms.own_place import own_place
+from hf_clars.grad_norms.registry import fits_gradients
 from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
 from hf_clars.grad_norms.trees import differentiable_in, is_differentiable, map_tensors
 
@@ -214,6 +215,8 @@ def _way(plan: CallPlan, x: Tensor, output: Tensor) -> Way | None:
     # Weights that an engine has split or put aside are differentiated by the engine's own graph.
     if weight.numel() == 0 or is_split(weight):
         return None
-    if plan.rule.supplies_backward(plan.module, x, output):
+    rule = plan.rule
+    if fits_gradients(type(rule), "whole_backward") and rule.supplies_backward(plan.module, x, output):
         return replace_backward
-    return take_over if plan.rule.takes_over(plan.module, x, output) else None
+    taken = fits_gradients(type(rule), "input_grad") and rule.takes_over(plan.module, x, output)
+    return take_over if taken else None

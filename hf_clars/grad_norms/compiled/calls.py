@@ -19,7 +19,7 @@ from hf_clars.grad_norms.compiled.tied import Linked, Tie, TiedLookup
 from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
-from hf_clars.grad_norms.registry import LayerRule
+from hf_clars.grad_norms.registry import LayerRule, fits_gradients
 from hf_clars.grad_norms.token_weights import label_counts
 from hf_clars.grad_norms.trees import tensor_given, tensors_in
 
@@ -140,6 +140,7 @@ class CompiledCall:
         tie: What it shares with another module that has the same table.
 
     Attributes:
+        gives_input_grad: Whether the rule can take the weight gradient over.
         names: Of its parameters.
         rows: For each a row of zeros [B], while the model is called.
         uses: For each a zero.
@@ -152,6 +153,7 @@ class CompiledCall:
         self.hooked = hooked
         self.module = hooked.module
         self.rule = hooked.rule
+        self.gives_input_grad = fits_gradients(type(hooked.rule), "input_grad")
         self.name = str(hooked)
         self.tie = tie
         self.row_numbers = row_numbers
@@ -227,6 +229,8 @@ class CompiledCall:
 
     def _takes_over(self, names: tuple[str, ...], x: Tensor, output: Tensor, batch: int) -> bool:
         if self.tie is not None or "weight" not in names or x.shape[0] != batch or is_split(self.module.weight):
+            return False
+        if not self.gives_input_grad:
             return False
         return self.rule.takes_over(self.module, x, output)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
-from hf_clars.grad_norms.norm_math import at_least_float32
-from hf_clars.grad_norms.registry import LayerRule, register_rule
+from hf_clars.grad_norms.norm_math import at_least_float32, linear_weight_grads
+from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.linear import LinearRule, positions
 from hf_clars.grad_norms.trees import first_tensor
 
@@ -31,8 +32,16 @@ class TransposedLinearRule(LinearRule):
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
-        grads = super().per_sample_grads(module, saved, g, wanted)
-        return {name: t.mT if name == "weight" else t for name, t in grads.items()}
+        x, g = positions(saved[0]), positions(g)
+        grads = {"weight": linear_weight_grads(g, x)} if "weight" in wanted else {}
+        return {**grads, "bias": g.sum(1)} if "bias" in wanted else grads
+
+    def whole_backward(
+        self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
+    ) -> WholeBackward:
+        """See `LayerRule`."""
+        done = super().whole_backward(module, saved, weight.mT, g, input_wanted=input_wanted)
+        return replace(done, grads={**done.grads, "weight": done.grads["weight"].mT})
 
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """See `LayerRule`."""
