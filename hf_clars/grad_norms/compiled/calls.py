@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
 from hf_clars.errors import HfClarsError
-from hf_clars.grad_norms.compiled.functions import OneProduct, Watched
+from hf_clars.grad_norms.compiled.functions import OneProduct, Watched, Way
 from hf_clars.grad_norms.compiled.operations import begin_pass, check_sum
 from hf_clars.grad_norms.compiled.tied import Linked, Tie, TiedLookup
 from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
@@ -200,9 +200,10 @@ class CompiledCall:
             return None
         if spread:  # what is made of parameters, and added to every sample
             y = output.expand(batch, *output.shape[1:])
-        elif self._takes_over(names, x, output, batch):
+        way = None if spread else self._way(names, x, output, batch)
+        if way is not None:
             params = [getattr(self.module, n) for n in names]
-            return OneProduct.apply(y.detach(), self, names, x, *rows, *params)
+            return OneProduct.apply(y.detach(), self, names, way, x, *rows, *params)
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         kwargs = {k: a.detach() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
         saved = self.rule.save(self.module, args, kwargs, output.detach(), names)
@@ -225,10 +226,15 @@ class CompiledCall:
             y = Linked.apply(y, tie.link, tie.tokens, x.detach())
         return Watched.apply(y, self, names, *rows, *saved)
 
-    def _takes_over(self, names: tuple[str, ...], x: Tensor, output: Tensor, batch: int) -> bool:
+    def _way(self, names: tuple[str, ...], x: Tensor, output: Tensor, batch: int) -> Way | None:
+        """How the weight gradient comes from this engine; None: from autograd."""
         if self.tie is not None or "weight" not in names or x.shape[0] != batch or is_split(self.module.weight):
-            return False
-        return self.rule.takes_over(self.module, x, output)
+            return None
+        # Sums, as of normalisation layers, a compiler joins with what is around them; products it cannot.
+        products = type(self.rule).takes_over is not LayerRule.takes_over
+        if products and self.rule.supplies_backward(self.module, x, output):
+            return "kernels"
+        return "torch" if self.rule.takes_over(self.module, x, output) else None
 
     def _layout_is_known(self, x: Tensor, output: Tensor, batch: int) -> bool:
         """Whether the first axis is the batch, or folds it as an uncompiled pass has shown."""
@@ -286,6 +292,16 @@ class CompiledCall:
                 total = rule.summed_grad(module, saved, g, n, elements=getattr(module, n).numel())
                 found[n] = self._checked(n, found[n], total, dtype)
         return [found[n].to(self.state.leaf.dtype) for n in names]
+
+    def whole_backward(
+        self, names: tuple[str, ...], x: Tensor, weight: Tensor, g: Tensor, *, input_wanted: bool
+    ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+        """By kernels: the input's gradient, that of each parameter named, and every sample's squared norms [B] of it."""
+        done = self.rule.whole_backward(self.module, (x,), weight, g, input_wanted=input_wanted)
+        sums, squares = done.grads, done.squares
+        if self.state.checked:
+            squares = {n: self._checked(n, squares[n], sums[n], g.dtype) for n in names}
+        return done.input_grad, [sums[n] for n in names], [squares[n].to(self.state.leaf.dtype) for n in names]
 
     def sums_and_squares(self, names: tuple[str, ...], x: Tensor, g: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The gradient of each parameter named, and every sample's squared norms [B] of it."""

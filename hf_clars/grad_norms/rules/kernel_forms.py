@@ -11,19 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_clars.grad_norms.kernels import INTERPRETED, usable_on
+from hf_clars.grad_norms.kernels import operations, runs_kernels
 from hf_clars.grad_norms.registry import WholeBackward
 
 #: Up to so many positions the Gram form wins on an H100: tokens of a Linear layer; pixels of a convolution.
 GRAM_TOKENS, GRAM_PIXELS = 512, 196
-_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def kernels_fit(output: Tensor) -> bool:
     """Whether kernels run where this output is, in its precision."""
-    if INTERPRETED and output.dtype is torch.bfloat16:
-        return False  # Triton's interpreter multiplies bit patterns of bfloat16
-    return output.dtype in _TYPES and usable_on(output.device)
+    return runs_kernels(output)
 
 
 def in_channels_last(t: Tensor) -> bool:
@@ -31,23 +28,42 @@ def in_channels_last(t: Tensor) -> bool:
     return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
 
 
-def linear_backward(x: Tensor, weight: Tensor, g: Tensor, *, bias: bool, input_wanted: bool) -> WholeBackward:
-    """A Linear layer's backward pass: x [B, T, in] and g [B, T, out] in the precision of the forward pass."""
-    from hf_clars.grad_norms.kernels import linear
+def is_dense(t: Tensor) -> bool:
+    """Whether a tensor [B, C, ...] is dense, channels next to each other or positions."""
+    return t.is_contiguous() or in_channels_last(t)
 
+
+def linear_backward(
+    x: Tensor, weight: Tensor, g: Tensor, *, bias: bool, input_wanted: bool, measured: int | None = None
+) -> WholeBackward:
+    """A Linear layer's backward pass.
+
+    Args:
+        x: Input [B, T, in] in the precision of the forward pass.
+        weight: [out, in].
+        g: Gradient of the output [B, T, out].
+        bias: Whether there is one.
+        input_wanted: Whether the input's gradient is asked for.
+        measured: How many of the first samples get norms. Default: all.
+    """
     x, g = x.contiguous(), g.contiguous()
+    measured = x.shape[0] if measured is None else measured
     grads: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
     if x.shape[1] <= GRAM_TOKENS:
         grads["weight"] = _float_product(g.flatten(0, 1).mT, x.flatten(0, 1))
-        squares["weight"], of_bias = linear.linear_gram(x, g)
+        squares = operations.linear_gram(x[:measured], g[:measured])
         if bias:
-            grads["bias"], squares["bias"] = g.sum((0, 1), dtype=torch.float32), of_bias
+            grads["bias"] = g.sum((0, 1), dtype=torch.float32)
     else:
-        grads["weight"], bias_grad, squares["weight"], bias_squares = linear.linear_product(x, g, bias=bias)
-        if bias_grad is not None and bias_squares is not None:
-            grads["bias"], squares["bias"] = bias_grad, bias_squares
-    return WholeBackward(g @ weight.to(g.dtype) if input_wanted else None, grads, squares)
+        grads["weight"], bias_grad, squares = operations.linear_product(x, g, bias, measured)
+        if bias:
+            grads["bias"] = bias_grad
+    return WholeBackward(g @ weight.to(g.dtype) if input_wanted else None, grads, _by_name(grads, squares))
+
+
+def _by_name(grads: dict[str, Tensor], squares: Tensor) -> dict[str, Tensor]:
+    """Rows of squared norms, by the parameters that have a gradient: the weight first."""
+    return {name: squares[i] for i, name in enumerate(grads)}
 
 
 def _float_product(a: Tensor, b: Tensor) -> Tensor:
@@ -58,78 +74,103 @@ def _float_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def convolution_backward(
-    x: Tensor, weight: Tensor, g: Tensor, settings: dict[str, Any], *, bias: bool, input_wanted: bool
+    x: Tensor,
+    weight: Tensor,
+    g: Tensor,
+    settings: dict[str, Any],
+    *,
+    bias: bool,
+    input_wanted: bool,
+    measured: int | None = None,
 ) -> WholeBackward:
-    """A convolution's backward pass in channels_last, without groups.
+    """A convolution's backward pass over images.
 
     Args:
-        x: Input [B, in, H, W].
-        weight: [out, in, *kernel].
+        x: Input [B, in, H, W]. Kernels read channels_last; a copy of `x` and `g` in another format is made for them.
+        weight: [out, in / groups, *kernel].
         g: Gradient of the output.
-        settings: `stride`, `padding`, `dilation`.
+        settings: `stride`, `padding`, `dilation`, `groups`.
         bias: Whether there is one.
         input_wanted: Whether the input's gradient is asked for.
+        measured: How many of the first samples get norms. Default: all.
     """
-    from hf_clars.grad_norms.kernels import convolution, linear
-
-    g = g.contiguous(memory_format=torch.channels_last)
+    measured = x.shape[0] if measured is None else measured
+    memory = torch.channels_last if in_channels_last(x) else torch.contiguous_format
+    g = g.contiguous(memory_format=memory)
+    weight = weight.to(g.dtype, memory_format=memory)
     kernel = (int(weight.shape[2]), int(weight.shape[3]))
-    weight = weight.to(g.dtype, memory_format=torch.channels_last)
+    where = settings["stride"], settings["padding"], settings["dilation"]
+    groups, inputs = settings["groups"], weight.shape[1]
     library = lambda which: torch.ops.aten.convolution_backward(  # noqa: E731
-        g, x, weight, None, settings["stride"], settings["padding"], settings["dilation"], False, [0, 0], 1, which
+        g, x, weight, None, *where, False, [0, 0], groups, which
     )
     grads: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
     positions = g.shape[2] * g.shape[3]
-    pointwise = kernel == (1, 1) and settings["stride"] == (1, 1) and settings["padding"] == (0, 0)
-    input_grad = None
-    if positions <= GRAM_PIXELS and x.shape[1] >= 16 and not (pointwise and positions > 64):
+    pointwise = kernel == (1, 1) and where[:2] == ((1, 1), (0, 0)) and groups == 1
+    if positions <= GRAM_PIXELS and inputs >= 16 and not (pointwise and positions > 64):
         input_grad, grads["weight"], _ = library([input_wanted, True, False])
-        squares["weight"], of_bias = convolution.convolution_gram(x, g, kernel=kernel, **settings)
+        squares = operations.convolution_gram(x[:measured], g[:measured], kernel, *where, groups)
         if bias:
-            grads["bias"], squares["bias"] = g.sum((0, 2, 3), dtype=torch.float32), of_bias
-        return WholeBackward(input_grad if input_wanted else None, grads, squares)
-    if input_wanted:
-        input_grad = library([True, False, False])[0]
-    if pointwise and x.shape[1] >= 16:
+            grads["bias"] = g.sum((0, 2, 3), dtype=torch.float32)
+        return WholeBackward(input_grad if input_wanted else None, grads, _by_name(grads, squares))
+    input_grad = library([True, False, False])[0] if input_wanted else None
+    if pointwise and inputs >= 16:
         rows, g_rows = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, g))
-        weight_grad, bias_grad, squares["weight"], bias_squares = linear.linear_product(rows, g_rows, bias=bias)
+        weight_grad, bias_grad, squares = operations.linear_product(rows, g_rows, bias, measured)
         grads["weight"] = weight_grad[:, :, None, None]
-        if bias_grad is not None and bias_squares is not None:
-            grads["bias"], squares["bias"] = bias_grad, bias_squares
-        return WholeBackward(input_grad, grads, squares)
-    grads["weight"], squares["weight"] = convolution.convolution_product(x, g, kernel=kernel, **settings)
+    else:
+        product = operations.convolution_product(x, g, kernel, *where, groups, bias, measured)
+        weight_grad, bias_grad, squares = product
+        grads["weight"] = weight_grad.permute(0, 3, 1, 2)
     if bias:
-        sums = g.sum((2, 3), dtype=torch.float32)
-        grads["bias"], squares["bias"] = sums.sum(0), sums.square().sum(1)
-    return WholeBackward(input_grad, grads, squares)
+        grads["bias"] = bias_grad
+    return WholeBackward(input_grad, grads, _by_name(grads, squares))
 
 
-def batch_norm_backward(x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, g: Tensor) -> WholeBackward:
-    """BatchNorm's backward pass with the batch's own statistics, in channels_last."""
-    from hf_clars.grad_norms.kernels import normalization
-
-    g = g.contiguous(memory_format=torch.channels_last)
-    dx, dw, db, w2, b2 = normalization.batch_norm_backward(x, g, weight, mean, rstd)
-    return WholeBackward(dx, {"weight": dw, "bias": db}, {"weight": w2, "bias": b2})
+def channel_norm_backward(
+    x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, g: Tensor, *, measured: int | None = None
+) -> WholeBackward:
+    """The backward pass of BatchNorm with the batch's own statistics [C], or of GroupNorm with [B, groups]."""
+    dx, sums, squares = operations.channel_norm_backward(x, g, weight, mean, rstd)
+    squares = squares[:, :measured]
+    return WholeBackward(dx, {"weight": sums[1], "bias": sums[0]}, {"weight": squares[1], "bias": squares[0]})
 
 
 def layer_norm_backward(
-    x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, g: Tensor, *, input_wanted: bool
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    g: Tensor,
+    *,
+    bias: bool,
+    input_wanted: bool,
+    measured: int | None = None,
 ) -> WholeBackward:
-    """LayerNorm's backward pass over the last axis; x and g [B, T, C], mean and rstd [B, T]."""
-    from hf_clars.grad_norms.kernels import normalization
+    """The backward pass of LayerNorm over the last axis, or of RMSNorm: `mean` is None.
 
+    Args:
+        x: Input [B, T, C].
+        weight: [C].
+        mean: [B, T].
+        rstd: [B, T].
+        g: Gradient of the output.
+        bias: Whether there is one.
+        input_wanted: Whether the input's gradient is asked for.
+        measured: How many of the first samples get norms. Default: all.
+    """
     g = g.contiguous()
-    plain, weighted = normalization.row_sums(x, g, mean, rstd)
+    sums = operations.row_sums(x, g, mean, rstd)
     dx = None
-    if input_wanted:
+    if input_wanted and mean is None:
+        dx = operations.root_mean_square_dx(x, g, weight, rstd)
+    elif input_wanted and mean is not None:
         at = (*x.shape[:2], 1)
         dx = torch.ops.aten.native_layer_norm_backward(
             g, x, x.shape[-1:], mean.view(at), rstd.view(at), weight, weight, [True, False, False]
         )[0]
-    return WholeBackward(
-        dx,
-        {"weight": weighted.sum(0), "bias": plain.sum(0)},
-        {"weight": weighted.square().sum(1), "bias": plain.square().sum(1)},
-    )
+    names = ("weight", "bias") if bias else ("weight",)
+    each = {"weight": sums[1], "bias": sums[0]}
+    squares = sums[:, :measured].square().sum(2)
+    of = {"weight": squares[1], "bias": squares[0]}
+    return WholeBackward(dx, {n: each[n].sum(0) for n in names}, {n: of[n] for n in names})

@@ -18,6 +18,7 @@ from hf_clars.distributed import is_split
 from hf_clars.grad_norms.norm_math import at_least_float32
 from hf_clars.grad_norms.registry import LayerRule, register_rule
 from hf_clars.grad_norms.rules.linear import LinearRule, positions
+from hf_clars.grad_norms.rules.normalization import weighted_rows
 from hf_clars.grad_norms.trees import first_tensor
 
 
@@ -86,7 +87,7 @@ class RootMeanSquareRule(LayerRule):
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
         x, scale = positions(saved[0]), positions(saved[1])
-        return {"weight": (scale.mT @ (x * positions(g))).squeeze(1)}
+        return {"weight": weighted_rows(x, positions(g), None, scale)}
 
 
 def _epsilon(module: nn.Module) -> float | None:
