@@ -200,8 +200,7 @@ class CompiledCall:
             return None
         if spread:  # what is made of parameters, and added to every sample
             y = output.expand(batch, *output.shape[1:])
-        way = None if spread else self._way(names, x, output, batch)
-        if way is not None:
+        elif way := self._way(names, x, output, batch):
             params = [getattr(self.module, n) for n in names]
             return OneProduct.apply(y.detach(), self, names, way, x, *rows, *params)
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
@@ -296,7 +295,7 @@ class CompiledCall:
     def whole_backward(
         self, names: tuple[str, ...], x: Tensor, weight: Tensor, g: Tensor, *, input_wanted: bool
     ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-        """By kernels: the input's gradient, that of each parameter named, and every sample's squared norms [B] of it."""
+        """By kernels: the input's gradient, each named parameter's, and every sample's squared norms [B] of these."""
         done = self.rule.whole_backward(self.module, (x,), weight, g, input_wanted=input_wanted)
         sums, squares = done.grads, done.squares
         if self.state.checked:

@@ -1,14 +1,15 @@
 """Triton kernels for CUDA devices: weight gradients and every sample's squared norm out of the same pass over memory.
 
-`operations.py` says what there is, and is what others call. Each is a pure function on tensors; `reference.py` has the
-same functions in plain torch, which are the tests' truth. The kernels use no atomics, so results repeat bit for bit.
-Operands stay in the precision that the module computed in; products accumulate in float32 (not in TF32), and gradients
-and norms come out in float32.
+`operations.py` says what there is, and is what others call. Each is a pure function on tensors; `reference.py` has
+the same functions in plain torch, which are the tests' truth. The kernels use no atomics, so results repeat bit for
+bit. Operands stay in the precision that the module computed in; products accumulate in float32 (not in TF32), and
+gradients and norms come out in float32.
 
-None of them has run on a device as it stands here. Earlier forms have, on an H100: linear products and Gram forms, those
-of convolutions without groups, BatchNorm in channels_last, row sums. What has only ever run in Triton's interpreter:
-groups and depthwise convolutions, a convolution's bias in the same pass, norms of the first samples only, GroupNorm,
-BatchNorm in other memory formats, the input's gradient of RMSNorm, cards older than Ampere.
+None of them has run on a device as it stands here; all have gone through Triton's compiler for one. Earlier forms have
+run on an H100: linear products and Gram forms, those of convolutions without groups, BatchNorm in channels_last, row
+sums. What has only ever run in Triton's interpreter: groups and depthwise convolutions, a convolution's bias in the
+same pass, norms of the first samples only, GroupNorm, BatchNorm in other memory formats, the input's gradient of
+RMSNorm. Nothing has run on cards older than Hopper.
 """
 
 from __future__ import annotations

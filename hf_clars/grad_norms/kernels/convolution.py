@@ -137,9 +137,7 @@ def _depthwise(
             tl.store(SB + b * P + p, tl.sum(bias, 0), mask=p < P)
 
 
-def _constants(
-    kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
-) -> dict[str, int]:
+def _constants(kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> dict[str, int]:
     names = "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW"
     return dict(zip(names, (*kernel, *stride, *padding, *dilation), strict=True))
 
@@ -195,7 +193,7 @@ def _gram(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """<X X^T, G G^T> over output positions, X a group's patches: a program a sample, group and upper triangle's tile."""
+    """<X X^T, G G^T> over output positions, X a group's patches: one a sample, group and tile."""
     at = tl.program_id(0)
     tile, of = at % (n_t * n_t), at // (n_t * n_t)
     group, b = of % groups, tl.cast(of // groups, tl.int64)

@@ -119,7 +119,7 @@ def linear_product(x: Tensor, g: Tensor, bias: bool, measured: int) -> tuple[Ten
 
 
 def squares_of(n: Tensor, sb: Tensor, measured: int) -> Tensor:
-    """[1 or 2, measured]: from each tile's part of the weight's squares [tiles, measured] and the biases' sums [B, P]."""
+    """[1 or 2, measured], from each tile's part of the weight's squares [tiles, measured] and biases' sums [B, P]."""
     if not sb.shape[1]:
         return n.sum(0, keepdim=True)
     return torch.stack((n.sum(0), sb[:measured].square().sum(1)))

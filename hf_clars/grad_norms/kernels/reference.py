@@ -50,7 +50,7 @@ def convolution_product(
     channels, outputs, taps = x.shape[1] // groups, g.shape[1], kernel[0] * kernel[1]
 
     def gradients(x: Tensor, g: Tensor) -> Tensor:
-        patches = torch.nn.functional.unfold(x, kernel, dilation, padding, stride)
+        patches = torch.nn.functional.unfold(x, *map(tuple, (kernel, dilation, padding, stride)))
         patches = patches.unflatten(1, (groups, channels, taps)).transpose(2, 3).flatten(2, 3)
         each = g.flatten(2).unflatten(1, (groups, -1)) @ patches.mT
         return each.view(-1, outputs, *kernel, channels)

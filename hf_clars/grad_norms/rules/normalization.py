@@ -173,7 +173,7 @@ class InstanceNormRule(_ChannelRule):
 
 
 def weighted_rows(x: Tensor, g: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
-    """Sums over a sample's rows of g * x_hat, x_hat = (x - mean) * scale: x, g [B, T, C], the others [B, T, 1] -> [B, C].
+    """Sums over a sample's rows of g * x_hat, x_hat = (x - mean) * scale; [B, C] from [B, T, C] and [B, T, 1].
 
     A compiler makes its own kernel of torch's way.
     """
