@@ -1,4 +1,4 @@
-"""Every kernel through Triton's compiler to a device's code, without a device: `python -m tests.kernels.compiles`.
+"""Every kernel through Triton's compiler to a device's code, without a device: `python -m tests.kernels.compiles 80:fp16 90:bf16`.
 
 The launches are those of the functions that others call, caught where they would start. One line a kernel, architecture
 and precision.
@@ -84,16 +84,14 @@ def compile_launch(kernel, args, kwargs, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def main():
-    for capability, dtype in ((80, torch.float16), (90, torch.bfloat16), (90, torch.float32)):
+def main(pairs):
+    for capability, name in pairs:
+        dtype = next(dtype for dtype, of in KINDS.items() if of == name)
         for kernel, args, kwargs in launches(dtype, capability >= 90):
             done = compile_launch(kernel, args, kwargs, capability)
-            shared = done.metadata.shared
-            print(
-                f"ok sm_{capability} {KINDS[dtype]} {kernel.fn.__module__.split('.')[-1]}.{kernel.fn.__name__} {shared} bytes"
-            )
-            sys.stdout.flush()
+            label = f"sm_{capability} {name} {kernel.fn.__module__.split('.')[-1]}.{kernel.fn.__name__}"
+            print(f"ok {label}: {done.metadata.shared} bytes of shared memory", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main([(int(capability), name) for capability, name in (pair.split(":") for pair in sys.argv[1:])])

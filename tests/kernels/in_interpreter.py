@@ -1,4 +1,4 @@
-"""Promises of the kernels that need Triton's interpreter: run by tests/test_kernels_exact.py in a process of its own."""
+"""Promises of the kernels that need Triton's interpreter: tests/test_kernels_exact.py runs them apart."""
 
 import copy
 import logging
