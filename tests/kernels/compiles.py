@@ -1,4 +1,4 @@
-"""Every kernel through Triton's compiler to a device's code, without a device: `python -m tests.kernels.compiles 80:fp16 90:bf16`.
+"""Every kernel through Triton's compiler to a device's code: `python -m tests.kernels.compiles 80:fp16 90:bf16`.
 
 The launches are those of the functions that others call, caught where they would start. One line a kernel, architecture
 and precision.
