@@ -13,22 +13,35 @@ KINDS = (
     "product",
     "product with bias",
     "gram",
-    "convolution_product",
-    "convolution_gram",
+    *(f"convolution_product{kind}" for kind in ("", " grouped", " depthwise")),
+    *(f"convolution_gram{kind}" for kind in ("", " grouped")),
     "batch_norm",
+    "batch_norm sums",
+    "group_norm",
+    "group_norm sums",
     "rows",
     "rows with mean",
+    "rms_norm",
+)
+KERNELS = (
+    *(f"linear.{name}" for name in ("_product", "_product_tma", "_gram")),
+    *(f"convolution.{name}" for name in ("_product", "_product_flat", "_depthwise", "_gram")),
+    *(f"normalization.{name}" for name in ("_channel_sums", "_channel_dx", "_row_sums", "_root_mean_square_dx")),
 )
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-def compare(every):
-    """The lines of the comparison; Triton reads TRITON_INTERPRET when it is imported, so it has its own process."""
-    command = [sys.executable, "-m", "tests.kernels.compare", "cpu", "0", str(every)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+def run(*command, interpret):
+    """The lines that a module prints; Triton reads TRITON_INTERPRET when it is imported, so it has its own process."""
+    command = [sys.executable, "-m", *command]
+    environment = {**os.environ, "TRITON_INTERPRET": str(interpret)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1500)
-    assert not done.returncode, done.stderr
+    assert not done.returncode, done.stdout[-6000:] + done.stderr[-6000:]
     return done.stdout.splitlines()
+
+
+def compare(every):
+    return run("tests.kernels.compare", "cpu", "0", str(every), interpret=1)
 
 
 def check(lines):
@@ -46,5 +59,29 @@ def test_each_kernel_is_exact_on_a_ninth_of_the_shapes():
 @pytest.mark.timeout(1800)
 def test_each_kernel_is_exact_on_all_shapes():
     lines = compare(every=1)
-    assert len(lines) >= 320
+    assert len(lines) >= 500
     check(lines)
+
+
+@pytest.mark.timeout(1800)
+def test_what_needs_the_interpreter_holds():
+    run("pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", "tests/kernels/in_interpreter.py", interpret=1)
+
+
+def check_compiled(*pairs):
+    lines = run("tests.kernels.compiles", *pairs, interpret=0)
+    for kernel in KERNELS:
+        for capability, dtype in (pair.split(":") for pair in pairs):
+            if kernel != "linear._product_tma" or (int(capability) >= 90 and dtype != "fp32"):
+                assert any(line.startswith(f"ok sm_{capability} {dtype} {kernel}: ") for line in lines), kernel
+
+
+@pytest.mark.timeout(600)
+def test_each_kernel_compiles_for_a_device():
+    check_compiled("90:bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_each_kernel_compiles_for_older_devices_and_other_precisions():
+    check_compiled("75:fp16", "80:fp16", "80:fp32", "90:fp16", "90:fp32")

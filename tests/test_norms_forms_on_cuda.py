@@ -1,14 +1,11 @@
 """Promise: every form that a layer's norms may take on a GPU is exact, shown on the CPU by the same code."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
 
 from hf_clars.grad_norms import PerSampleGradNorms, norm_math
 from hf_clars.grad_norms.choice import FormChoices, cheapest_form, tables
-from hf_clars.grad_norms.kernels import reference
 from hf_clars.grad_norms.rules import convolution, kernel_forms
 from hf_clars.grad_norms.rules.costs import SHIPPED, WeightUse, fastest, predicted
 
@@ -111,20 +108,12 @@ def test_compiled_code_asks_the_model_and_keeps_nothing(fresh_forms):
     assert fresh_forms.export() == {}
 
 
-# ---- with kernels, by their references ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def by_reference(monkeypatch):
-    """The kernels' plain torch twins in their place."""
-    for name in ("linear", "convolution"):
-        monkeypatch.setitem(sys.modules, f"hf_clars.grad_norms.kernels.{name}", reference)
-        monkeypatch.setattr(f"hf_clars.grad_norms.kernels.{name}", reference, raising=False)
+# ---- with kernels, by their twins: operations fall to them on a CPU --------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("form", ["gram", "product"])
-def test_a_linear_layers_backward_pass_is_the_same_in_every_form(by_reference, fresh_forms, form, bias):
+def test_a_linear_layers_backward_pass_is_the_same_in_every_form(fresh_forms, form, bias):
     torch.manual_seed(0)
     x, g, weight = torch.randn(3, 5, 16), torch.randn(3, 5, 24), torch.randn(24, 16)
     use = WeightUse(3, 5, 16, 24)
@@ -141,14 +130,14 @@ def test_a_linear_layers_backward_pass_is_the_same_in_every_form(by_reference, f
     ("form", "kernel", "channels"),
     [("gram", 3, 16), ("product", 3, 16), ("product", 3, 3), ("gram", 1, 16), ("product", 1, 16), ("rows", 1, 16)],
 )
-def test_a_convolutions_backward_pass_is_the_same_in_every_form(by_reference, fresh_forms, form, kernel, channels):
+def test_a_convolutions_backward_pass_is_the_same_in_every_form(fresh_forms, form, kernel, channels):
     torch.manual_seed(0)
     layer = nn.Conv2d(channels, 24, kernel, padding=kernel // 2)
     x = torch.randn(3, channels, 5, 6, requires_grad=True)
     y = layer(x)
     g = torch.randn_like(y)
     want = torch.autograd.grad(y, (x, layer.weight, layer.bias), g)
-    settings = {"stride": (1, 1), "padding": (kernel // 2,) * 2, "dilation": (1, 1)}
+    settings = {"stride": (1, 1), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
     x = x.detach().contiguous(memory_format=torch.channels_last)
     kind, use = kernel_forms.convolution_shapes(x, layer.weight, g, settings)
     fresh_forms.restore({kind: {str(use): form}})
@@ -157,14 +146,14 @@ def test_a_convolutions_backward_pass_is_the_same_in_every_form(by_reference, fr
     assert (kind, str(use)) in {(k, str(u)) for k, u, _ in fresh_forms} or channels < FEW_CHANNELS
     for found, expected in zip((done.input_grad, done.grads["weight"], done.grads["bias"]), want, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    each = norm_math.convolution_weight_grads(x, g, kernel_shape=tuple(layer.weight.shape), groups=1, **settings)
+    each = norm_math.convolution_weight_grads(x, g, kernel_shape=tuple(layer.weight.shape), **settings)
     torch.testing.assert_close(done.squares["weight"], each.flatten(1).square().sum(1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(done.squares["bias"], g.sum((2, 3)).square().sum(1), rtol=1e-4, atol=1e-4)
 
 
 def test_only_a_1x1_kernel_without_strides_and_padding_is_rows():
     x, g, weight = torch.empty(2, 16, 8, 8), torch.empty(2, 4, 4, 4), torch.empty(4, 16, 1, 1)
-    plain = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    plain = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
     assert kernel_forms.convolution_shapes(x, weight, x[:, :4], plain)[0] == "pointwise"
     assert kernel_forms.convolution_shapes(x, weight, g, {**plain, "stride": (2, 2)})[0] == "convolution"
     assert kernel_forms.convolution_shapes(x, weight, g, {**plain, "padding": (1, 1)})[0] == "convolution"

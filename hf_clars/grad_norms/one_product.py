@@ -112,8 +112,9 @@ class _WholeBackward(torch.autograd.Function):
                 if ctx.needs_input_grad[4]:
                     x_grad = call.rule.input_grad(call.module, saved[0], _as(weight, ctx.dtype), g)
             else:
+                wanted, count = ctx.needs_input_grad[4], call.current.kept
                 done = call.rule.whole_backward(
-                    call.module, tuple(saved), weight, g, input_wanted=ctx.needs_input_grad[4]
+                    call.module, tuple(saved), weight, g, input_wanted=wanted, measured=count
                 )
                 call.add_squares(done.squares, done.grads, g.dtype)
                 sums, x_grad = done.grads, done.input_grad

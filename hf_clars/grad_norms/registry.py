@@ -155,7 +155,14 @@ class LayerRule(ABC):
         return False
 
     def whole_backward(
-        self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
+        self,
+        module: nn.Module,
+        saved: tuple[Tensor, ...],
+        weight: Tensor,
+        g: Tensor,
+        *,
+        input_wanted: bool,
+        measured: int | None = None,
     ) -> WholeBackward:
         """The layer's whole backward pass; only for rules that supply it. A pure function of its arguments.
 
@@ -165,9 +172,10 @@ class LayerRule(ABC):
             weight: The weight, in the precision that the module computed in.
             g: Gradient of the output.
             input_wanted: Whether the input's gradient is asked for.
+            measured: How many of the first samples get norms; all give gradient. Default: all.
 
         Returns:
-            Gradients and every sample's squared norms.
+            Gradients and these samples' squared norms.
         """
         raise NotImplementedError
 
@@ -212,7 +220,7 @@ class WholeBackward:
     Attributes:
         input_grad: Gradient of the input, in its shape; None if it was not asked for.
         grads: Gradient of each parameter, by local name.
-        squares: Every sample's squared gradient norm of each parameter, [B] each.
+        squares: The measured samples' squared gradient norm of each parameter, [measured] each.
     """
 
     input_grad: Tensor | None

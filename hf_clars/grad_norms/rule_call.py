@@ -257,19 +257,22 @@ class RuleCall:
         sums: dict[str, Tensor] = {}
         parts: dict[str, list[Tensor]] = {}
         size = sum(p.numel() for p in self.wanted.values())
+        left = self.current.kept if measured else 0
         for x_part, g_part in slices_of(x, g, elements_per_sample=size):
             grads = self.rule.per_sample_grads(self.module, (x_part,), g_part, self.wanted.keys())
             for name, t in grads.items():
                 t = at_least_float32(t)
                 sums[name] = sums[name] + t.sum(0) if name in sums else t.sum(0)
-                if not measured:
+                if not left:
                     continue
+                mine = t.detach()[:left]
                 if name in tables:
-                    tables[name].add_grads(t.detach())
+                    tables[name].add_grads(mine)
                 elif x_part is x:
-                    self._add_grads(name, t.detach())
+                    self._add_grads(name, mine)
                 else:
-                    parts.setdefault(name, []).append(t.detach() if name in shared else squared_sum(t.detach()))
+                    parts.setdefault(name, []).append(mine if name in shared else squared_sum(mine))
+            left = max(0, left - len(x_part))
         for name, part in parts.items():
             if name in shared:
                 self._add_grads(name, torch.cat(part))

@@ -120,8 +120,8 @@ def _decide(
     plan = CallPlan(hooked, rule, wanted, rows, key=key, axes=axes, layout=Layout(axes[0]))
     plan.x_depends_on_data, plan.lasts = tainted is not False, lasts
     plan.proven = known is not None or current.batch_size == 1
-    if known == "certain" and current.kept == current.batch_size and rows == 1 and not rule.several_results:
-        plan.way = _way(plan, x, output)
+    if known == "certain" and rows == 1 and not rule.several_results:
+        plan.way = _way(plan, x, output, all_measured=current.kept == current.batch_size)
     return plan
 
 
@@ -207,7 +207,7 @@ def _follow(call: RuleCall, x: Tensor, given: Call, output: Any) -> Any:
     return placed
 
 
-def _way(plan: CallPlan, x: Tensor, output: Tensor) -> Way | None:
+def _way(plan: CallPlan, x: Tensor, output: Tensor, *, all_measured: bool) -> Way | None:
     """How the weight gradient should, and can, come from this engine."""
     if "weight" not in plan.wanted:
         return None
@@ -218,5 +218,5 @@ def _way(plan: CallPlan, x: Tensor, output: Tensor) -> Way | None:
     rule = plan.rule
     if fits_gradients(type(rule), "whole_backward") and rule.supplies_backward(plan.module, x, output):
         return replace_backward
-    taken = fits_gradients(type(rule), "input_grad") and rule.takes_over(plan.module, x, output)
+    taken = all_measured and fits_gradients(type(rule), "input_grad") and rule.takes_over(plan.module, x, output)
     return take_over if taken else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
 from hf_clars.errors import HfClarsError
-from hf_clars.grad_norms.compiled.functions import OneProduct, Watched
+from hf_clars.grad_norms.compiled.functions import OneProduct, Watched, Way
 from hf_clars.grad_norms.compiled.operations import begin_pass, check_sum
 from hf_clars.grad_norms.compiled.tied import Linked, Tie, TiedLookup
 from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
@@ -140,7 +140,7 @@ class CompiledCall:
         tie: What it shares with another module that has the same table.
 
     Attributes:
-        gives_input_grad: Whether the rule can take the weight gradient over.
+        gives: Which backward passes the rule has of its own.
         names: Of its parameters.
         rows: For each a row of zeros [B], while the model is called.
         uses: For each a zero.
@@ -153,7 +153,7 @@ class CompiledCall:
         self.hooked = hooked
         self.module = hooked.module
         self.rule = hooked.rule
-        self.gives_input_grad = fits_gradients(type(hooked.rule), "input_grad")
+        self.gives = {way: fits_gradients(type(hooked.rule), way) for way in ("whole_backward", "input_grad")}
         self.name = str(hooked)
         self.tie = tie
         self.row_numbers = row_numbers
@@ -202,9 +202,9 @@ class CompiledCall:
             return None
         if spread:  # what is made of parameters, and added to every sample
             y = output.expand(batch, *output.shape[1:])
-        elif self._takes_over(names, x, output, batch):
+        elif way := self._way(names, x, output, batch):
             params = [getattr(self.module, n) for n in names]
-            return OneProduct.apply(y.detach(), self, names, x, *rows, *params)
+            return OneProduct.apply(y.detach(), self, names, way, x, *rows, *params)
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         kwargs = {k: a.detach() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
         saved = self.rule.save(self.module, args, kwargs, output.detach(), names)
@@ -227,12 +227,15 @@ class CompiledCall:
             y = Linked.apply(y, tie.link, tie.tokens, x.detach())
         return Watched.apply(y, self, names, *rows, *saved)
 
-    def _takes_over(self, names: tuple[str, ...], x: Tensor, output: Tensor, batch: int) -> bool:
+    def _way(self, names: tuple[str, ...], x: Tensor, output: Tensor, batch: int) -> Way | None:
+        """How the weight gradient comes from this engine; None: from autograd."""
         if self.tie is not None or "weight" not in names or x.shape[0] != batch or is_split(self.module.weight):
-            return False
-        if not self.gives_input_grad:
-            return False
-        return self.rule.takes_over(self.module, x, output)
+            return None
+        # Sums, as of normalisation layers, a compiler joins with what is around them; products it cannot.
+        products = type(self.rule).takes_over is not LayerRule.takes_over
+        if products and self.gives["whole_backward"] and self.rule.supplies_backward(self.module, x, output):
+            return "kernels"
+        return "torch" if self.gives["input_grad"] and self.rule.takes_over(self.module, x, output) else None
 
     def _layout_is_known(self, x: Tensor, output: Tensor, batch: int) -> bool:
         """Whether the first axis is the batch, or folds it as an uncompiled pass has shown."""
@@ -290,6 +293,16 @@ class CompiledCall:
                 total = rule.summed_grad(module, saved, g, n, elements=getattr(module, n).numel())
                 found[n] = self._checked(n, found[n], total, dtype)
         return [found[n].to(self.state.leaf.dtype) for n in names]
+
+    def whole_backward(
+        self, names: tuple[str, ...], x: Tensor, weight: Tensor, g: Tensor, *, input_wanted: bool
+    ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+        """By kernels: the input's gradient, each named parameter's, and every sample's squared norms [B] of these."""
+        done = self.rule.whole_backward(self.module, (x,), weight, g, input_wanted=input_wanted)
+        sums, squares = done.grads, done.squares
+        if self.state.checked:
+            squares = {n: self._checked(n, squares[n], sums[n], g.dtype) for n in names}
+        return done.input_grad, [sums[n] for n in names], [squares[n].to(self.state.leaf.dtype) for n in names]
 
     def sums_and_squares(self, names: tuple[str, ...], x: Tensor, g: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The gradient of each parameter named, and every sample's squared norms [B] of it."""

@@ -7,7 +7,7 @@ graph: nothing can be lost, or counted twice.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from hf_clars.grad_norms.torch_internals import no_autocast
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.compiled.calls import CompiledCall
+
+Way = Literal["torch", "kernels"]
 
 
 class Watched(torch.autograd.Function):
@@ -38,15 +40,15 @@ class Watched(torch.autograd.Function):
 
 
 class OneProduct(torch.autograd.Function):
-    """A module's output, whose weight gradient is the sum of the samples' gradients."""
+    """A module's output, whose weight gradient comes with the norms: "torch" sums the samples' gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, call: CompiledCall, names: tuple[str, ...], x: Tensor, *rows_and_params: Tensor
+        ctx: Any, y: Tensor, call: CompiledCall, names: tuple[str, ...], way: Way, x: Tensor, *rows_and_params: Tensor
     ) -> Tensor:
         """The forward pass; see the class."""
         params = rows_and_params[2 * len(names) :]
-        ctx.call, ctx.names, ctx.dtype, ctx.x_dtype = call, names, y.dtype, x.dtype
+        ctx.call, ctx.names, ctx.way, ctx.dtype, ctx.x_dtype = call, names, way, y.dtype, x.dtype
         ctx.param_dtypes = [p.dtype for p in params]
         ctx.save_for_backward(x.to(y.dtype), params[names.index("weight")])
         return y.clone()
@@ -55,11 +57,16 @@ class OneProduct(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """The backward pass; see the class."""
         x, weight = ctx.saved_tensors
-        call = ctx.call
+        call, x_grad = ctx.call, None
+        weight, wanted = weight.to(ctx.dtype), ctx.needs_input_grad[4]
         with no_autocast(g.device.type):
-            sums, squares = call.sums_and_squares(ctx.names, x, g)
-            x_grad = None
-            if ctx.needs_input_grad[3]:
-                x_grad = call.rule.input_grad(call.module, x, weight.to(ctx.dtype), g).to(ctx.x_dtype)
+            if ctx.way == "kernels":
+                x_grad, sums, squares = call.whole_backward(ctx.names, x, weight, g, input_wanted=wanted)
+            else:
+                sums, squares = call.sums_and_squares(ctx.names, x, g)
+                if wanted:
+                    x_grad = call.rule.input_grad(call.module, x, weight, g)
+            if x_grad is not None:
+                x_grad = x_grad.to(ctx.x_dtype)
         grads = [total.to(dtype) for total, dtype in zip(sums, ctx.param_dtypes, strict=True)]
-        return None, None, None, x_grad, *squares, *(torch.ones_like(t[0]) for t in squares), *grads
+        return None, None, None, None, x_grad, *squares, *(torch.ones_like(t[0]) for t in squares), *grads

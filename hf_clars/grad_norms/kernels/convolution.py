@@ -1,4 +1,4 @@
-"""Convolutions in channels_last: no patch is written out, and no sample's gradient."""
+"""Convolutions in channels_last, with groups: no patch is written out, and no sample's gradient of a whole layer."""
 
 # mypy: disable-error-code="no-untyped-def, valid-type"
 from __future__ import annotations
@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_clars.grad_norms.kernels import INTERPRETED
+from hf_clars.grad_norms.kernels.linear import squares_of
 
 _WAVE = 132  # multiprocessors of an H100
 _FEW_CHANNELS = 16
@@ -16,12 +17,15 @@ _FEW_CHANNELS = 16
 
 @triton.jit
 def _product(
-    X, G, W, N, B, H, WD, C, HO, WO, P, n_c, splits,
+    X, G, W, N, SB, B, J, H, WD, C, HO, WO, P, groups, n_c, splits,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """A tile is a block of outputs by a block of the inputs that one tap of the kernel sees."""
-    tile, split = tl.program_id(0), tl.program_id(1)
+    """A tile is a block of a group's outputs by a block of its inputs that one tap of the kernel sees.
+
+    C inputs and P outputs a group.
+    """
+    tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tap = (tile % (n_c * KH * KW)) // n_c
     c = (tile % n_c) * BC + tl.arange(0, BC)
     p = (tile // (n_c * KH * KW)) * BP + tl.arange(0, BP)
@@ -31,31 +35,42 @@ def _product(
     T = HO * WO
     for b in range(split, B, splits):
         sample = tl.zeros((BP, BC), tl.float32)
+        bias = tl.zeros((BP,), tl.float32)
         b64 = tl.cast(b, tl.int64)
+        x_of = X + b64 * H * WD * groups * C + group * C
+        g_of = G + b64 * T * groups * P + group * P
         for k in range(0, T, BT):
             pos = k + t
             i, j = (pos // WO) * SH + r, (pos % WO) * SW + q
             live = (pos < T) & (i >= 0) & (i < H) & (j >= 0) & (j < WD)
             g_live = (pos < T)[:, None] & (p < P)[None, :]
-            g = tl.load(G + (b64 * T + pos)[:, None] * P + p[None, :], mask=g_live, other=0.0)
+            g = tl.load(g_of + pos[:, None] * (groups * P) + p[None, :], mask=g_live, other=0.0)
             x_live = live[:, None] & (c < C)[None, :]
-            x = tl.load(X + ((b64 * H + i) * WD + j)[:, None] * C + c[None, :], mask=x_live, other=0.0)
+            x = tl.load(x_of + (i * WD + j)[:, None] * (groups * C) + c[None, :], mask=x_live, other=0.0)
             sample = tl.dot(tl.trans(g), x, sample, input_precision="ieee")
+            if BIAS:
+                if tile % (n_c * KH * KW) == 0:
+                    bias += tl.sum(g.to(tl.float32), 0)
         total += sample
-        tl.store(N + tile * B + b, tl.sum(tl.sum(sample * sample, 1), 0))
+        if b < J:
+            tl.store(N + (group * tl.num_programs(0) + tile) * J + b, tl.sum(tl.sum(sample * sample, 1), 0))
+        if BIAS:
+            if tile % (n_c * KH * KW) == 0:
+                tl.store(SB + (b64 * groups + group) * P + p, bias, mask=p < P)
     K = KH * KW * C
-    out = W + tl.cast(split, tl.int64) * P * K + p[:, None] * K + (tap * C + c)[None, :]
-    tl.store(out, total, mask=(p < P)[:, None] & (c < C)[None, :])
+    row = (tl.cast(split, tl.int64) * groups + group) * P + p
+    tl.store(W + row[:, None] * K + (tap * C + c)[None, :], total, mask=(p < P)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
 def _product_flat(
-    X, G, W, N, B, H, WD, C, HO, WO, P, K, n_c, splits,
-    KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
+    X, G, W, N, SB, B, J, H, WD, C, HO, WO, P, groups, n_c, splits,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """For few input channels: a tile's columns are (tap, channel) pairs."""
-    tile, split = tl.program_id(0), tl.program_id(1)
+    """For few input channels a group: a tile's columns are (tap, channel) pairs."""
+    tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    K = KH * KW * C
     col = (tile % n_c) * BC + tl.arange(0, BC)
     p = (tile // n_c) * BP + tl.arange(0, BP)
     tap, c = col // C, col % C
@@ -65,80 +80,124 @@ def _product_flat(
     T = HO * WO
     for b in range(split, B, splits):
         sample = tl.zeros((BP, BC), tl.float32)
+        bias = tl.zeros((BP,), tl.float32)
         b64 = tl.cast(b, tl.int64)
+        x_of = X + b64 * H * WD * groups * C + group * C
+        g_of = G + b64 * T * groups * P + group * P
         for k in range(0, T, BT):
             pos = k + t
             i, j = (pos // WO)[:, None] * SH + r[None, :], (pos % WO)[:, None] * SW + q[None, :]
             live = (pos < T)[:, None] & (i >= 0) & (i < H) & (j >= 0) & (j < WD) & (col < K)[None, :]
             g_live = (pos < T)[:, None] & (p < P)[None, :]
-            g = tl.load(G + (b64 * T + pos)[:, None] * P + p[None, :], mask=g_live, other=0.0)
-            x = tl.load(X + ((b64 * H + i) * WD + j) * C + c[None, :], mask=live, other=0.0)
+            g = tl.load(g_of + pos[:, None] * (groups * P) + p[None, :], mask=g_live, other=0.0)
+            x = tl.load(x_of + (i * WD + j) * (groups * C) + c[None, :], mask=live, other=0.0)
             sample = tl.dot(tl.trans(g), x, sample, input_precision="ieee")
+            if BIAS:
+                if tile % n_c == 0:
+                    bias += tl.sum(g.to(tl.float32), 0)
         total += sample
-        tl.store(N + tile * B + b, tl.sum(tl.sum(sample * sample, 1), 0))
-    out = W + tl.cast(split, tl.int64) * P * K + p[:, None] * K + col[None, :]
-    tl.store(out, total, mask=(p < P)[:, None] & (col < K)[None, :])
+        if b < J:
+            tl.store(N + (group * tl.num_programs(0) + tile) * J + b, tl.sum(tl.sum(sample * sample, 1), 0))
+        if BIAS:
+            if tile % n_c == 0:
+                tl.store(SB + (b64 * groups + group) * P + p, bias, mask=p < P)
+    row = (tl.cast(split, tl.int64) * groups + group) * P + p
+    tl.store(W + row[:, None] * K + col[None, :], total, mask=(p < P)[:, None] & (col < K)[None, :])
+
+
+@triton.jit
+def _depthwise(
+    X, G, W, SB, H, WD, C, HO, WO, P,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """One input a group: a sample's gradient is as small as the layer, and a tap of it is a sum of products."""
+    tap, block, b = tl.program_id(0) % (KH * KW), tl.program_id(1), tl.cast(tl.program_id(0) // (KH * KW), tl.int64)
+    p = block * BP + tl.arange(0, BP)
+    c = p // (P // C)
+    r, q = (tap // KW) * DH - PH, (tap % KW) * DW - PW
+    t = tl.arange(0, BT)
+    total = tl.zeros((BT, BP), tl.float32)
+    bias = tl.zeros((BT, BP), tl.float32)
+    T = HO * WO
+    for k in range(0, T, BT):
+        pos = k + t
+        i, j = (pos // WO) * SH + r, (pos % WO) * SW + q
+        live = (pos < T) & (i >= 0) & (i < H) & (j >= 0) & (j < WD)
+        g_live = (pos < T)[:, None] & (p < P)[None, :]
+        g = tl.load(G + b * T * P + pos[:, None] * P + p[None, :], mask=g_live, other=0.0).to(tl.float32)
+        x_live = live[:, None] & (p < P)[None, :]
+        x = tl.load(X + b * H * WD * C + (i * WD + j)[:, None] * C + c[None, :], mask=x_live, other=0.0)
+        total += g * x.to(tl.float32)
+        if BIAS:
+            bias += g
+    tl.store(W + (b * KH * KW + tap) * P + p, tl.sum(total, 0), mask=p < P)
+    if BIAS:
+        if tap == 0:
+            tl.store(SB + b * P + p, tl.sum(bias, 0), mask=p < P)
+
+
+def _constants(kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> dict[str, int]:
+    names = "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW"
+    return dict(zip(names, (*kernel, *stride, *padding, *dilation), strict=True))
 
 
 def convolution_product(
-    x: Tensor,
-    g: Tensor,
-    *,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    """Weight gradient and every sample's squared norm of its own, out of one product.
-
-    Args:
-        x: Inputs [B, C, H, W], dense in channels_last.
-        g: Output gradients [B, P, H', W'], likewise.
-        kernel: Height and width of the kernel, as are the others.
-        stride: Steps between outputs.
-        padding: Zeros added on both sides.
-        dilation: Spacing of the taps.
-
-    Returns:
-        (weight gradient [P, C, *kernel] in channels_last, squared norms [B]), float32.
-    """
+    x: Tensor, g: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
+    groups: int, bias: bool, measured: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `operations.convolution_product`."""
+    x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    constants = _constants(kernel, stride, padding, dilation)
+    if x.shape[1] == groups:
+        return _depthwise_product(x, g, constants, bias, measured)
     (B, C, H, WD), (P, HO, WO) = x.shape, g.shape[1:]
+    C, P = C // groups, P // groups
     taps, flat = kernel[0] * kernel[1], C < _FEW_CHANNELS
-    columns = taps * C
     if INTERPRETED:
         bp, bc, bt, warps = 16, 16, 16, 4
     else:
         bp = 128 if P >= 128 else 64 if P > 32 else 32 if P > 16 else 16
         bc = 64 if flat else 128 if C >= 128 else 64 if C > 32 else 32 if C > 16 else 16
         bt, warps = 64, 8 if bp * bc >= 128 * 128 else 4
-    n_p, n_c = triton.cdiv(P, bp), triton.cdiv(columns if flat else C, bc)
+    n_p, n_c = triton.cdiv(P, bp), triton.cdiv(taps * C if flat else C, bc)
     tiles = n_p * n_c * (1 if flat else taps)
-    splits = max(1, min(B, -(-4 * _WAVE // tiles)))
-    w = torch.empty(splits, P, columns, device=x.device, dtype=torch.float32)
-    n = torch.empty(tiles, B, device=x.device, dtype=torch.float32)
-    common = {
-        "KW": kernel[1], "SH": stride[0], "SW": stride[1], "PH": padding[0], "PW": padding[1], "DH": dilation[0],
-        "DW": dilation[1], "BP": bp, "BC": bc, "BT": bt, "num_warps": warps,
-        "num_stages": 3,
-    }  # fmt: skip
-    if flat:
-        _product_flat[(tiles, splits)](x, g, w, n, B, H, WD, C, HO, WO, P, columns, n_c, splits, **common)
-    else:
-        _product[(tiles, splits)](x, g, w, n, B, H, WD, C, HO, WO, P, n_c, splits, KH=kernel[0], **common)
-    total = w.sum(0) if splits > 1 else w[0]
-    return total.view(P, *kernel, C).permute(0, 3, 1, 2), n.sum(0)
+    splits = max(1, min(B, -(-4 * _WAVE // (groups * tiles))))
+    w = torch.empty(splits, groups * P, *kernel, C, device=x.device, dtype=torch.float32)
+    n = torch.empty(groups * tiles, measured, device=x.device, dtype=torch.float32)
+    sb = torch.empty(B, groups * P if bias else 0, device=x.device, dtype=torch.float32)
+    (_product_flat if flat else _product)[(tiles, splits, groups)](
+        x, g, w, n, sb, B, measured, H, WD, C, HO, WO, P, groups, n_c, splits,
+        **constants, BP=bp, BC=bc, BT=bt, BIAS=bias, num_warps=warps, num_stages=3,
+    )  # fmt: skip
+    return w.sum(0) if splits > 1 else w[0], sb.sum(0), squares_of(n, sb, measured)
+
+
+def _depthwise_product(
+    x: Tensor, g: Tensor, constants: dict[str, int], bias: bool, measured: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, C, H, WD), (P, HO, WO) = x.shape, g.shape[1:]
+    kernel = constants["KH"], constants["KW"]
+    bp, bt = (16, 16) if INTERPRETED else (min(64, triton.next_power_of_2(P)), 64)
+    each = torch.empty(B, *kernel, P, device=x.device, dtype=torch.float32)
+    sb = torch.empty(B, P if bias else 0, device=x.device, dtype=torch.float32)
+    grid = (B * kernel[0] * kernel[1], triton.cdiv(P, bp))
+    _depthwise[grid](x, g, each, sb, H, WD, C, HO, WO, P, **constants, BP=bp, BT=bt, BIAS=bias, num_warps=4)
+    weight = each.sum(0).permute(2, 0, 1).contiguous().unsqueeze(3)
+    return weight, sb.sum(0), squares_of(each[:measured].square().sum((1, 2, 3)).unsqueeze(0), sb, measured)
 
 
 @triton.jit
 def _gram(
-    X, G, N, NB, H, WD, C, HO, WO, P, n_t,
+    X, G, N, NB, H, WD, C, HO, WO, P, groups, n_t,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """<X X^T, G G^T> over output positions, X the patches: one program a sample and tile of the upper triangle."""
-    tile, b = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
+    """<X X^T, G G^T> over output positions, X a group's patches: one a sample, group and tile."""
+    at = tl.program_id(0)
+    tile, of = at % (n_t * n_t), at // (n_t * n_t)
+    group, b = of % groups, tl.cast(of // groups, tl.int64)
     ti, tj = tile // n_t, tile % n_t
-    at = b * n_t * n_t + tile
     if ti <= tj:
         T = HO * WO
         k = tl.arange(0, BK)
@@ -147,6 +206,8 @@ def _gram(
         gg = tl.zeros((BT, BT), tl.float32)
         ui, uj = (u // WO) * SH - PH, (u % WO) * SW - PW
         vi, vj = (v // WO) * SH - PH, (v % WO) * SW - PW
+        x_of = X + b * H * WD * groups * C + group * C
+        g_of = G + b * T * groups * P + group * P
         n_c = tl.cdiv(C, BK)
         for step in range(0, KH * KW * n_c):
             tap, c = step // n_c, (step % n_c) * BK + k
@@ -154,17 +215,14 @@ def _gram(
             mu = (u < T) & (ui + r >= 0) & (ui + r < H) & (uj + q >= 0) & (uj + q < WD)
             mv = (v < T) & (vi + r >= 0) & (vi + r < H) & (vj + q >= 0) & (vj + q < WD)
             live = (c < C)[None, :]
-            a = tl.load(
-                X + ((b * H + ui + r) * WD + uj + q)[:, None] * C + c[None, :], mask=mu[:, None] & live, other=0.0
-            )
-            e = tl.load(
-                X + ((b * H + vi + r) * WD + vj + q)[:, None] * C + c[None, :], mask=mv[:, None] & live, other=0.0
-            )
+            u_at, v_at = (ui + r) * WD + uj + q, (vi + r) * WD + vj + q
+            a = tl.load(x_of + u_at[:, None] * (groups * C) + c[None, :], mask=mu[:, None] & live, other=0.0)
+            e = tl.load(x_of + v_at[:, None] * (groups * C) + c[None, :], mask=mv[:, None] & live, other=0.0)
             xx = tl.dot(a, tl.trans(e), xx, input_precision="ieee")
         for o in range(0, P, BK):
             live = (o + k < P)[None, :]
-            a = tl.load(G + (b * T + u)[:, None] * P + (o + k)[None, :], mask=(u < T)[:, None] & live, other=0.0)
-            e = tl.load(G + (b * T + v)[:, None] * P + (o + k)[None, :], mask=(v < T)[:, None] & live, other=0.0)
+            a = tl.load(g_of + u[:, None] * (groups * P) + (o + k)[None, :], mask=(u < T)[:, None] & live, other=0.0)
+            e = tl.load(g_of + v[:, None] * (groups * P) + (o + k)[None, :], mask=(v < T)[:, None] & live, other=0.0)
             gg = tl.dot(a, tl.trans(e), gg, input_precision="ieee")
         twice = tl.where(ti == tj, 1.0, 2.0)
         tl.store(N + at, twice * tl.sum(tl.sum(xx * gg, 1), 0))
@@ -175,29 +233,18 @@ def _gram(
 
 
 def convolution_gram(
-    x: Tensor,
-    g: Tensor,
-    *,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    """Every sample's squared norms of its weight and bias gradient, without these. Arguments as above.
-
-    Returns:
-        (squared norms of the weight gradients [B], of the bias gradients [B]), float32.
-    """
+    x: Tensor, g: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    """See `operations.convolution_gram`."""
+    x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
     (B, C, H, WD), (P, HO, WO) = x.shape, g.shape[1:]
     T = HO * WO
     half = x.element_size() == 2
     bt, bk, warps = (16, 16, 4) if INTERPRETED else (128, 64, 8) if half and T > 64 else (64, 64 if half else 32, 4)
     n_t = triton.cdiv(T, bt)
-    n = torch.empty(2, B, n_t * n_t, device=x.device, dtype=torch.float32)
-    _gram[(n_t * n_t, B)](
-        x, g, n[0], n[1], H, WD, C, HO, WO, P, n_t,
-        KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1],
-        DH=dilation[0], DW=dilation[1], BT=bt, BK=bk, num_warps=warps, num_stages=3,
+    n = torch.empty(2, B, groups * n_t * n_t, device=x.device, dtype=torch.float32)
+    _gram[(B * groups * n_t * n_t,)](
+        x, g, n[0], n[1], H, WD, C // groups, HO, WO, P // groups, groups, n_t,
+        **_constants(kernel, stride, padding, dilation), BT=bt, BK=bk, num_warps=warps, num_stages=3,
     )  # fmt: skip
-    weight, bias = n.sum(2).clamp(min=0).unbind()
-    return weight, bias
+    return n.sum(2).clamp(min=0)

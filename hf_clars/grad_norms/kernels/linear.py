@@ -15,7 +15,7 @@ _WAVE = 132  # multiprocessors of an H100: fewer tiles than this leave some idle
 
 @triton.jit
 def _product(
-    X, G, W, N, SB, B, T, P, D, sxb, sxt, sgb, sgt, n_d, splits,
+    X, G, W, N, SB, B, J, T, P, D, sxb, sxt, sgb, sgt, n_d, splits,
     BP: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -38,17 +38,18 @@ def _product(
             g_at += BT * sgt
             x_at += BT * sxt
         total += sample
-        tl.store(N + tile * B + b, tl.sum(tl.sum(sample * sample, 1), 0))
+        if b < J:
+            tl.store(N + tile * J + b, tl.sum(tl.sum(sample * sample, 1), 0))
         if BIAS:
             if tile % n_d == 0:
                 tl.store(SB + tl.cast(b, tl.int64) * P + p, bias, mask=p < P)
-    out = W + tl.cast(split, tl.int64) * P * D + p[:, None] * D + d[None, :]
+    out = W + tl.cast(split, tl.int64) * P * D + tl.cast(p, tl.int64)[:, None] * D + d[None, :]
     tl.store(out, total, mask=(p < P)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
 def _product_tma(
-    XD, GD, W, N, SB, B, T, P, D, n_d, splits,
+    XD, GD, W, N, SB, B, J, T, P, D, n_d, splits,
     BP: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """The same, with tiles copied by descriptors; what lies outside a tensor reads as zero."""
@@ -67,11 +68,12 @@ def _product_tma(
                 if d0 == 0:
                     bias += tl.sum(g.to(tl.float32), 0)
         total += sample
-        tl.store(N + tile * B + b, tl.sum(tl.sum(sample * sample, 1), 0))
+        if b < J:
+            tl.store(N + tile * J + b, tl.sum(tl.sum(sample * sample, 1), 0))
         if BIAS:
             if d0 == 0:
                 tl.store(SB + tl.cast(b, tl.int64) * P + p, bias, mask=p < P)
-    out = W + tl.cast(split, tl.int64) * P * D + p[:, None] * D + d[None, :]
+    out = W + tl.cast(split, tl.int64) * P * D + tl.cast(p, tl.int64)[:, None] * D + d[None, :]
     tl.store(out, total, mask=(p < P)[:, None] & (d < D)[None, :])
 
 
@@ -84,71 +86,68 @@ def _product_tiles(T: int, P: int, D: int) -> tuple[int, int, int, int]:
     return (128 if P >= 128 else 64), 128, 64, 8
 
 
-def linear_product(x: Tensor, g: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Weight gradient, bias gradient and every sample's squared norms of both, out of one product.
+def _copied_by_descriptors(x: Tensor, g: Tensor) -> bool:
+    """Whether the device can copy tiles of both by descriptors: rows of 16 bytes' multiples, from such an address."""
+    fits = all(t.is_contiguous() and t.shape[2] % 8 == 0 and t.data_ptr() % 16 == 0 for t in (x, g))
+    return fits and x.element_size() == 2 and has_tensor_copies(x.device)
 
-    Args:
-        x: Inputs [B, T, d], the last axis dense.
-        g: Output gradients [B, T, p], likewise.
-        bias: Whether there is a bias.
 
-    Returns:
-        (weight gradient [p, d], bias gradient [p], squared norms of the samples' weight gradients [B], and of their
-        bias gradients [B]), all float32; None for a bias that is not there.
-    """
+def linear_product(x: Tensor, g: Tensor, bias: bool, measured: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `operations.linear_product`."""
     (B, T, D), P = x.shape, g.shape[2]
     bp, bd, bt, warps = _product_tiles(T, P, D)
-    tma = (
-        x.element_size() == 2 and D % 8 == 0 and P % 8 == 0 and has_tensor_copies(x.device)
-        and x.is_contiguous() and g.is_contiguous() and x.data_ptr() % 16 == 0 and g.data_ptr() % 16 == 0
-    )  # fmt: skip
+    tma = _copied_by_descriptors(x, g)
     if not tma and not INTERPRETED:
         bd = min(bd, 128)
     n_p, n_d = triton.cdiv(P, bp), triton.cdiv(D, bd)
     tiles = n_p * n_d
     splits = max(1, min(B, -(-2 * _WAVE // tiles))) if tiles < 2 * _WAVE else 1
     w = torch.empty(splits, P, D, device=x.device, dtype=torch.float32)
-    n = torch.empty(tiles, B, device=x.device, dtype=torch.float32)
-    sb = torch.empty(B if bias else 1, P, device=x.device, dtype=torch.float32)
-    stages = {"num_warps": warps, "num_stages": 3}
+    n = torch.empty(tiles, measured, device=x.device, dtype=torch.float32)
+    sb = torch.empty(B, P if bias else 0, device=x.device, dtype=torch.float32)
+    shapes = B, measured, T, P, D
+    tile = {"BP": bp, "BD": bd, "BT": bt, "BIAS": bias, "num_warps": warps, "num_stages": 3}
     if tma:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        _product_tma[(tiles, splits)](
-            TensorDescriptor.from_tensor(x, [1, bt, bd]), TensorDescriptor.from_tensor(g, [1, bt, bp]),
-            w, n, sb, B, T, P, D, n_d, splits, BP=bp, BD=bd, BT=bt, BIAS=bias, **stages,
-        )  # fmt: skip
+        xd, gd = TensorDescriptor.from_tensor(x, [1, bt, bd]), TensorDescriptor.from_tensor(g, [1, bt, bp])
+        _product_tma[(tiles, splits)](xd, gd, w, n, sb, *shapes, n_d, splits, **tile)
     else:
-        _product[(tiles, splits)](
-            x, g, w, n, sb, B, T, P, D, x.stride(0), x.stride(1), g.stride(0), g.stride(1), n_d, splits,
-            BP=bp, BD=bd, BT=bt, BIAS=bias, **stages,
-        )  # fmt: skip
-    weight_grad = w.sum(0) if splits > 1 else w[0]
-    if not bias:
-        return weight_grad, None, n.sum(0), None
-    return weight_grad, sb.sum(0), n.sum(0), sb.square().sum(1)
+        strides = x.stride(0), x.stride(1), g.stride(0), g.stride(1)
+        _product[(tiles, splits)](x, g, w, n, sb, *shapes, *strides, n_d, splits, **tile)
+    return w.sum(0) if splits > 1 else w[0], sb.sum(0), squares_of(n, sb, measured)
+
+
+def squares_of(n: Tensor, sb: Tensor, measured: int) -> Tensor:
+    """[1 or 2, measured], from each tile's part of the weight's squares [tiles, measured] and biases' sums [B, P]."""
+    if not sb.shape[1]:
+        return n.sum(0, keepdim=True)
+    return torch.stack((n.sum(0), sb[:measured].square().sum(1)))
 
 
 @triton.jit
 def _gram(X, G, N, NB, T, D, P, sxb, sxt, sgb, sgt, n_t, BT: tl.constexpr, BK: tl.constexpr):
     """One program a sample and tile of the upper triangle of the [T, T] products; nothing of them is written."""
-    tile, b = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
+    at = tl.program_id(0)
+    tile, b = at % (n_t * n_t), tl.cast(at // (n_t * n_t), tl.int64)
     i, j = tile // n_t, tile % n_t
-    at = b * n_t * n_t + tile
     if i <= j:
-        k = tl.arange(0, BK)
-        r, c = i * BT + tl.arange(0, BT), j * BT + tl.arange(0, BT)
+        k, t = tl.arange(0, BK), tl.arange(0, BT)
+        row, column = tl.cast(i, tl.int64) * BT, tl.cast(j, tl.int64) * BT
+        live_r, live_c = (row + t < T)[:, None], (column + t < T)[:, None]
         xx = tl.zeros((BT, BT), tl.float32)
         gg = tl.zeros((BT, BT), tl.float32)
+        x_r, x_c = X + b * sxb + row * sxt, X + b * sxb + column * sxt
+        g_r, g_c = G + b * sgb + row * sgt, G + b * sgb + column * sgt
         for q in range(0, D, BK):
             live = (q + k < D)[None, :]
-            u = tl.load(X + b * sxb + r[:, None] * sxt + (q + k)[None, :], mask=(r < T)[:, None] & live, other=0.0)
-            v = tl.load(X + b * sxb + c[:, None] * sxt + (q + k)[None, :], mask=(c < T)[:, None] & live, other=0.0)
+            u = tl.load(x_r + t[:, None] * sxt + (q + k)[None, :], mask=live_r & live, other=0.0)
+            v = tl.load(x_c + t[:, None] * sxt + (q + k)[None, :], mask=live_c & live, other=0.0)
             xx = tl.dot(u, tl.trans(v), xx, input_precision="ieee")
         for q in range(0, P, BK):
             live = (q + k < P)[None, :]
-            u = tl.load(G + b * sgb + r[:, None] * sgt + (q + k)[None, :], mask=(r < T)[:, None] & live, other=0.0)
-            v = tl.load(G + b * sgb + c[:, None] * sgt + (q + k)[None, :], mask=(c < T)[:, None] & live, other=0.0)
+            u = tl.load(g_r + t[:, None] * sgt + (q + k)[None, :], mask=live_r & live, other=0.0)
+            v = tl.load(g_c + t[:, None] * sgt + (q + k)[None, :], mask=live_c & live, other=0.0)
             gg = tl.dot(u, tl.trans(v), gg, input_precision="ieee")
         twice = tl.where(i == j, 1.0, 2.0)
         tl.store(N + at, twice * tl.sum(tl.sum(xx * gg, 1), 0))
@@ -158,23 +157,14 @@ def _gram(X, G, N, NB, T, D, P, sxb, sxt, sgb, sgt, n_t, BT: tl.constexpr, BK: t
         tl.store(NB + at, 0.0)
 
 
-def linear_gram(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Every sample's squared norms of its weight and bias gradient, without these: <X X^T, G G^T> and <1, G G^T>.
-
-    Args:
-        x: Inputs [B, T, d], the last axis dense.
-        g: Output gradients [B, T, p], likewise.
-
-    Returns:
-        (squared norms of the weight gradients [B], of the bias gradients [B]), float32.
-    """
+def linear_gram(x: Tensor, g: Tensor) -> Tensor:
+    """See `operations.linear_gram`."""
     (B, T, D), P = x.shape, g.shape[2]
     bt, bk, warps = (16, 16, 4) if INTERPRETED else (128, 64, 8) if x.element_size() == 2 else (64, 32, 4)
     n_t = triton.cdiv(T, bt)
     n = torch.empty(2, B, n_t * n_t, device=x.device, dtype=torch.float32)
-    _gram[(n_t * n_t, B)](
+    _gram[(B * n_t * n_t,)](
         x, g, n[0], n[1], T, D, P, x.stride(0), x.stride(1), g.stride(0), g.stride(1), n_t,
         BT=bt, BK=bk, num_warps=warps, num_stages=3,
     )  # fmt: skip
-    weight, bias = n.sum(2).clamp(min=0).unbind()
-    return weight, bias
+    return n.sum(2).clamp(min=0)

@@ -75,11 +75,23 @@ class LinearRule(LayerRule):
         return kernels_fit(output) and x.dim() > 2 and positions(x).shape[1] > 1
 
     def whole_backward(
-        self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
+        self,
+        module: nn.Module,
+        saved: tuple[Tensor, ...],
+        weight: Tensor,
+        g: Tensor,
+        *,
+        input_wanted: bool,
+        measured: int | None = None,
     ) -> WholeBackward:
         """See `LayerRule`."""
         done = linear_backward(
-            positions(saved[0]), weight, positions(g), bias=module.bias is not None, input_wanted=input_wanted
+            positions(saved[0]),
+            weight,
+            positions(g),
+            bias=module.bias is not None,
+            input_wanted=input_wanted,
+            measured=measured,
         )
         return done if done.input_grad is None else replace(done, input_grad=done.input_grad.view(saved[0].shape))
 

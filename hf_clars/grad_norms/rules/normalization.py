@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from hf_clars.distributed import world_size
 from hf_clars.grad_norms.errors import SharedStatisticsError
+from hf_clars.grad_norms.kernels import runs_kernels
+from hf_clars.grad_norms.kernels.operations import channel_sums, row_sums
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.kernel_forms import (
-    batch_norm_backward,
-    in_channels_last,
+    channel_norm_backward,
+    is_dense,
     kernels_fit,
     layer_norm_backward,
 )
@@ -65,8 +67,37 @@ class _ChannelRule(LayerRule):
         """See `LayerRule`: [B, C] each."""
         if "weight" not in wanted:
             return {"bias": g.flatten(2).sum(2) if g.dim() > 2 else g}
-        weight, bias = affine_sums(saved[0], g, *saved[1:])
+        weight, bias = self._sums(saved[0], g, *saved[1:])
         return {"weight": weight, "bias": bias} if "bias" in wanted else {"weight": weight}
+
+    def _sums(self, x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over positions of g * x_hat and of g: [B, C] each. A compiler makes its own kernel of torch's way."""
+        if torch.compiler.is_compiling() or x.dim() == 2 or not (runs_kernels(x) and is_dense(x)):
+            return affine_sums(x, g, mean, rstd)
+        bias, weight = channel_sums(x, g, mean, rstd).unbind()
+        return weight, bias
+
+    def _kernels_fit(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """Whether `whole_backward` can run, where the statistics depend on the input."""
+        return kernels_fit(output) and x.dim() > 2 and is_dense(x) and module.bias is not None
+
+    def operands(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+        """The input and its statistics."""
+        return x, *self.statistics(module, x, output)
+
+    def whole_backward(
+        self,
+        module: nn.Module,
+        saved: tuple[Tensor, ...],
+        weight: Tensor,
+        g: Tensor,
+        *,
+        input_wanted: bool,
+        measured: int | None = None,
+    ) -> WholeBackward:
+        """See `LayerRule`."""
+        x, mean, rstd = saved
+        return channel_norm_backward(x, weight, mean, rstd, g, measured=measured)
 
 
 def _running_statistics(module: _BatchNorm | _InstanceNorm) -> tuple[Tensor, Tensor] | None:
@@ -87,21 +118,10 @@ class BatchNormRule(_ChannelRule):
         return _running_statistics(module) or batch_statistics(x, output, module.eps)
 
     def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
-        """On a GPU, for images in channels_last and statistics of the batch."""
+        """On a GPU, for positions that the batch's own statistics are taken over."""
         assert isinstance(module, _BatchNorm)
         own = module.training or module.running_mean is None
-        return own and kernels_fit(output) and in_channels_last(x) and module.bias is not None
-
-    def operands(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, ...]:
-        """The input and its statistics."""
-        return x, *self.statistics(module, x, output)
-
-    def whole_backward(
-        self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
-    ) -> WholeBackward:
-        """See `LayerRule`."""
-        x, mean, rstd = saved
-        return batch_norm_backward(x, weight, mean, rstd, g)
+        return own and self._kernels_fit(module, x, output)
 
 
 @register_rule(nn.SyncBatchNorm)
@@ -128,6 +148,10 @@ class GroupNormRule(_ChannelRule):
         assert isinstance(module, nn.GroupNorm)
         return group_statistics(x, output, module.num_groups, module.eps)
 
+    def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """On a GPU, for more than one position."""
+        return x.dtype == output.dtype and self._kernels_fit(module, x, output)
+
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 class InstanceNormRule(_ChannelRule):
@@ -146,6 +170,18 @@ class InstanceNormRule(_ChannelRule):
         """[B, C] or [C] each."""
         assert isinstance(module, _InstanceNorm)
         return _running_statistics(module) or group_statistics(x, output, x.shape[1], module.eps)
+
+
+def weighted_rows(x: Tensor, g: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
+    """Sums over a sample's rows of g * x_hat, x_hat = (x - mean) * scale; [B, C] from [B, T, C] and [B, T, 1].
+
+    A compiler makes its own kernel of torch's way.
+    """
+    if runs_kernels(x) and not torch.compiler.is_compiling():
+        return row_sums(x, g, None if mean is None else mean.squeeze(2), scale.squeeze(2))[1]
+    # The mean goes first, for g * x - mean * g would cancel; the scales come with the sum over positions.
+    weighted = x * g if mean is None else (x - mean).mul_(g)
+    return (scale.mT @ weighted).squeeze(1)
 
 
 def _positions(t: Tensor, dims: int) -> Tensor:
@@ -182,22 +218,40 @@ class LayerNormRule(LayerRule):
         return x, _inverse_scale(module, x, dims)
 
     def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
-        """On a GPU, for a LayerNorm over the last axis."""
-        plain = type(self) is LayerNormRule and isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
+        """On a GPU, over the last axis and with all parameters."""
+        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        plain = type(self) is LayerNormRule and len(module.normalized_shape) == 1
+        plain = plain and (isinstance(module, nn.RMSNorm) or module.bias is not None)
         same = x.dtype == output.dtype and x.is_contiguous()
-        return plain and same and x.dim() > 2 and module.bias is not None and kernels_fit(output)
+        return plain and same and x.dim() > 2 and kernels_fit(output)
 
     def operands(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, ...]:
         """The input and its statistics."""
         return self.save(module, (x,), {}, output, ("weight",))
 
     def whole_backward(
-        self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
+        self,
+        module: nn.Module,
+        saved: tuple[Tensor, ...],
+        weight: Tensor,
+        g: Tensor,
+        *,
+        input_wanted: bool,
+        measured: int | None = None,
     ) -> WholeBackward:
         """See `LayerRule`."""
         x = _positions(saved[0], 1)
-        mean, rstd = (t.reshape(x.shape[:2]) for t in saved[1:])
-        done = layer_norm_backward(x, weight, mean, rstd, _positions(g, 1), input_wanted=input_wanted)
+        *mean, rstd = (t.reshape(x.shape[:2]) for t in saved[1:])
+        done = layer_norm_backward(
+            x,
+            weight,
+            mean[0] if mean else None,
+            rstd,
+            _positions(g, 1),
+            bias=isinstance(module, nn.LayerNorm),
+            input_wanted=input_wanted,
+            measured=measured,
+        )
         return done if done.input_grad is None else replace(done, input_grad=done.input_grad.view(saved[0].shape))
 
     def per_sample_grads(
@@ -210,9 +264,7 @@ class LayerNormRule(LayerRule):
         grads = {}
         if "weight" in wanted:
             x, *mean, scale = (_positions(t, len(shape)) for t in saved)
-            # The mean goes first, for g * x - mean * g would cancel; the scales come with the sum over positions.
-            weighted = (x - mean[0]).mul_(g) if mean else x * g
-            grads["weight"] = (scale.mT @ weighted).view(-1, *shape)
+            grads["weight"] = weighted_rows(x, g, mean[0] if mean else None, scale).view(-1, *shape)
         if "bias" in wanted:
             grads["bias"] = g.sum(1).view(-1, *shape)
         return grads

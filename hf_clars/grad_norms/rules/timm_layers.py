@@ -24,6 +24,11 @@ class BatchNormActRule(BatchNormRule):
         """Only without dropout between the two, whose random numbers are gone."""
         return isinstance(getattr(module, "drop", None), nn.Identity) and isinstance(module.act, nn.Module)
 
+    def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """As for BatchNorm, and only without an activation: the gradient that arrives is that of its output."""
+        plain = isinstance(module.get_submodule("act"), nn.Identity)
+        return plain and super().supplies_backward(module, x, output)
+
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from hf_clars.distributed import is_split
 from hf_clars.grad_norms.norm_math import at_least_float32, linear_weight_grads
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.linear import LinearRule, positions
+from hf_clars.grad_norms.rules.normalization import weighted_rows
 from hf_clars.grad_norms.trees import first_tensor
 
 
@@ -37,10 +38,17 @@ class TransposedLinearRule(LinearRule):
         return {**grads, "bias": g.sum(1)} if "bias" in wanted else grads
 
     def whole_backward(
-        self, module: nn.Module, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, *, input_wanted: bool
+        self,
+        module: nn.Module,
+        saved: tuple[Tensor, ...],
+        weight: Tensor,
+        g: Tensor,
+        *,
+        input_wanted: bool,
+        measured: int | None = None,
     ) -> WholeBackward:
         """See `LayerRule`."""
-        done = super().whole_backward(module, saved, weight.mT, g, input_wanted=input_wanted)
+        done = super().whole_backward(module, saved, weight.mT, g, input_wanted=input_wanted, measured=measured)
         return replace(done, grads={**done.grads, "weight": done.grads["weight"].mT})
 
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
@@ -95,7 +103,7 @@ class RootMeanSquareRule(LayerRule):
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
         x, scale = positions(saved[0]), positions(saved[1])
-        return {"weight": (scale.mT @ (x * positions(g))).squeeze(1)}
+        return {"weight": weighted_rows(x, positions(g), None, scale)}
 
 
 def _epsilon(module: nn.Module) -> float | None:
