@@ -10,7 +10,6 @@ The model's constants are a least-squares fit of relative errors, none below wha
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -122,7 +121,7 @@ def times_of(study: dict[str, Any]) -> Times:
             _add(times, kind, use, gram=gram and plain + gram, product=_least(ms, "ptr", "tma", "conv"))
     in_networks = study["kernels, choice in whole networks (weight gradient and norms together)"]
     for name, entry in in_networks.items():  # these replace the first timings
-        kind, use = _use_in_network(ast.literal_eval(name))
+        kind, use = _use_in_network(_tuple_in(name))
         ms, rows = entry["ms"], None
         if kind != "linear":
             rows = _least(ms, "tma")
@@ -140,10 +139,15 @@ def _least(ms: dict[str, float], *beginnings: str) -> float | None:
     return min((t for name, t in ms.items() if name.startswith(beginnings) and "err" not in name), default=None)
 
 
+def _tuple_in(text: str) -> Any:
+    """What "('conv', (256, 512, 7, 7))" says, as lists."""
+    return json.loads(text.translate(str.maketrans("()'", '[]"')))
+
+
 def _use_of(name: str) -> tuple[Kind, WeightUse]:
     """Of "linear (B, T, in, out)", "conv (in, out, kernel, stride, side)"."""
     family, shape = name.split(" ", 1)
-    numbers = ast.literal_eval(shape)
+    numbers = _tuple_in(shape)
     if family == "linear":
         return "linear", _linear(*numbers)
     width_in, width_out, kernel, stride, side = numbers

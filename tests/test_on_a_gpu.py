@@ -144,6 +144,50 @@ def test_a_step_never_waits_for_the_device(samples):
     assert torch.isfinite(optimizer.last_step.rate).all()
 
 
+def test_a_captured_step_is_the_eager_one():
+    """Forward and backward pass, norms, rates and update as one CUDA graph: `docs/compiled-models.md` shows it."""
+    (x, y), models = (t.to(DEVICE) for t in data()), [network("resnet8").to(DEVICE) for _ in range(2)]
+    optimizers = [CLARS(model, 0.5) for model in models]
+    for optimizer in optimizers:
+        optimizer.norms.check_every = 0
+
+    def step(i):
+        optimizers[i].zero_grad(set_to_none=True)
+        loss_of(x, y)(models[i]).backward()
+        optimizers[i].step()
+
+    graph = _captured(lambda: step(0))
+    for _ in range(5 if graph is None else 6):
+        step(1)
+    for scale in (1.0, 0.5, 2.0):  # replayed with other images in the same memory
+        x.copy_(data()[0].to(DEVICE) * scale)
+        step(0) if graph is None else graph.replay()
+        step(1)
+        rates = [optimizer.last_step.rate for optimizer in optimizers]
+        torch.testing.assert_close(rates[0], rates[1], rtol=1e-4, atol=1e-6)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def _captured(step):
+    """Five steps, and a graph of one more, which is not run while it is captured; None on a CPU."""
+    if DEVICE != "cuda":
+        for _ in range(5):
+            step()
+        return None
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(5):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    return graph
+
+
 def test_a_loss_scale_is_taken_out_and_an_overflow_leaves_everything_as_it_was():
     rates, (x, y) = [], (t.to(DEVICE) for t in data())
     for scale in (1.0, 2.0**12):

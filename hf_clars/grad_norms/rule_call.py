@@ -285,4 +285,5 @@ class RuleCall:
         if self.current.check is not None and measured:
             for name, total in sums.items():
                 if self.current.check.wants(self.wanted[name]):
+                    total = total.detach()
                     self.current.check.add(self.wanted[name], total, total.norm(), dtype)

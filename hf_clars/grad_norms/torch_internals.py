@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -87,13 +86,8 @@ COMPILED = "CompiledFunction"
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
-    on = _knows_autocast(device) and torch.is_autocast_enabled(device)
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else _NOTHING
-
-
-@cache
-def _knows_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
 
 
 def no_grad() -> AbstractContextManager[Any]:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms.choice import FormChoices
 from hf_clars.grad_norms.kernels import INTERPRETED, convolution, linear, operations, reference
 from hf_clars.grad_norms.registry import find_rule
-from hf_clars.grad_norms.rules import kernel_forms
 from tests.oracle import layer_norms, per_sample_grads
 from tests.test_kernels_as_operations import arguments
 
@@ -62,11 +62,19 @@ def used(monkeypatch):
     return names
 
 
+def take(form, monkeypatch):
+    """This form of norms wherever there is a choice."""
+    monkeypatch.setattr(FormChoices, "take", lambda self, kind, use, runs=None: form)
+
+
 @pytest.fixture
 def products(monkeypatch):
-    """The one product for whatever has more than one position."""
-    monkeypatch.setattr(kernel_forms, "GRAM_TOKENS", 1)
-    monkeypatch.setattr(kernel_forms, "GRAM_PIXELS", 1)
+    take("product", monkeypatch)
+
+
+@pytest.fixture
+def grams(monkeypatch):
+    take("gram", monkeypatch)
 
 
 def measured(model, x, compiled=None):
@@ -83,7 +91,7 @@ def measured(model, x, compiled=None):
 
 
 @MEMORY
-def test_a_network_of_every_family_in_gram_forms(memory, used):
+def test_a_network_of_every_family_in_gram_forms(memory, used, grams):
     measured(*every(memory))
     assert {"linear_gram", "convolution_gram", "channel_norm_backward", "row_sums", "root_mean_square_dx"} <= {*used}
 
@@ -109,8 +117,7 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("form", ["gram", "product"])
 def test_compiled_as_a_whole_a_model_uses_the_same_products(form, used, request):
-    if form == "product":
-        request.getfixturevalue("products")
+    request.getfixturevalue(f"{form}s")
     torch.compiler.reset()
     torch.manual_seed(0)
     memory = torch.channels_last if form == "gram" else torch.contiguous_format
@@ -137,8 +144,7 @@ def layers():
 @pytest.mark.parametrize("index", range(len(layers())))
 def test_norms_of_the_first_samples_and_the_gradient_of_all(form, index, request):
     """What a rule is asked for where `samples=` measures fewer than the batch has."""
-    if form == "product":
-        request.getfixturevalue("products")
+    request.getfixturevalue(f"{form}s")
     torch.manual_seed(0)
     layer, shape = layers()[index]
     x = torch.randn(shape).to(memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
@@ -175,7 +181,7 @@ class Broken:
         return launch
 
 
-def test_a_kernel_that_does_not_compile_is_replaced_and_named_once(used, monkeypatch, caplog):
+def test_a_kernel_that_does_not_compile_is_replaced_and_named_once(used, grams, monkeypatch, caplog):
     monkeypatch.setattr(convolution, "_gram", Broken())
     monkeypatch.setattr(operations, "_failed", set())
     with caplog.at_level(logging.WARNING, "hf_clars"):
@@ -200,7 +206,7 @@ def test_no_memory_is_no_failure_of_the_compiler(monkeypatch):
 
 @pytest.mark.parametrize(("name", "args"), arguments(), ids=lambda a: a if isinstance(a, str) else "")
 def test_what_a_kernel_gives_is_what_compilers_are_told(name, args):
-    torch.library.opcheck(getattr(operations, name), args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(getattr(operations, name).whole, args, test_utils=("test_schema", "test_faketensor"))
     assert not operations.failed()
 
 
