@@ -32,6 +32,7 @@ CHANGES = {
     "another module is called": lambda m, h: m.spare(h),
     "a weight is used without its module": lambda m, h: nn.functional.linear(h, m.first.weight),
     "a bias is used in one operation more": lambda m, h: h * m.first.bias,
+    "something made of a weight is used": lambda m, h: h + 2 * m.last.weight.sum(0),
     "the same operations, in another order": lambda m, h: m.norm(m.first(h).tanh()),
     "nothing": lambda m, h: h,
 }

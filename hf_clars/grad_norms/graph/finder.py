@@ -134,7 +134,7 @@ class GraphFinder:
         walk = GraphWalk(
             lambda leaf: None if (param := self.param_of(leaf)) in current.compiled else param,
             regions,
-            lambda node, signature: self._is_data(node, signature, taint),
+            lambda node, signature: self._is_data(node, signature, taint, current.batch_size),
             self._whole.__contains__,
             current.batch_size,
             OWN_NODES,
@@ -142,7 +142,7 @@ class GraphFinder:
         walk.run(outputs)
         return walk
 
-    def _is_data(self, node: Node, signature: Signature, taint: DataTaint | None) -> bool:
+    def _is_data(self, node: Node, signature: Signature, taint: DataTaint | None, batch: int) -> bool:
         known = self._takes_data.get(signature)
         if taint is not None:
             found = node in taint.nodes
@@ -150,9 +150,9 @@ class GraphFinder:
                 self._mixed.add(signature)
             self._takes_data[signature] = found
             return found
-        if known is None:
+        if known is None:  # the next pass will tell; without rows for the samples it is taken for no data until then
             self.asks_for_data = True
-            return True
+            return (shape_at(node) or ())[:1] == (batch,)
         return known
 
     # ---- layouts ---------------------------------------------------------------------------------------------
