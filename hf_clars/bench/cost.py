@@ -14,7 +14,7 @@ from hf_clars.bench.peers import WAYS
 from hf_clars.bench.timing import Ratio, alternate, peak_memory, ratios
 from hf_clars.bench.ways import Plain, Way
 
-CHECK_SIZE, CHECK_BATCH = 32, 3
+CHECK_BATCH = 3
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class MemoryRow:
 
 def verdicts(network: Network, ways: Iterable[type[Way]]) -> dict[str, Verdict]:
     """What `check_way` says of each way, on small images."""
-    small = network.resized(image_size=min(CHECK_SIZE, network.image_size), batch=min(CHECK_BATCH, network.batch))
+    side = min(network.smallest, network.image_size)
+    small = network.resized(image_size=side, batch=min(CHECK_BATCH, network.batch))
     return {way.name: check_way(way, small) for way in ways}
 
 

@@ -35,6 +35,7 @@ class Network:
         num_labels: Classes; of a language model, its tokens.
         texts: Whether it takes texts: "" (images), "whole" (a class for each), "tokens" (one for each token).
         tiny: Makes a small model of the same kind, to see that everything runs; None: `make` is small enough.
+        smallest: The smallest size of inputs that it takes.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Network:
     num_labels: int
     texts: Literal["", "whole", "tokens"] = ""
     tiny: Callable[[int, int], nn.Module] | None = None
+    smallest: int = 32
 
     def build(self) -> nn.Module:
         """The model in train mode and float32 on the device, with the same first weights every time."""
@@ -174,14 +176,20 @@ _BASE = (
 
 
 def _transformer(
-    name: str, make: Callable[..., nn.Module], size: int, batch: int, labels: int, texts: Literal["", "whole", "tokens"]
+    name: str,
+    make: Callable[..., nn.Module],
+    size: int,
+    batch: int,
+    labels: int,
+    texts: Literal["", "whole", "tokens"],
+    smallest: int = 32,
 ) -> Network:
     def of(tiny: bool) -> Callable[[int, int], nn.Module]:
         if texts:
             return lambda size, labels: make(labels, tiny=tiny)
         return lambda size, labels: make(size, labels, tiny=tiny)
 
-    return Network(name, of(False), size, batch, labels, texts, of(True))
+    return Network(name, of(False), size, batch, labels, texts, of(True), smallest)
 
 
 _TRANSFORMERS = (
@@ -190,7 +198,7 @@ _TRANSFORMERS = (
     _transformer("bert-base", transformers_of.bert, 128, 8, 2, "whole"),
     _transformer("vit-b16", transformers_of.vit, 224, 4, 1000, ""),
     _transformer("convnext-t", transformers_of.convnext, 224, 4, 1000, ""),
-    _transformer("swin-t", transformers_of.swin, 224, 4, 1000, ""),
+    _transformer("swin-t", transformers_of.swin, 224, 4, 1000, "", 224),  # its windows of 7 halve three times
 )
 
 NETWORKS: dict[str, Network] = {

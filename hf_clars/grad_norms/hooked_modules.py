@@ -28,7 +28,7 @@ class HookedModule:
     Attributes:
         params: The same parameters by local name.
         rule: The rule that serves it, if any does.
-        calls: How calls of each layout are measured: "certain", "observed" (proven once, watched but never taken over)
+        calls: How calls of each layout are measured: "certain", "observed" (proven by one sample's gradient)
             or "graph" (their rows belong to no sample: measured where the graph uses the parameters).
         own_dims: Numbers of axes with which it was called on tensors that are made of parameters alone.
         data_dims: The same for tensors that depend on the data.

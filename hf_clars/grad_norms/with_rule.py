@@ -120,7 +120,7 @@ def _decide(
     plan = CallPlan(hooked, rule, wanted, rows, key=key, axes=axes, layout=Layout(axes[0]))
     plan.x_depends_on_data, plan.lasts = tainted is not False, lasts
     plan.proven = known is not None or current.batch_size == 1
-    if known == "certain" and rows == 1 and not rule.several_results:
+    if known is not None and rows == 1 and not rule.several_results:
         plan.way = _way(plan, x, output, all_measured=current.kept == current.batch_size)
     return plan
 

@@ -55,15 +55,24 @@ class Machine:
 
     Attributes:
         flops: Arithmetic operations a second of a large matrix product.
-        bandwidth: Bytes a second of a pass over memory.
+        bandwidth: Bytes a second of a pass over temporaries that stay in cache.
+        cache: Bytes up to which they do.
+        far_bandwidth: Bytes a second of a pass over larger ones.
     """
 
     flops: float
     bandwidth: float
+    cache: float
+    far_bandwidth: float
+
+    def passes(self, size: float, times: int = 1) -> float:
+        """Seconds of some passes over a tensor of this size in bytes."""
+        return times * size / (self.bandwidth if size <= self.cache else self.far_bandwidth)
 
 
-#: Measured on two cores of a server (AVX-512, float32, temporaries in cache).
-CPU = Machine(1.2e11, 4e10)
+#: Measured on two cores of a server (AVX-512, float32): in cache, and in BERT-base, whose gradients of 8 samples are
+#: 19 and 75 MB a layer.
+CPU = Machine(1.2e11, 4e10, 8e6, 1.2e10)
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class WeightUse:
         flops = 2 * batch * (inputs * self.width_in + outputs * self.width_out)
         taps = sum(k for k in self.kernel if k > 1)
         traffic = batch * self.element_size * (inputs + outputs + _TAP_PASSES * taps * between)
-        return flops / machine.flops + traffic / machine.bandwidth
+        return flops / machine.flops + machine.passes(traffic)
 
     def product_seconds(self, machine: Machine, *, replaces_weight_grad: bool = True) -> float:
         """Time of the per-sample gradients, beyond the ordinary weight gradient if they replace it."""
@@ -126,7 +135,7 @@ class WeightUse:
         half_speed = _HALF_SPEED_CONVOLUTION if math.prod(self.kernel) > 1 else _HALF_SPEED_MATRIX
         sum_length = half_speed + (0 if replaces_weight_grad else self.positions)
         flops = 2 * elements * sum_length
-        return flops / machine.flops + _PRODUCT_PASSES * elements * self.element_size / machine.bandwidth
+        return flops / machine.flops + machine.passes(elements * self.element_size, _PRODUCT_PASSES)
 
 
 def amounts(kind: Kind, form: Form, use: WeightUse) -> dict[str, float]:
