@@ -14,7 +14,16 @@ import torch
 from PIL import Image
 
 from research.cifar10.plan import Done
-from research.cifar10.report import agreement, batch_table, draw, envelope, method_table, one_setting, page
+from research.cifar10.report import (
+    agreement,
+    batch_table,
+    draw,
+    envelope,
+    method_table,
+    one_setting,
+    page,
+    run_with_shares,
+)
 from research.cifar10.rows import product_row, prototype_row, read_runs, write_runs
 from research.cifar10.run import decode, run_all
 from research.cifar10.settings import Settings
@@ -36,6 +45,13 @@ def images():
 def kept_row(settings, accuracy, device="cuda"):
     found = {"accuracy": accuracy, "diverged": False, "seconds": 1.0, "curve": [[0, 2.3, 0.9, 0.1], [5, 2.0, 0.5, 0.1]]}
     return product_row({**vars(settings), **found, "device": device, "layers": ["a"], "signal": [[0.9], [0.5]]})
+
+
+def test_the_picture_of_shares_is_of_a_run_that_measured_them():
+    ours = kept_row(Settings("signal_lars", 0.064), 48.0)
+    better = kept_row(Settings("lars", 0.064), 49.0) | {"signal": [[], []]}
+    assert run_with_shares([better, ours]) is ours
+    assert run_with_shares([better]) is None
 
 
 def test_a_run_keeps_its_settings_its_curve_and_every_layers_share(images):
