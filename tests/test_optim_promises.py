@@ -122,6 +122,7 @@ def test_a_zero_norm_layer_leaves_zero_with_a_plain_step(cls, layers):
 @pytest.mark.parametrize("dead", [0.0, 1e-30, 1e-12])
 def test_a_dead_layer_that_wakes_does_not_destroy_the_weights(make, dead):
     """The gradient vanishes for a while, then comes back: no step moves a layer by more than healthy ones may."""
+    torch.manual_seed(0)
     model = mlp().double()
     optimizer = make(model, 1.0, eta=1e-2)
     x, y = torch.randn(8, 6).double(), torch.zeros(8, dtype=torch.long)
@@ -136,7 +137,7 @@ def test_a_dead_layer_that_wakes_does_not_destroy_the_weights(make, dead):
             largest = max(largest, float((p.detach() - b).norm() / b.norm()))
     # Layer-wise scaling moves a layer by lr * eta * (1 + momentum + ...) of its norm: 1 % * 10 here; a layer is several
     # tensors, and biases are small beside their weight. What must not happen is orders of magnitude more.
-    assert largest < (3.0 if make is not CLARS.reference_code else 30.0)
+    assert largest < (30.0 if make == CLARS.reference_code else 3.0)  # two bound methods are equal, but not one object
     assert all(p.isfinite().all() for p in model.parameters())
 
 
