@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_clars.grad_norms import PerSampleGradNorms, norm_math
+from hf_clars.grad_norms import PerSampleGradNorms, convolution_math, norm_math
 from hf_clars.grad_norms.choice import FormChoices, cheapest_form, tables
 from hf_clars.grad_norms.rules import convolution, kernel_forms
 from hf_clars.grad_norms.rules.costs import SHIPPED, WeightUse, fastest, predicted
@@ -56,11 +56,11 @@ def test_products_of_patches_are_the_librarys(axes, groups, kernel, steps, slice
     g = torch.randn_like(layer(x))
     shape = (8, 4 // groups, *kernel)
     settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    want = norm_math.convolution_weight_grads(x, g, kernel_shape=shape, **settings)
+    want = convolution_math.convolution_weight_grads(x, g, kernel_shape=shape, **settings)
     monkeypatch.setattr(norm_math, "MAX_ELEMENTS", 7 if sliced else norm_math.MAX_ELEMENTS)
-    found = norm_math.patch_weight_grads(x, g, kernel_shape=shape, **settings)
+    found = convolution_math.patch_weight_grads(x, g, kernel_shape=shape, **settings)
     torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-12)
-    squares = norm_math.patch_gram_squared_norm(x, g, kernel=kernel, **settings)
+    squares = convolution_math.patch_gram_squared_norm(x, g, kernel=kernel, **settings)
     torch.testing.assert_close(squares, want.flatten(1).square().sum(1), rtol=1e-10, atol=1e-12)
 
 
@@ -77,8 +77,10 @@ def test_each_form_of_a_gpu_without_kernels_gives_the_norms_of_a_cpu(monkeypatch
             return norms.per_sample["0"]
 
     want = norms_of()
-    library, calls = norm_math.convolution_weight_grads, []
-    monkeypatch.setattr(norm_math, "convolution_weight_grads", lambda *a, **k: calls.append(1) or library(*a, **k))
+    library, calls = convolution_math.convolution_weight_grads, []
+    monkeypatch.setattr(
+        convolution_math, "convolution_weight_grads", lambda *a, **k: calls.append(1) or library(*a, **k)
+    )
     monkeypatch.setattr(convolution, "on_cuda", lambda t: True)
     monkeypatch.setattr(convolution, "cheapest_form", lambda use, *_, **__: fresh_forms.take("torch", use))
     monkeypatch.setattr(FormChoices, "take", lambda *_: form)
@@ -146,7 +148,7 @@ def test_a_convolutions_backward_pass_is_the_same_in_every_form(fresh_forms, for
     assert (kind, str(use)) in {(k, str(u)) for k, u, _ in fresh_forms} or channels < FEW_CHANNELS
     for found, expected in zip((done.input_grad, done.grads["weight"], done.grads["bias"]), want, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    each = norm_math.convolution_weight_grads(x, g, kernel_shape=tuple(layer.weight.shape), **settings)
+    each = convolution_math.convolution_weight_grads(x, g, kernel_shape=tuple(layer.weight.shape), **settings)
     torch.testing.assert_close(done.squares["weight"], each.flatten(1).square().sum(1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(done.squares["bias"], g.sum((2, 3)).square().sum(1), rtol=1e-4, atol=1e-4)
 
@@ -157,3 +159,12 @@ def test_only_a_1x1_kernel_without_strides_and_padding_is_rows():
     assert kernel_forms.convolution_shapes(x, weight, x[:, :4], plain)[0] == "pointwise"
     assert kernel_forms.convolution_shapes(x, weight, g, {**plain, "stride": (2, 2)})[0] == "convolution"
     assert kernel_forms.convolution_shapes(x, weight, g, {**plain, "padding": (1, 1)})[0] == "convolution"
+
+
+def test_what_is_listed_for_groups_of_few_channels_is_what_runs(fresh_forms, monkeypatch):
+    """There is one form for them, however many channels the groups have together."""
+    monkeypatch.setattr(convolution, "kernels_fit", lambda output: True)
+    layer, x, rule = nn.Conv2d(64, 64, 3, groups=64), torch.randn(2, 64, 6, 6), convolution.ConvolutionRule()
+    use, _ = rule.choice(layer, x, layer(x))
+    fresh_forms.restore({"convolution": {str(use): "gram"}})
+    assert rule.choice(layer, x, layer(x))[1].form == "product"

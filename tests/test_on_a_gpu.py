@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hf_clars import ClarsTrainer
+from hf_clars.bench.gpu.stages import capture
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.layers import param_layers
 from hf_clars.models import build_model
@@ -175,15 +176,7 @@ def _captured(step):
         for _ in range(5):
             step()
         return None
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(5):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = capture(step)
     graph.replay()
     return graph
 

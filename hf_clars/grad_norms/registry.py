@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +36,16 @@ class LayerRule(ABC):
 
     #: True when the rule is a Linear layer's: its weight may be a table that is looked up elsewhere too.
     is_dense_weight: bool = False
+
+    #: Whether `whole_backward`, and `input_grad`, are of the same layer as `per_sample_grads`; see `fits_gradients`.
+    gives_whole_backward: bool = False
+    gives_input_grad: bool = False
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Note which backward passes of a layer a rule has, once for its class."""
+        super().__init_subclass__(**settings)
+        cls.gives_whole_backward = fits_gradients(cls, "whole_backward")
+        cls.gives_input_grad = fits_gradients(cls, "input_grad")
 
     def applies(self, module: nn.Module) -> bool:
         """Whether the rule is right for this very module; if not, the general fallback serves. Default: yes."""
@@ -198,7 +207,6 @@ class LayerRule(ABC):
         raise NotImplementedError
 
 
-@cache
 def fits_gradients(rule_type: type[LayerRule], backward: str) -> bool:
     """Whether a rule's backward method is that of the layer whose samples' gradients it gives.
 

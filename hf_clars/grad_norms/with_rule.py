@@ -16,7 +16,6 @@ from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
 from hf_clars.grad_norms.observation import observe, observe_several
 from hf_clars.grad_norms.one_product import Way, is_taken_over, replace_backward, take_over
 from hf_clars.grad_norms.own_place import own_place
-from hf_clars.grad_norms.registry import fits_gradients
 from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
 from hf_clars.grad_norms.trees import differentiable_in, is_differentiable, map_tensors
 
@@ -216,7 +215,7 @@ def _way(plan: CallPlan, x: Tensor, output: Tensor, *, all_measured: bool) -> Wa
     if weight.numel() == 0 or is_split(weight):
         return None
     rule = plan.rule
-    if fits_gradients(type(rule), "whole_backward") and rule.supplies_backward(plan.module, x, output):
+    if rule.gives_whole_backward and rule.supplies_backward(plan.module, x, output):
         return replace_backward
-    taken = all_measured and fits_gradients(type(rule), "input_grad") and rule.takes_over(plan.module, x, output)
+    taken = all_measured and rule.gives_input_grad and rule.takes_over(plan.module, x, output)
     return take_over if taken else None

@@ -173,6 +173,20 @@ def _difference(model: nn.Module, measured: nn.Module) -> float:
     return float((off / whole) ** 0.5)
 
 
+def capture(step: Step) -> torch.cuda.CUDAGraph:
+    """A step as a CUDA graph, after five that are run: the first passes learn the model."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(5):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
 def captured(name: str, tiny: bool) -> Figures:
     """A whole measured step as a CUDA graph, beside a plain one."""
     if not torch.cuda.is_available():
@@ -190,15 +204,7 @@ def captured(name: str, tiny: bool) -> Figures:
             loss(model).backward()
             return None if norms is None else norms.totals()
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(5):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
+        graph = capture(step)
         times = []
         for _ in range(10):
             _sync()

@@ -19,7 +19,7 @@ from hf_clars.grad_norms.compiled.tied import Linked, Tie, TiedLookup
 from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
-from hf_clars.grad_norms.registry import LayerRule, fits_gradients
+from hf_clars.grad_norms.registry import LayerRule
 from hf_clars.grad_norms.token_weights import label_counts
 from hf_clars.grad_norms.trees import tensor_given, tensors_in
 
@@ -140,7 +140,6 @@ class CompiledCall:
         tie: What it shares with another module that has the same table.
 
     Attributes:
-        gives: Which backward passes the rule has of its own.
         names: Of its parameters.
         rows: For each a row of zeros [B], while the model is called.
         uses: For each a zero.
@@ -153,7 +152,6 @@ class CompiledCall:
         self.hooked = hooked
         self.module = hooked.module
         self.rule = hooked.rule
-        self.gives = {way: fits_gradients(type(hooked.rule), way) for way in ("whole_backward", "input_grad")}
         self.name = str(hooked)
         self.tie = tie
         self.row_numbers = row_numbers
@@ -233,9 +231,9 @@ class CompiledCall:
             return None
         # Sums, as of normalisation layers, a compiler joins with what is around them; products it cannot.
         products = type(self.rule).takes_over is not LayerRule.takes_over
-        if products and self.gives["whole_backward"] and self.rule.supplies_backward(self.module, x, output):
+        if products and self.rule.gives_whole_backward and self.rule.supplies_backward(self.module, x, output):
             return "kernels"
-        return "torch" if self.gives["input_grad"] and self.rule.takes_over(self.module, x, output) else None
+        return "torch" if self.rule.gives_input_grad and self.rule.takes_over(self.module, x, output) else None
 
     def _layout_is_known(self, x: Tensor, output: Tensor, batch: int) -> bool:
         """Whether the first axis is the batch, or folds it as an uncompiled pass has shown."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from hf_clars.grad_norms import norm_math
+from hf_clars.grad_norms import convolution_math, norm_math
 from hf_clars.grad_norms.graph.bags import bag_grads
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
@@ -205,7 +205,7 @@ def _convolution(node: Node, index: int, g: Tensor, layout: Layout, batch: int, 
         name: tuple(saved(node, name)) * (spatial // len(saved(node, name)))
         for name in ("stride", "padding", "dilation")
     }
-    return norm_math.convolution_weight_grads(
+    return convolution_math.convolution_weight_grads(
         at_least_float32(x[:kept]), g, kernel_shape=tuple(weight.shape), groups=saved(node, "groups"), **settings
     )
 

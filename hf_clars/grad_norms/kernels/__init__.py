@@ -20,6 +20,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+#: Below so many input channels of a group a convolution has one kernel, whose columns are (tap, channel) pairs.
+FEW_CHANNELS = 16
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

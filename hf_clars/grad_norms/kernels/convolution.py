@@ -8,11 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_clars.grad_norms.kernels import INTERPRETED
+from hf_clars.grad_norms.kernels import FEW_CHANNELS, INTERPRETED
 from hf_clars.grad_norms.kernels.linear import squares_of
 
 _WAVE = 132  # multiprocessors of an H100
-_FEW_CHANNELS = 16
 
 
 @triton.jit
@@ -153,7 +152,7 @@ def convolution_product(
         return _depthwise_product(x, g, constants, bias, measured)
     (B, C, H, WD), (P, HO, WO) = x.shape, g.shape[1:]
     C, P = C // groups, P // groups
-    taps, flat = kernel[0] * kernel[1], C < _FEW_CHANNELS
+    taps, flat = kernel[0] * kernel[1], C < FEW_CHANNELS
     if INTERPRETED:
         bp, bc, bt, warps = 16, 16, 16, 4
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_clars.grad_norms import norm_math
+from hf_clars.grad_norms import convolution_math, norm_math
 from hf_clars.grad_norms.choice import Choice, cheapest_form, form_choices
 from hf_clars.grad_norms.norm_math import on_cuda
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
@@ -156,7 +156,7 @@ class ConvolutionRule(LayerRule):
         assert isinstance(module, _Conv)
         if self.supplies_backward(module, x, output):
             kind, use = convolution_shapes(x, module.weight, output, _settings(module, module.padding))
-            few = x.shape[1] < FEW_CHANNELS
+            few = use.width_in < FEW_CHANNELS  # as `convolution_backward` does: of a group
             return use, Choice("product", "model") if few else form_choices.look_up(kind, use)
         use = convolution_use(module, x, output)
         return use, form_choices.look_up("torch" if on_cuda(x) else "cpu", use)
@@ -202,7 +202,9 @@ def convolution_squared_norm(module: _Conv, x: Tensor, g: Tensor, form: Form) ->
     if _is_pointwise(module, padding):
         return linear_squared_norm(_visited(module, x), g.flatten(2).mT, form)
     if form == "gram":
-        gram = norm_math.patch_gram_squared_norm if on_cuda(x) else norm_math.convolution_gram_squared_norm
+        gram = (
+            convolution_math.patch_gram_squared_norm if on_cuda(x) else convolution_math.convolution_gram_squared_norm
+        )
         return gram(x, g, kernel=tuple(module.kernel_size), **_settings(module, padding))
     return norm_math.in_slices(
         lambda x_part, g_part: norm_math.squared_sum(_weight_grads(module, x_part, padding, g_part)),
@@ -218,10 +220,10 @@ def _weight_grads(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor)
         return norm_math.product(g.flatten(2), _visited(module, x)).view(-1, *shape)
     settings = _settings(module, padding)
     if on_cuda(x) and form_choices.take("torch", convolution_use(module, x, g)) != "grouped":
-        return norm_math.patch_weight_grads(x, g, kernel_shape=shape, **settings)
+        return convolution_math.patch_weight_grads(x, g, kernel_shape=shape, **settings)
     if len(shape) == 4 and settings.pop("groups") == 1 and math.prod(shape[1:]) <= _THIN:
-        return norm_math.thin_convolution_weight_grads(x, g, kernel_shape=shape, **settings)
-    return norm_math.convolution_weight_grads(x, g, kernel_shape=shape, **_settings(module, padding))
+        return convolution_math.thin_convolution_weight_grads(x, g, kernel_shape=shape, **settings)
+    return convolution_math.convolution_weight_grads(x, g, kernel_shape=shape, **_settings(module, padding))
 
 
 @register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -244,7 +246,9 @@ class TransposedConvolutionRule(LayerRule):
         if "weight" in wanted:
             shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
             settings = _settings(module, module.padding)
-            weight_grads = norm_math.patch_weight_grads if on_cuda(g) else norm_math.convolution_weight_grads
+            weight_grads = (
+                convolution_math.patch_weight_grads if on_cuda(g) else convolution_math.convolution_weight_grads
+            )
             grads["weight"] = weight_grads(g, saved[0], kernel_shape=shape, **settings)
         if "bias" in wanted:
             grads["bias"] = g.flatten(2).sum(2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_clars.grad_norms.choice import form_choices
-from hf_clars.grad_norms.kernels import operations, runs_kernels
+from hf_clars.grad_norms.kernels import FEW_CHANNELS, operations, runs_kernels
 from hf_clars.grad_norms.norm_math import float_product
 from hf_clars.grad_norms.registry import WholeBackward
 from hf_clars.grad_norms.rules.costs import Form, Kind, WeightUse
@@ -18,9 +18,6 @@ from hf_clars.grad_norms.rules.costs import Form, Kind, WeightUse
 Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Gradients and squared norms by parameter."""
 Runs = dict[Form, Callable[[], Parts]]
-
-#: Below so many input channels a convolution has one kernel, whose columns are (tap, channel) pairs.
-FEW_CHANNELS = 16
 
 
 def kernels_fit(output: Tensor) -> bool:
