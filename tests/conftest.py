@@ -1,9 +1,12 @@
 """The suite needs no network, nothing may wait for the Hub, and the user's own records are left alone."""
 
 import os
+import random
 import tempfile
 
+import numpy as np
 import pytest
+import torch
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
 from tests.undrawn import draw_nothing, keep_imports
@@ -20,6 +23,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, which draw numbers too
+def pytest_runtest_setup():
+    """What a test draws does not depend on the tests before it, so that a failure can be repeated alone."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_collection_finish():
