@@ -14,6 +14,7 @@ from tests.undrawn import draw_nothing, keep_imports
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+CHECKOUT = pytest.StashKey[set[str]]()
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when trackio is imported
 
 
@@ -31,6 +32,18 @@ def pytest_runtest_setup():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_sessionstart(session):
+    session.stash[CHECKOUT] = set(os.listdir(session.config.rootpath))
+
+
+def pytest_sessionfinish(session):
+    """What tests write goes to folders of their own: nothing new lies in the checkout, to be committed by mistake."""
+    here = set(os.listdir(session.config.rootpath)) - session.stash[CHECKOUT]
+    if left := sorted(name for name in here if not name.startswith((".", "__"))):
+        print(f"\nTests left this in the checkout: {', '.join(left)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_collection_finish():
