@@ -9,6 +9,7 @@ def test_a_network_with_rules_only(capsys):
     assert main(["explain", "resnet20"]) == 0
     shown = capsys.readouterr().out
     assert "ConvolutionRule of" in shown
+    assert shown.splitlines()[0].split()[1].endswith("%")
     assert "BatchNormRule of" in shown
     assert "can be compiled as a whole" in shown
 

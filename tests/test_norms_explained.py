@@ -29,6 +29,40 @@ def test_each_parameter_is_explained():
     assert "spare.bias" in str(norms.explain())
 
 
+def test_each_parameter_has_its_share_of_the_time():
+    model = Net()
+    with PerSampleGradNorms(model) as norms:
+        for timed in (False, True, True):
+            norms.time_passes(timed)
+            model.zero_grad()
+            model(torch.randn(3, 4)).sum().backward()
+            shares = {p.parameter: p.share for p in norms.explain().parameters}
+            if not timed:
+                assert set(shares.values()) == {None}
+                assert "%" not in str(norms.explain())
+                continue
+            assert sum(shares.values()) == pytest.approx(1)
+            assert shares["spare.weight"] == 0
+            assert shares["inner.weight"] == shares["inner.bias"] > 0
+            assert shares["gain"] > 0
+            assert f"{shares['gain']:.1%}" in str(norms.explain())
+
+
+def test_rows_that_were_followed_are_named_as_proven():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):  # [B, 6, 4] -> [B * 3, 2, 4]
+            return self.inner(x.reshape(-1, 2, 4)).reshape(len(x), -1)
+
+    model = Windows()
+    with PerSampleGradNorms(model) as norms:
+        model(torch.randn(5, 6, 4)).square().mean().backward()
+        assert "3 rows a sample, proven by following one sample's gradient" in str(norms.explain())
+
+
 def test_norms_of_a_mean_over_tokens_are_those_of_each_sequence():
     class Tagger(nn.Module):
         def __init__(self):

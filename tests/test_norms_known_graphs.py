@@ -138,3 +138,67 @@ def test_outputs_that_are_changed_in_place_and_gradients_that_a_hook_changes():
     with PerSampleGradNorms(model, layers="tensor") as norms:
         for _ in range(PASSES):
             norms_are_exact(model, norms, torch.randn(B, 3, 5, dtype=torch.float64))
+
+
+class Positions(nn.Module):
+    """Tables that no data looks up, and bare parameters: none is measured by a rule."""
+
+    def __init__(self, layout="one row for all"):
+        super().__init__()
+        self.words, self.places, self.kinds = nn.Embedding(9, 6), nn.Embedding(7, 6, padding_idx=2), nn.Embedding(2, 6)
+        self.bias, self.norm, self.head = nn.Parameter(torch.randn(6)), nn.LayerNorm(6), nn.Linear(6, 3)
+        self.gain = nn.Parameter(torch.rand(3))
+        self.layout, self.late = layout, ""
+        self.register_buffer("numbers", torch.tensor([0, 3, 2, 3, 1]))
+
+    def forward(self, x):
+        numbers = {
+            "one row for all": self.numbers[None],
+            "no row": self.numbers,
+            "a row each": self.numbers.expand(len(x), -1),
+        }[self.layout]
+        h = self.words(x) + self.places(numbers) + self.kinds(torch.zeros_like(numbers)) * self.bias
+        if self.late == "a parameter more":
+            h = h * self.bias
+        h = self.head(self.norm(h))
+        return (h * (self.gain if self.late != "a constant" else 2.0)).square().sum((1, 2))
+
+
+@pytest.mark.parametrize("layout", ["one row for all", "no row", "a row each"])
+@pytest.mark.parametrize("late", ["", "a parameter more", "a constant"])
+def test_uses_that_no_rule_measures_are_found_again(layout, late, walks):
+    torch.manual_seed(0)
+    model = Positions(layout).double()
+    with PerSampleGradNorms(model, layers="tensor") as norms:
+        for step in range(PASSES + 3):
+            model.late = late if step >= PASSES else ""
+            walks.clear()
+            x = torch.randint(0, 9, (B, 5))
+            model.zero_grad()
+            model(x).mean().backward()
+            want = one_by_one(model, lambda m, i, x=x: m(x[i : i + 1]).sum(), B)
+            for name, grads in want.items():
+                torch.testing.assert_close(norms.per_sample[name], grads.flatten(1).norm(dim=1), rtol=1e-9, atol=1e-12)
+            if 4 <= step < PASSES or (step > PASSES and late != "a constant"):
+                assert not walks, step
+
+
+def test_a_parameter_in_the_place_of_another():
+    """The same operations on the same shapes: only the leaf tells."""
+
+    class Swapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.a, self.b = nn.Linear(5, 5), nn.Parameter(torch.rand(5)), nn.Parameter(torch.rand(5))
+            self.late = False
+
+        def forward(self, x):
+            a, b = (self.b, self.a) if self.late else (self.a, self.b)
+            return ((self.layer(x) * a).tanh() * b).square().sum(-1)
+
+    torch.manual_seed(0)
+    model = Swapped().double()
+    with PerSampleGradNorms(model, layers="tensor") as norms:
+        for step in range(PASSES):
+            model.late = step >= PASSES - 3
+            norms_are_exact(model, norms, torch.randn(B, 5, dtype=torch.float64))

@@ -16,8 +16,9 @@ from hf_clars.grad_norms.choice import layer_forms
 from hf_clars.models import build_model, model_names
 
 DESCRIPTION = """\
-Run one forward and backward pass of a model on random input, and print how each parameter's per-sample gradient norms
-are measured: by a rule, at an operation of the graph, or by one backward pass a sample of a module around it.
+Run a few forward and backward passes of a model on random input, and print for each parameter its share of the norms'
+time, and how they are measured: by a rule, at an operation of the graph, or by one backward pass a sample of a module
+around it. Where a rule makes the weight gradient and the norms from one product, its time is that of both.
 The last line says whether the model can be compiled as a whole.
 
 MODEL is a short name (`hf-clars train --help` lists them), a folder, or a name on the Hub: an image classifier, or with
@@ -65,10 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(model: nn.Module, given: Tensor) -> str:
-    """The table of one pass on `given`, and whether the model can be compiled as a whole."""
+    """The table of passes on `given`, and whether the model can be compiled as a whole.
+
+    The first three passes are checked, which costs more; the time is that of three that follow.
+    """
     with PerSampleGradNorms(model.train()) as norms:
-        model(given).logits.float().square().mean().backward()
-        _ = norms.per_sample
+        for step in range(6):
+            if step == 3:
+                norms.time_passes()
+            model.zero_grad()
+            model(given).logits.float().square().mean().backward()
+            _ = norms.per_sample
         missing = norms.why_not_compiled()
         whole = "can be compiled as a whole" if not missing else f"cannot be compiled as a whole: {missing}"
         return f"{norms.explain()}\n\nThe sums of all samples' gradients were compared with p.grad.\nThe model {whole}"

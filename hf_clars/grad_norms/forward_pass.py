@@ -16,6 +16,7 @@ from hf_clars.grad_norms.torch_internals import operations_recorded
 from hf_clars.grad_norms.trees import memory_of
 
 if TYPE_CHECKING:
+    from hf_clars.grad_norms.explanation import CallTimes
     from hf_clars.grad_norms.hooked_modules import HookedModule
     from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
     from hf_clars.grad_norms.sum_check import SumCheck
@@ -81,6 +82,7 @@ class ForwardPass:
         given: What the model was called with: (memory, shape, strides) of tensors with more axes than the batch.
         trace: What its graph is known by so far, see `graph/known.py`; None if it must be walked.
         begun_at: How many operations torch had recorded when it began.
+        times: Takes the time of each call's norms, if they are timed.
     """
 
     batch_size: int
@@ -115,6 +117,7 @@ class ForwardPass:
     given: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
     trace: list[Any] | None = None
     begun_at: int = 0
+    times: CallTimes | None = None
 
     def free_graph(self) -> None:
         """Drop what no gradient came through, so that the graph and its hooks do not keep each other."""
@@ -125,10 +128,10 @@ class ForwardPass:
         for call in self.rule_calls:
             call.leave_graph()
 
-    def note(self, plan: CallPlan) -> None:
-        """A rule's call has been made in this way: a mark in the trace."""
+    def note(self, way: CallPlan | HookedModule) -> None:
+        """A module with a rule was called and is measured so, or was left to the graph: a mark in the trace."""
         if self.trace is not None:
-            self.trace += (plan, operations_recorded() - self.begun_at)
+            self.trace += (way, operations_recorded() - self.begun_at)
 
     def note_given(self, tensors: Iterable[Tensor]) -> None:
         """Remember what the model was called with: the first axis of that is the batch by contract."""

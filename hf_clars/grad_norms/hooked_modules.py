@@ -32,7 +32,8 @@ class HookedModule:
             or "graph" (their rows belong to no sample: measured where the graph uses the parameters).
         own_dims: Numbers of axes with which it was called on tensors that are made of parameters alone.
         data_dims: The same for tensors that depend on the data.
-        plans: How calls are measured, by what they look like; see `with_rule.py`.
+        plans: How calls are measured, by what they look like; None: where the graph uses the parameters. See
+            `with_rule.py`.
     """
 
     def __init__(self, path: str, module: nn.Module, layers: dict[str, int]) -> None:
@@ -44,7 +45,7 @@ class HookedModule:
         self.calls: dict[tuple[int, ...], str] = {}
         self.own_dims: set[int] = set()
         self.data_dims: set[int] = set()
-        self.plans: dict[tuple[Any, ...], CallPlan] = {}
+        self.plans: dict[tuple[Any, ...], CallPlan | None] = {}
 
     def __str__(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__})"
@@ -65,7 +66,7 @@ class HookedModule:
         """Its own measured parameters that are not frozen now, by local name."""
         return {n: p for n, p in self.params.items() if self.in_use(n).requires_grad}
 
-    def keep_plan(self, look: tuple[Any, ...], plan: CallPlan) -> None:
+    def keep_plan(self, look: tuple[Any, ...], plan: CallPlan | None) -> None:
         """Measure calls that look like this by this plan from now on."""
         if len(self.plans) >= MOST_PLANS:
             self.plans.clear()

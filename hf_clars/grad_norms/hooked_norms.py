@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,19 +14,19 @@ from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
 from hf_clars.grad_norms.compiled.calls import CompiledCall
 from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
+from hf_clars.grad_norms.explanation import CallTimes, LearnedWays
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
 from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
 from hf_clars.grad_norms.graph.known import KnownGraphs
-from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, watch
+from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, watch
 from hf_clars.grad_norms.graph.taint import DataTaint, Following
+from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
 from hf_clars.grad_norms.trees import tensor_given, tensors_in
 from hf_clars.grad_norms.with_rule import capture, repeat
 from hf_clars.layers import ParamLayer
-
-logger = logging.getLogger(__name__)
 
 
 class HookedNorms(NormAccumulator):
@@ -51,9 +50,8 @@ class HookedNorms(NormAccumulator):
         self._graphs = KnownGraphs()
         self._containers: list[ContainerCall] = []
         self._learned = False
-        self._new_ways = False
-        self._known_ways: set[object] = set()
-        self._ways: dict[nn.Parameter, dict[str, None]] = {}
+        self._ways = LearnedWays(self._name_of)
+        self._times: CallTimes | None = None
         self._module_handles: list[RemovableHandle] = []
         self._end_hook = PassEnds(self._following.on_model_end, keep_owner=True)
         self._hook_modules()
@@ -89,8 +87,7 @@ class HookedNorms(NormAccumulator):
         self._in_use.clear()
         self._finder.forget()
         self._graphs.forget()
-        self._ways.clear()
-        self._known_ways.clear()
+        self._ways.forget()
 
     def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Know parameters by those that an engine has put in their place, and let go of the old ones.
@@ -115,6 +112,7 @@ class HookedNorms(NormAccumulator):
         return not differentiating() and super().active
 
     def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        current.times = self._times
         self._following.end()
         self._containers.clear()
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
@@ -205,8 +203,8 @@ class HookedNorms(NormAccumulator):
                 self._ever_captured.update(hooked.trainable().values())
                 known = len(current.rule_calls)
                 replaced = capture(hooked, current, x, call, output, None, recomputed=True)
-                for param, made in ((p, c) for c in current.rule_calls[known:] for p in c.wanted.values()):
-                    self._ways.setdefault(param, {}).setdefault(made.in_words())
+                for made in current.rule_calls[known:]:
+                    self._ways.note(made.in_words(), made.wanted.values())
                 return replaced
             if any(c.hooked is hooked for c in current.rule_calls):
                 return repeat(hooked, current, x, call, output)
@@ -230,10 +228,13 @@ class HookedNorms(NormAccumulator):
                 current.add_use(param)
         mark = None if containers else self._graphs.end(current, trained=sum(p.requires_grad for p in self._layer_of))
         try:
-            if mark not in self._graphs:
-                by_rules = self._watch_uses(current, outputs, taint, containers)
-                if mark is not None and by_rules:
-                    self._graphs.add(mark)
+            known = self._graphs.find(mark, current, outputs)
+            if known is not None:
+                self._hook_uses(current, [m.use for m in known], known)
+            else:
+                found = self._watch_uses(current, outputs, taint, containers)
+                if mark is not None and found is not None:
+                    self._graphs.add(mark, current, outputs, found)
         finally:
             for call in current.rule_calls:
                 call.leave_graph()
@@ -248,42 +249,45 @@ class HookedNorms(NormAccumulator):
         containers: list[ContainerCall],
         *,
         again: bool = False,
-    ) -> bool:
-        """Find the uses of parameters that no rule measures, and hook them. Returns whether there are none."""
+    ) -> list[MeasuredUse] | None:
+        """Find the uses of parameters that no rule measures, and hook them.
+
+        Returns:
+            Those that are measured where they are; None if there are others, or if a rule's call proved wrong.
+        """
         found, gates = self._finder.find(current, outputs, taint, containers)
         if again:  # a module inside may have been seen to
             seen = {(m.use.node, m.use.index) for m in current.open_uses.values() if isinstance(m, MeasuredUse)}
             found = [m for m in found if (m.use.node, m.use.index) not in seen]
         uses = [m.use for m in found] + [use for gate in gates for use in gate.uses for _ in gate.edges]
+        self._hook_uses(current, uses, found, again=again)
+        for gate in gates:
+            current.gates.append(gate)
+            gate.watch(current, self._deliver)
+        right = [call for call in current.rule_calls if not call.cancelled]
+        for call in right:
+            self._ever_captured.update(call.wanted.values())
+        if self._ways.are_new(
+            {u.key for u in uses} | {(c.hooked, c.taken_over, c.plan.key[0]) for c in current.rule_calls}
+        ):
+            for call in right:
+                self._ways.note(call.in_words(), call.wanted.values())
+            for measured in found:
+                self._ways.note(measured.in_words(), measured.use.leaves.values())
+            for gate in gates:
+                self._ways.note(gate.in_words(), (p for use in gate.uses for p in use.leaves.values()))
+        return None if gates or len(right) < len(current.rule_calls) else found
+
+    def _hook_uses(
+        self, current: ForwardPass, uses: Sequence[Use], found: Sequence[MeasuredUse], *, again: bool = False
+    ) -> None:
+        """Count uses, and hook those that are measured where they are."""
         for param in (p for use in uses for p in use.leaves.values()):
             if not again:
                 current.add_use(param)
             self._ever_captured.add(param)
         for measured in found:
             watch(current, measured, self._deliver)
-        for gate in gates:
-            current.gates.append(gate)
-            gate.watch(current, self._deliver)
-        for call in current.rule_calls:
-            if not call.cancelled:
-                self._ever_captured.update(call.wanted.values())
-        ways = {use.key for use in uses} | {(c.hooked, c.taken_over, c.plan.key[0]) for c in current.rule_calls}
-        if not ways <= self._known_ways:
-            self._known_ways |= ways
-            self._new_ways = True
-            self._note_ways(current, found, gates)
-        return not found and not gates and not any(c.cancelled for c in current.rule_calls)
-
-    def _note_ways(self, current: ForwardPass, found: Sequence[MeasuredUse], gates: Sequence[Gate]) -> None:
-        """For `explain`, and for the debug log where something is new."""
-        ways = [(p, c.in_words()) for c in current.rule_calls if not c.cancelled for p in c.wanted.values()]
-        ways += [(p, m.in_words()) for m in found for p in m.use.leaves.values()]
-        ways += [(p, gate.in_words()) for gate in gates for use in gate.uses for p in use.leaves.values()]
-        for param, way in ways:
-            known = self._ways.setdefault(param, {})
-            if way not in known:
-                known[way] = None
-                logger.debug("%s: %s", self._name_of(param), way)
 
     # ---- compiled code ---------------------------------------------------------------------------------------
 
@@ -301,17 +305,16 @@ class HookedNorms(NormAccumulator):
     def why_not_compiled(self) -> str:
         """Names of the parameters that keep the model from being compiled as a whole; "" if it can be.
 
-        Compiled with `fullgraph=True`, every measured parameter must belong to a module with a layer rule, or be a
-        table that is looked up and a Linear layer's weight too.
+        Each must belong to a module with a layer rule, or be a table that is looked up and a Linear layer's weight too.
         """
         return self._compiled.calls.reason
 
     def _note_compiled(self, calls: Sequence[CompiledCall]) -> None:
         """Compiled code has made these calls in a pass."""
         for call in calls:
-            for param in call.hooked.trainable().values():
-                self._ever_captured.add(param)
-                self._ways.setdefault(param, {}).setdefault(call.in_words())
+            params = call.hooked.trainable().values()
+            self._ever_captured.update(params)
+            self._ways.note(call.in_words(), params)
 
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_clars.grad_norms.explanation import timed
 from hf_clars.grad_norms.forward_pass import differentiating
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import no_autocast
@@ -66,7 +67,7 @@ class _OneProduct(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         call: RuleCall = ctx.call
-        with no_autocast(g.device.type):
+        with no_autocast(g.device.type), timed(call.current.times, call.wanted.values(), g.device):
             sums = {} if differentiating() else call.summed_grads(x, g)
             grads = [_as(sums[n], d) if sums else None for n, d in zip(ctx.names, ctx.param_dtypes, strict=True)]
             x_grad = None
@@ -100,7 +101,7 @@ class _WholeBackward(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         call: RuleCall = ctx.call
         weight, *saved = ctx.saved_tensors
-        with no_autocast(g.device.type):
+        with no_autocast(g.device.type), timed(call.current.times, call.wanted.values(), g.device):
             if differentiating():  # only the input's gradient leads on
                 sums, x_grad = {}, None
                 if ctx.needs_input_grad[4]:

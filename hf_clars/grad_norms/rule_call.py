@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from hf_clars.grad_norms.explanation import timed
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, quietly, second_backward
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.hooked_modules import HookedModule
@@ -136,7 +137,10 @@ class RuleCall:
         """How it is measured, for people."""
         how = "with the weight gradient, from one product" if self.taken_over else "beside the ordinary backward pass"
         rows = f", {self.rows} rows a sample" if self.rows > 1 else ""
-        return f"{type(self.rule).__name__} of {self.hooked}: {how}{rows}"
+        proof = ""
+        if self.hooked.calls.get(self.plan.key) == "observed":
+            proof = ", proven by following one sample's gradient"
+        return f"{type(self.rule).__name__} of {self.hooked}: {how}{rows}{proof}"
 
     def leave_graph(self) -> None:
         """Let go of its places in the graph."""
@@ -175,7 +179,8 @@ class RuleCall:
         count = self.current.kept * plan.rows
         if count < some.shape[0]:
             saved, grads = plan.rule.take(saved, count), tuple(None if t is None else t[:count] for t in grads)
-        with no_grad(), no_autocast(some.device.type), quietly():
+        time = timed(self.current.times, self.wanted.values(), some.device)
+        with no_grad(), no_autocast(some.device.type), quietly(), time:
             if any(t is not None and t.dtype not in _EXACT for t in (*grads, *saved)):
                 saved = tuple(at_least_float32(t) for t in saved)
                 grads = tuple(None if t is None else at_least_float32(t) for t in grads)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.errors import UncoveredParameterError
-from hf_clars.grad_norms.explanation import Explanation, ParameterWay
+from hf_clars.grad_norms.explanation import CallTimes, Explanation, ParameterWay
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.hooked_norms import HookedNorms
 from hf_clars.grad_norms.sum_check import SumCheck
@@ -141,7 +141,7 @@ class PerSampleGradNorms(HookedNorms):
         current.check = self._check
 
     def _check_is_due(self) -> bool:
-        return self._checked < 3 or self._new_ways or self._passes_since >= self.check_every
+        return self._checked < 3 or self._ways.new or self._passes_since >= self.check_every
 
     def _plan_compiled_check(self) -> None:
         """Compiled code is another one where sums are checked: say it before the next batch begins."""
@@ -183,7 +183,7 @@ class PerSampleGradNorms(HookedNorms):
         check = self._check
         if check is not None and check.delivered and all(p.closed for p in self._passes):
             self._stop_check()
-            self._checked, self._new_ways = self._checked + 1, False
+            self._checked, self._ways.new = self._checked + 1, False
             self._plan_compiled_check()
             check.raise_if_wrong()
 
@@ -282,14 +282,26 @@ class PerSampleGradNorms(HookedNorms):
         return torch.where(weights > 0, weights.sum() / weights.clamp(min=1), 0.0)[: current.kept]
 
     def explain(self) -> Explanation:
-        """How each parameter is measured, as far as forward passes have shown it by now."""
+        """How each parameter is measured, as far as forward passes have shown it by now.
+
+        With its share of the norms' time, if passes were timed: see `time_passes`.
+        """
+        shares = {} if self._times is None else self._times.shares()
         return Explanation(
             [
-                ParameterWay(layer.name, name, tuple(self._ways.get(param, ())))
+                ParameterWay(layer.name, name, self._ways.of(param), shares.get(param, 0.0) if shares else None)
                 for layer in self.layers
                 for param, name in zip(layer.params, layer.param_names, strict=True)
             ]
         )
+
+    def time_passes(self, on: bool = True) -> None:
+        """Time the norms of every call from the next forward pass on, for `explain`; what compiled code does is not.
+
+        Args:
+            on: False: stop, and forget the times.
+        """
+        self._times = CallTimes() if on else None
 
     def __enter__(self) -> PerSampleGradNorms:
         return self

@@ -46,18 +46,20 @@ def capture(
     Returns:
         What takes the output's place; None to leave it.
     """
-    plan = look = None
+    look = None
     if taint is None and not recomputed and isinstance(output, Tensor):
         look = _look(hooked, current, x, output)
-        plan = hooked.plans.get(look)
-    if plan is None:
+    if look is not None and look in hooked.plans:
+        plan = hooked.plans[look]
+    else:
         plan = _decide(hooked, current, x, output, taint, recomputed=recomputed)
-        if plan is None or look is None or not plan.lasts:
+        if look is None or not (plan is None or plan.lasts):
             current.trace = None
         else:
             hooked.keep_plan(look, plan)
-        if plan is None:
-            return None
+    if plan is None:
+        current.note(hooked)
+        return None
     _check_device(hooked, current, x)
     measured = RuleCall(plan, current, proven=plan.proven or current.implicit or recomputed)
     measured.on_given = current.was_given(x)

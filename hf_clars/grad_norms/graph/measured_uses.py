@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 
 from hf_clars.distributed import whole_shape
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
+from hf_clars.grad_norms.explanation import timed
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, quietly
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.nodes import call_for_each, operand_grads
@@ -161,7 +162,9 @@ class _GateArrival:
         current.arrive(self.ticket, self.gate.name)
         if edge is None:
             return
-        with torch.no_grad(), quietly(), undisturbed(current.params()), no_autocast(g.device.type):
+        params = (p for use in self.gate.uses for p in use.leaves.values())
+        kept, time = undisturbed(current.params()), timed(current.times, params, g.device)
+        with torch.no_grad(), quietly(), kept, no_autocast(g.device.type), time:
             for use, own in self.gate.parts(edge, g.detach(), current.batch_size, current.kept):
                 _deliver(self.deliver, current, use, at_least_float32(own), g.dtype)
 
@@ -184,7 +187,8 @@ class _Arrival:
         some = next(g for g in given if g is not None)
         own_function = isinstance(measured.use.node, BackwardCFunction)
         kept = undisturbed(current.params() if own_function else ())
-        with torch.no_grad(), quietly(), kept, no_autocast(some.device.type):
+        time = timed(current.times, measured.use.leaves.values(), some.device)
+        with torch.no_grad(), quietly(), kept, no_autocast(some.device.type), time:
             norms = measured.norms(current, given)
             if norms is not None:
                 self.deliver(current, next(iter(measured.use.leaves.values())), norms.unsqueeze(1), some.dtype)

@@ -48,7 +48,7 @@ def operand_grads(
         found = None if kind is None else kind(node, index, g, layout, batch, kept)
         if found is not None:
             return found.reshape(kept, *shape)
-        unsummed = g if node.name().startswith("Expand") else _call(node, grads)[index]
+        unsummed = unsummed_grad(node, index, grads)
         if unsummed is not None and unsummed.shape == g.shape and tuple(g.shape) != tuple(shape):
             found = _summed_over_broadcast(unsummed, layout, shape, batch)
             if found is not None:
@@ -210,6 +210,11 @@ def _convolution(node: Node, index: int, g: Tensor, layout: Layout, batch: int, 
     )
 
 
+def unsummed_grad(node: Node, index: int, grads: Grads) -> Tensor | None:
+    """The gradient of an operand as the node's own backward function gives it: it may still have the result's axes."""
+    return grads[0] if node.name().startswith("Expand") else _call(node, grads)[index]
+
+
 def lookups(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> tuple[Tensor, Tensor] | None:
     """What a table's gradients are made of: tokens [kept, T], and what each adds to its row [kept, T, width].
 
@@ -221,11 +226,15 @@ def lookups(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept:
     if g.shape[0] % batch or tokens.shape[0] != g.shape[0]:
         return None
     tokens = tokens.reshape(batch, -1)[:kept]
-    g = at_least_float32(g.reshape(batch, -1, g.shape[-1])[:kept])
+    return tokens, without_padding(node, tokens, at_least_float32(g.reshape(batch, -1, g.shape[-1])[:kept]))
+
+
+def without_padding(node: Node, tokens: Tensor, g: Tensor) -> Tensor:
+    """What lookups add to their rows, [B, T, width], nothing where the row is the table's padding."""
     padding = saved(node, "padding_idx")
     if isinstance(padding, int) and 0 <= padding < int(saved(node, "weight_sym_argsize_0")):
-        g = g * (tokens != padding).unsqueeze(-1)
-    return tokens, g
+        return g * (tokens != padding).unsqueeze(-1)
+    return g
 
 
 def _embedding(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:

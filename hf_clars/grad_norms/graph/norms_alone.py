@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from hf_clars.grad_norms import norm_math
 from hf_clars.grad_norms.graph.bags import bag_squares
 from hf_clars.grad_norms.graph.layout import Layout
-from hf_clars.grad_norms.graph.nodes import Kind, factors, lookups
+from hf_clars.grad_norms.graph.nodes import Kind, factors, lookups, unsummed_grad, without_padding
 from hf_clars.grad_norms.graph.walk import Use
+from hf_clars.grad_norms.norm_math import at_least_float32
 from hf_clars.grad_norms.rules.costs import cheapest_form
 from hf_clars.grad_norms.rules.linear import linear_squared_norm, linear_use
+from hf_clars.grad_norms.torch_internals import saved
 
 _KEEP_NORMS = ("TBackward", "TransposeBackward", "PermuteBackward", "ViewBackward", "ToCopyBackward")
 """Operations on one parameter that change neither its numbers nor how many there are."""
@@ -38,12 +41,14 @@ def norms_alone(
     Returns:
         [kept]; None where the gradients must be made.
     """
-    squares = next((fn for name, fn in _KINDS.items() if use.node.name().startswith(name)), None)
     g, layout = grads[0], layouts[0]
-    alone = squares is not None and _is_parameter(use) and all(t is None for t in grads[1:])
-    if squares is None or not alone or g is None or layout is None:
+    if g is None or layout is None or any(t is not None for t in grads[1:]) or len(use.leaves) != 1:
         return None
-    found = squares(use.node, use.index, g, layout, batch, kept)
+    squares = next((fn for name, fn in _KINDS.items() if use.node.name().startswith(name)), None)
+    if squares is None:
+        found = _added_rows(use, g, layout, batch, kept)
+    else:
+        found = squares(use.node, use.index, g, layout, batch, kept) if _is_parameter(use) else None
     return None if found is None else found.clamp(min=0).sqrt()
 
 
@@ -54,7 +59,28 @@ def _is_parameter(use: Use) -> bool:
         if not node.name().startswith(_KEEP_NORMS):
             return False
         node = node.next_functions[0][0]
-    return len(use.leaves) == 1
+    return True
+
+
+def _added_rows(use: Use, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+    """Of a table whose rows are looked up by no data, as positions are, and added to what is.
+
+    Each sample's gradient of the looked-up rows is summed for equal tokens, as where a rule looks up.
+    """
+    table: Node | None = use.child[0]
+    if table is not None and table.name().startswith("ToCopyBackward"):
+        table = table.next_functions[0][0]
+    if table is None or not table.name().startswith("EmbeddingBackward") or isinstance(use.node, BackwardCFunction):
+        return None
+    of_parameter = table.next_functions[0][0] is not None and not table.next_functions[0][0].next_functions
+    if not of_parameter or saved(table, "scale_grad_by_freq") or layout != Layout() or g.shape[0] != batch:
+        return None
+    tokens, rows = saved(table, "indices"), unsummed_grad(use.node, use.index, [g])
+    if rows is None or rows.shape != g.shape or tuple(tokens.shape) != use.shape[:-1]:
+        return None
+    tokens = tokens.expand(g.shape[:-1]).reshape(batch, -1)[:kept]
+    rows = without_padding(table, tokens, at_least_float32(rows.reshape(batch, -1, g.shape[-1])[:kept]))
+    return norm_math.embedding_weight_squared_norm(tokens, rows)
 
 
 def _product(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
