@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from hf_clars.distributed import is_split
 from hf_clars.grad_norms.registry import LayerRule, find_rule
 
 if TYPE_CHECKING:
@@ -76,6 +77,55 @@ class HookedModule:
         """Know parameters by those that an engine has put in their place: {old: new}."""
         self.params = {n: swapped.get(p, p) for n, p in self.params.items()}
         self.plans.clear()
+
+
+class LeavesInUse:
+    """The tensors by which a graph knows the measured parameters: FSDP computes with gathered ones in their places.
+
+    Args:
+        layer_of: The measured parameters, and the layer of each.
+    """
+
+    def __init__(self, layer_of: Mapping[nn.Parameter, int]) -> None:
+        self._layer_of = layer_of
+        self._params: dict[Tensor, nn.Parameter] = {}
+
+    def learn(self, hooked: HookedModule) -> None:
+        """Look at what a module has just computed with."""
+        for name, param in hooked.params.items():
+            used = hooked.in_use(name)
+            if used is not param:
+                self._params[used] = param
+
+    def param_of(self, leaf: Tensor) -> nn.Parameter | None:
+        """The measured parameter that a leaf stands for; None for a parameter that is not measured.
+
+        Raises:
+            KeyError: For data.
+        """
+        param = self._params.get(leaf, leaf)
+        if param in self._layer_of:
+            return param  # type: ignore[return-value]
+        if isinstance(param, nn.Parameter):
+            return None
+        raise KeyError(leaf)
+
+    def leaves(self) -> dict[nn.Parameter, Tensor]:
+        """The leaf of every measured parameter."""
+        used = {param: leaf for leaf, param in self._params.items()}
+        return {param: used.get(param, param) for param in self._layer_of}
+
+    def are_split(self) -> bool:
+        """Whether an engine gathers them for each pass."""
+        return bool(self._params) or any(hasattr(p, "ds_id") or is_split(p) for p in self._layer_of)
+
+    def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Know parameters by those that an engine has put in their place: {old: new}."""
+        self._params = {leaf: swapped.get(p, p) for leaf, p in self._params.items()}
+
+    def forget(self) -> None:
+        """Other parameters are measured now."""
+        self._params.clear()
 
 
 def folded_rows(x: Tensor, output: Tensor, batch_size: int) -> int | None:

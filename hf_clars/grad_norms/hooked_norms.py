@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_clars.distributed import is_split
 from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
 from hf_clars.grad_norms.compiled.calls import CompiledCall
 from hf_clars.grad_norms.compiled.containers import ran_outside
@@ -21,7 +20,7 @@ from hf_clars.grad_norms.graph.known import KnownGraphs
 from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, watch
 from hf_clars.grad_norms.graph.taint import DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
-from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
+from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
 from hf_clars.grad_norms.trees import tensor_given, tensors_in
@@ -44,8 +43,8 @@ class HookedNorms(NormAccumulator):
     ) -> None:
         super().__init__(model, layers, samples=samples, keep_per_sample=keep_per_sample)
         self._ever_captured: set[nn.Parameter] = set()
-        self._in_use: dict[Tensor, nn.Parameter] = {}
-        self._finder = GraphFinder(self._param_of, self._name_of, self._is_split)
+        self._in_use = LeavesInUse(self._layer_of)
+        self._finder = GraphFinder(self._in_use.param_of, self._name_of, self._in_use.are_split)
         self._following = Following()
         self._graphs = KnownGraphs()
         self._containers: list[ContainerCall] = []
@@ -84,7 +83,7 @@ class HookedNorms(NormAccumulator):
         remove_all(self._module_handles)
         self._hook_modules()
         self._ever_captured.clear()
-        self._in_use.clear()
+        self._in_use.forget()
         self._finder.forget()
         self._graphs.forget()
         self._ways.forget()
@@ -100,7 +99,7 @@ class HookedNorms(NormAccumulator):
             hooked.rebind(swapped)
         self._compiled.rebind(swapped)
         self._ever_captured = {swapped.get(p, p) for p in self._ever_captured}
-        self._in_use = {used: swapped.get(p, p) for used, p in self._in_use.items()}
+        self._in_use.rebind(swapped)
         self._finder.forget()
         self._graphs.forget()
 
@@ -137,7 +136,7 @@ class HookedNorms(NormAccumulator):
         current = self._passes[-1]
         current.packed = current.packed or saved_tensors_are_packed()
         if hooked.params:
-            self._learn_what_is_in_use(hooked)
+            self._in_use.learn(hooked)
         if self._following.taint is None and hooked not in self._finder.gated:
             return
         edges = [torch.autograd.graph.get_gradient_edge(t) for t in tensors_in(output) if t.requires_grad]
@@ -161,7 +160,7 @@ class HookedNorms(NormAccumulator):
         x = tensor_given(args, kwargs)
         if x is None or x.dim() == 0 or inside_function_transform() or (differentiating() and not inside_backward()):
             return None
-        self._learn_what_is_in_use(hooked)
+        self._in_use.learn(hooked)
         if not torch.is_grad_enabled():
             if last is not None:
                 last.without_grad[hooked] += 1
@@ -181,13 +180,6 @@ class HookedNorms(NormAccumulator):
         if current.implicit:
             self._ever_captured.update(hooked.params.values())
         return replaced
-
-    def _learn_what_is_in_use(self, hooked: HookedModule) -> None:
-        """FSDP lets a module compute with a gathered tensor that is not the parameter which was recorded."""
-        for name, param in hooked.params.items():
-            used = hooked.in_use(name)
-            if used is not param:
-                self._in_use[used] = param
 
     def _on_repeated_call(
         self, hooked: HookedModule, x: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any
@@ -329,18 +321,6 @@ class HookedNorms(NormAccumulator):
         if current.check is not None:
             current.check.add_grads(param, grads, dtype)
         current.add_grads(param, self._layer_of[param], grads)
-
-    def _param_of(self, leaf: Tensor) -> nn.Parameter | None:
-        """See `GraphWalk`."""
-        param = self._in_use.get(leaf, leaf)
-        if param in self._layer_of:
-            return param  # type: ignore[return-value]
-        if isinstance(param, nn.Parameter):
-            return None
-        raise KeyError(leaf)
-
-    def _is_split(self) -> bool:
-        return bool(self._in_use) or any(hasattr(p, "ds_id") or is_split(p) for p in self._layer_of)
 
     def _name_of(self, param: nn.Parameter) -> str:
         for layer in self.layers:

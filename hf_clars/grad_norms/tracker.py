@@ -154,9 +154,7 @@ class PerSampleGradNorms(HookedNorms):
 
     def _leaves(self) -> dict[nn.Parameter, Tensor]:
         """The tensor that is computed with in each parameter's place; of a large model a part, the next part later."""
-        used = {p: leaf for leaf, p in self._in_use.items()}
-        leaves = [(p, used.get(p, p)) for p in self._layer_of]
-        leaves = [(p, leaf) for p, leaf in leaves if leaf.requires_grad and leaf.is_leaf]
+        leaves = [(p, leaf) for p, leaf in self._in_use.leaves().items() if leaf.requires_grad and leaf.is_leaf]
         start, room = self._next_checked % max(1, len(leaves)), CHECKED_AT_ONCE
         chosen: dict[nn.Parameter, Tensor] = {}
         for p, leaf in leaves[start:] + leaves[:start]:
