@@ -28,7 +28,7 @@ RTOL = {"float32": 2e-3, "bf16": 5e-2, "float64": 1e-9}
 # And in parts of the sample's largest norm: a bias before a softmax has a gradient of rounding error alone.
 FLOOR = {"float32": 1e-5, "bf16": 3e-3, "float64": 1e-12}
 SLOW = 4.0
-TIMED = 4  # more passes after the judged ones, of which the fastest counts
+TIMED = 8  # more passes after the first ones, of which the fastest counts, as of as many plain ones in between
 
 
 def autocast(precision: str) -> AbstractContextManager[Any]:
@@ -157,7 +157,7 @@ def judge(subject: Subject, precision: str, right: dict[str, Any]) -> dict[str, 
     """
     if "unjudged" in right:
         return {"verdict": "unjudged", "why": right["unjudged"]}
-    plain, plain_seconds = _plain(subject, precision)
+    plain = _Plain(subject, precision)
     model = copy.deepcopy(subject.model)
     batch = subject.batch
     if precision == "float64":
@@ -170,6 +170,7 @@ def judge(subject: Subject, precision: str, right: dict[str, Any]) -> dict[str, 
         norms: PerSampleGradNorms | None = None
         for number in range(1, PASSES + TIMED + 1):
             row["pass"] = number
+            plain.step()
             try:
                 if norms is None:
                     norms = PerSampleGradNorms(model, layers="tensor")
@@ -188,32 +189,42 @@ def judge(subject: Subject, precision: str, right: dict[str, Any]) -> dict[str, 
                     "why": f"{type(error).__name__}: {_short(error)}",
                     "at": _place(error),
                 }
-            fault = _fault(got, right) or _changed(model, before, plain, precision)
+            fault = _fault(got, right) or _changed(model, before, plain.grads, precision)
             if fault:
                 return row | {"verdict": "wrong", "why": fault}
         assert norms is not None
         row |= {"verdict": "exact", "ways": ways_of(norms, [str(w.message) for w in seen])}
         norms.remove()
     del row["pass"]
-    row["cost"] = round(min(seconds[PASSES - 1 :]) / plain_seconds, 2)
-    row["first"] = round(seconds[0] / plain_seconds, 1)
+    fastest = max(min(plain.seconds[1:]), 1e-6)
+    row["cost"] = round(min(seconds[PASSES:]) / fastest, 2)
+    row["first"] = round(seconds[0] / fastest, 1)
     return row
 
 
-def _plain(subject: Subject, precision: str) -> tuple[dict[str, Tensor | None], float]:
-    """The plain model's gradients, and the time of its fastest pass."""
-    model, batch = copy.deepcopy(subject.model), subject.batch
-    if precision == "float64":
-        model, batch = model.double(), to_float64(batch)
-    seconds = []
-    for _ in range(TIMED + 2):
+class _Plain:
+    """The model without norms; its passes take turns with those that have them."""
+
+    def __init__(self, subject: Subject, precision: str) -> None:
+        self.model, self.batch = copy.deepcopy(subject.model), subject.batch
+        if precision == "float64":
+            self.model, self.batch = self.model.double(), to_float64(self.batch)
+        self.subject, self.precision = subject, precision
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        """One pass."""
         start = time.process_time()
-        model.zero_grad()
-        with autocast(precision):
-            loss = subject.loss(model, batch)
+        self.model.zero_grad()
+        with autocast(self.precision):
+            loss = self.subject.loss(self.model, self.batch)
         loss.backward()
-        seconds.append(time.process_time() - start)
-    return {n: p.grad for n, p in trainable(model).items()}, max(min(seconds), 1e-6)
+        self.seconds.append(time.process_time() - start)
+
+    @property
+    def grads(self) -> dict[str, Tensor | None]:
+        """The gradients."""
+        return {n: p.grad for n, p in trainable(self.model).items()}
 
 
 def _fault(got: Norms, right: dict[str, Any]) -> str:

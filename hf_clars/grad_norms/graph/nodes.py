@@ -19,7 +19,7 @@ from hf_clars.grad_norms import convolution_math, norm_math
 from hf_clars.grad_norms.graph.bags import bag_grads
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
-from hf_clars.grad_norms.torch_internals import dtype_at, saved, shape_at
+from hf_clars.grad_norms.torch_internals import affine_sums, dtype_at, saved, shape_at
 
 Grads = Sequence[Tensor | None]
 Kind = Callable[[Node, int, Tensor, Layout, int, int], Tensor | None]
@@ -257,9 +257,29 @@ def _layer_norm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, k
     return first.flatten(1, first.dim() - 1 - width).sum(1)
 
 
+def _channel_norm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+    """Result = x_hat * w + b, channels on axis 1: batch or group normalisation called as a function."""
+    x = saved(node, "input")
+    if index not in (1, 2) or layout != Layout() or x is None or g.dim() < 2 or len(g) != batch:
+        return None
+    g = at_least_float32(g[:kept])
+    if index == 2:
+        return g.flatten(2).sum(2) if g.dim() > 2 else g
+    mean, rstd = saved(node, "result1"), saved(node, "result2")
+    if saved(node, "training") is False:  # of batch normalisation alone
+        mean, rstd = saved(node, "running_mean"), (saved(node, "running_var") + saved(node, "eps")).rsqrt()
+    if mean is None or not mean.numel():
+        return None
+    mean, rstd = (t[:kept] if t.dim() > 1 else t for t in (mean, rstd))
+    return affine_sums(at_least_float32(x[:kept]), g, at_least_float32(mean), at_least_float32(rstd))[0]
+
+
 _KINDS: dict[str, Kind] = {
     "AddmmBackward": _addmm,
     "MmBackward": _mm,
+    "NativeBatchNormBackward": _channel_norm,
+    "CudnnBatchNormBackward": _channel_norm,
+    "NativeGroupNormBackward": _channel_norm,
     "ConvolutionBackward": _convolution,
     "EmbeddingBackward": _embedding,
     "EmbeddingBagBackward": bag_grads,
