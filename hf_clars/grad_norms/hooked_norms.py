@@ -55,6 +55,7 @@ class HookedNorms(NormAccumulator):
         self._known_ways: set[object] = set()
         self._ways: dict[nn.Parameter, dict[str, None]] = {}
         self._module_handles: list[RemovableHandle] = []
+        self._left: list[ForwardPass] = []  # passes that were under way when an error ended the measuring
         self._end_hook = PassEnds(self._following.on_model_end, keep_owner=True)
         self._hook_modules()
         self._watch_results()
@@ -199,8 +200,8 @@ class HookedNorms(NormAccumulator):
         Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
         it, and only wants the same tensors to be saved in the same order.
         """
-        for current in reversed(self._passes):
-            if current.recomputed[hooked] and not differentiating():
+        for current in reversed(self._left or self._passes):
+            if current.recomputed[hooked] and not differentiating() and not self.paused:
                 current.recomputed[hooked] -= 1
                 self._ever_captured.update(hooked.trainable().values())
                 known = len(current.rule_calls)
@@ -316,6 +317,7 @@ class HookedNorms(NormAccumulator):
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""
         self._following.end()
+        self._left.clear()
         super().remove()
         remove_all(self._module_handles)
         for current in self._passes:
