@@ -55,7 +55,6 @@ class HookedNorms(NormAccumulator):
         self._known_ways: set[object] = set()
         self._ways: dict[nn.Parameter, dict[str, None]] = {}
         self._module_handles: list[RemovableHandle] = []
-        self._left: list[ForwardPass] = []  # passes that were under way when an error ended the measuring
         self._end_hook = PassEnds(self._following.on_model_end, keep_owner=True)
         self._hook_modules()
         self._watch_results()
@@ -113,7 +112,7 @@ class HookedNorms(NormAccumulator):
     @property
     def active(self) -> bool:
         """As the accumulator's; False also while the graph is differentiated for the norms' sake."""
-        return not differentiating() and super().active
+        return not (self.paused or differentiating()) and super().active
 
     def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._following.end()
@@ -129,7 +128,7 @@ class HookedNorms(NormAccumulator):
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """A module without a rule may be a gate for what is used inside."""
-        if not self._passes or differentiating() or inside_function_transform():
+        if not self._passes or self.paused or differentiating() or inside_function_transform():
             return
         if not torch.is_grad_enabled():
             self._passes[-1].without_grad[hooked] += bool(hooked.params)
@@ -158,6 +157,8 @@ class HookedNorms(NormAccumulator):
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """After the forward of a module with a rule. What is returned takes the output's place."""
+        if self.paused and not inside_backward():
+            return None
         last = self._passes[-1] if self._passes else None
         if last is not None and not last.kept and not last.implicit:
             return None  # also the cheapest way out when enough samples are measured
@@ -317,7 +318,6 @@ class HookedNorms(NormAccumulator):
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""
         self._following.end()
-        self._left.clear()
         super().remove()
         remove_all(self._module_handles)
         for current in self._passes:

@@ -38,6 +38,10 @@ class TracedHook(Protocol):
         """Do it."""
 
 
+def _idle(owner: Any) -> bool:
+    return getattr(owner, "paused", False) and not getattr(owner, "repeats", False)
+
+
 class BoundHook:
     """A hook method that is not copied or pickled with the module that holds it, and does not keep its owner alive.
 
@@ -67,6 +71,9 @@ class BoundHook:
             if self.traced is not None and self.traced.ready(*args):
                 return self.traced(*args, **kwargs)
             return self._outside(args, kwargs, compiled=True)
+        method = self.method()
+        if method is None or _idle(method.__self__):  # type: ignore[attr-defined]
+            return None  # before all else: so it is in most steps of a run that is measured now and then
         return self._outside(args, kwargs)
 
     @torch.compiler.disable(
@@ -78,7 +85,7 @@ class BoundHook:
         if method is None:
             return None
         owner = method.__self__  # type: ignore[attr-defined]
-        if getattr(owner, "paused", False) and not getattr(owner, "repeats", False):
+        if _idle(owner):
             return None
         try:
             if compiled and self.traced is not None:

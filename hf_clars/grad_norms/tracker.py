@@ -15,7 +15,7 @@ from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.hooked_norms import HookedNorms
 from hf_clars.grad_norms.sum_check import SumCheck
 from hf_clars.grad_norms.token_weights import label_counts
-from hf_clars.grad_norms.torch_internals import inside_backward, version
+from hf_clars.grad_norms.torch_internals import version
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 
 CHECK_EVERY = 1000
@@ -197,6 +197,7 @@ class PerSampleGradNorms(HookedNorms):
         """Forget the batch, and do nothing until `resume()`: what was learned about the model is kept."""
         self.paused = self._watch.paused = True
         self._left.clear()
+        self.repeats = False
         self._following.end()
         self.reset()
         self._free_dropped()
@@ -205,12 +206,8 @@ class PerSampleGradNorms(HookedNorms):
         """Measure from the next forward pass on."""
         self.paused = self._watch.paused = False
         self._left.clear()
+        self.repeats = False
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
-
-    @property
-    def repeats(self) -> bool:
-        """Whether hooks work although it is paused: in what activation checkpointing runs again, they save tensors."""
-        return bool(self._left) and inside_backward()
 
     def _give_up(self, error: Exception) -> None:
         """An error in a forward pass: the pass goes on without the norms, and so does all that follows.
@@ -221,7 +218,7 @@ class PerSampleGradNorms(HookedNorms):
         for current in self._passes:
             current.error = current.error or error
         self.pause()
-        self._left = left
+        self._left, self.repeats = left, bool(left)
         if self._on_error is not None:
             self._on_error(error)
 
