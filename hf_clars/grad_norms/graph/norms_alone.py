@@ -1,21 +1,25 @@
 """Each sample's squared gradient norm at an operation, where nothing but the norm is asked for.
 
 That is where one parameter, and no other use of it, is the operand. The gradient itself, [B, *shape], is not made where
-the norm costs less: for matrix products (ghost norms, `rules/costs.py`) and for tables that are looked up.
+the norm costs less: for matrix products (ghost norms, `rules/costs.py`) and for tables that are looked up. Of
+somebody's own function, as a head's in chunks, it is made for one sample after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from hf_clars.grad_norms import norm_math
 from hf_clars.grad_norms.graph.bags import bag_squares
 from hf_clars.grad_norms.graph.layout import Layout
-from hf_clars.grad_norms.graph.nodes import Kind, factors, lookups
+from hf_clars.grad_norms.graph.nodes import Kind, call_for_each, factors, lookups
 from hf_clars.grad_norms.graph.walk import Use
+from hf_clars.grad_norms.norm_math import at_least_float32
 from hf_clars.grad_norms.rules.costs import cheapest_form
 from hf_clars.grad_norms.rules.linear import linear_squared_norm, linear_use
 
@@ -38,6 +42,8 @@ def norms_alone(
     Returns:
         [kept]; None where the gradients must be made.
     """
+    if isinstance(use.node, BackwardCFunction):
+        return _one_after_the_other(use, grads, layouts, batch, kept) if _is_parameter(use) else None
     squares = next((fn for name, fn in _KINDS.items() if use.node.name().startswith(name)), None)
     g, layout = grads[0], layouts[0]
     alone = squares is not None and _is_parameter(use) and all(t is None for t in grads[1:])
@@ -45,6 +51,23 @@ def norms_alone(
         return None
     found = squares(use.node, use.index, g, layout, batch, kept)
     return None if found is None else found.clamp(min=0).sqrt()
+
+
+def _one_after_the_other(
+    use: Use, grads: Sequence[Tensor | None], layouts: Sequence[Layout | None], batch: int, kept: int
+) -> Tensor | None:
+    """Somebody's own function runs once for every sample: a head's gradients [B, vocabulary, width] are never together.
+
+    Arguments as above.
+    """
+    norms = []
+    for i in range(kept):
+        stacks = [
+            None if g is None or layout is None else layout.one_sample_each(g, batch, slice(i, i + 1))
+            for g, layout in zip(grads, layouts, strict=True)
+        ]
+        norms.append(norm_math.squared_sum(at_least_float32(call_for_each(use.node, use.index, stacks, use.shape))))
+    return torch.cat(norms).sqrt() if norms else None
 
 
 def _is_parameter(use: Use) -> bool:
