@@ -6,14 +6,15 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from torch.utils.data import default_collate
+from transformers import Trainer, TrainerCallback
 
-from hf_clars.errors import ConfigError, HfClarsError
+from hf_clars.errors import ConfigError, DataError, HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.per_sample import PerSampleNormsCallback, with_index
+from hf_clars.per_sample import NormMonitor, PerSampleNormsCallback, with_index
 from hf_clars.per_sample.log import FOLDER
-from tests.callback_kit import LOGGER, hooks_on, train
-from tests.trainer_kit import Images, Plain
+from tests.callback_kit import LOGGER, Sentences, hooks_on, train
+from tests.trainer_kit import Images, Plain, plain_args
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,84 @@ def test_gradients_clipped_by_value_are_refused_and_not_taken_for_the_batch_s(tm
     with caplog.at_level(logging.WARNING, LOGGER):
         train(tmp_path, [ByValue(), PerSampleNormsCallback(every=1)])
     assert any("by something else than a factor" in r.getMessage() for r in caplog.records)
+
+
+def as_words(items):
+    return {**default_collate([{**item, "sample_index": 0} for item in items]), "sample_index": ["a"] * len(items)}
+
+
+def as_halves(items):
+    return {**default_collate(items), "sample_index": torch.arange(len(items)) + 0.5}
+
+
+def as_nothing(items):
+    return {**default_collate(items), "sample_index": [None] * len(items)}
+
+
+@pytest.mark.parametrize("collate", [as_words, as_halves, as_nothing])
+@pytest.mark.parametrize("strict", [False, True])
+def test_indices_that_are_no_whole_numbers_are_refused_in_a_sentence(tmp_path, caplog, collate, strict):
+    callback = PerSampleNormsCallback(every=1, strict=strict)
+    args = plain_args(tmp_path, per_device_train_batch_size=8, max_steps=4)
+    trainer = Trainer(Plain(), args, train_dataset=Images(), callbacks=[callback], data_collator=collate)
+    if strict:
+        with pytest.raises(DataError, match="give whole numbers, one for each sample"):
+            trainer.train()
+        return
+    with caplog.at_level(logging.WARNING, LOGGER):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    assert sum("give whole numbers" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_column_of_no_indices_at_all_is_taken_out_and_nothing_is_known():
+    model, data = Plain(), Images(8)
+    with NormMonitor(model, every=1, strict=True) as monitor:
+        with monitor.batch():
+            model(pixel_values=data.x, labels=data.y, sample_index=None)["loss"].backward()
+        assert not monitor.knows_indices
+        assert monitor.last.samples == 8
+
+
+class Names(Plain):
+    """A model that wants the column for itself."""
+
+    def forward(self, pixel_values, labels=None, sample_index=None):
+        assert sample_index is not None
+        return super().forward(pixel_values, labels)
+
+
+def test_a_model_that_wants_the_column_keeps_it(tmp_path):
+    callback = PerSampleNormsCallback(every=1, strict=True)
+    train(tmp_path, callback, model=Names(), dataset=with_index(Images()))
+    assert callback.monitor.knows_indices
+
+
+class Words(nn.Module):
+    """An embedding whose gradient is sparse."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(50, 8, sparse=True), nn.Linear(8, 3)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.head(self.table(input_ids).mean(1))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_sparse_gradients_are_read_too(tmp_path):
+    callback, data = PerSampleNormsCallback(every=1, top_k=8, strict=True), Sentences()
+    train(tmp_path, callback, model=Words(), dataset=data, max_steps=1, max_grad_norm=0, optim="sgd")
+    model, rows = Words(), []
+    model.table.sparse = False
+    for i in range(8):
+        loss = model(data[i]["input_ids"][None], labels=data[i]["labels"][None])["loss"]
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    g = torch.stack(rows)
+    last = callback.monitor.last
+    torch.testing.assert_close(last.top_norm.float(), g.norm(dim=1).sort(descending=True).values, rtol=1e-4, atol=0)
+    torch.testing.assert_close(last.batch_square.sum().float(), g.mean(0).square().sum(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"top_k": -1}, {"decay": 2.0}])

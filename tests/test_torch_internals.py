@@ -49,6 +49,21 @@ def test_packing_of_saved_tensors_is_seen():
     assert seen == [True]
 
 
+def test_the_exception_that_ends_a_recomputation_is_known():
+    seen, w = [], torch.ones(2, requires_grad=True)
+
+    def body(x):
+        try:
+            return x.exp() * w
+        except Exception as error:
+            seen.append(internals.ends_recomputation(error))
+            raise
+
+    checkpoint(body, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+    assert seen == [True]
+    assert not internals.ends_recomputation(RuntimeError("of something else"))
+
+
 @pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.SiLU(), nn.Hardswish()])
 def test_batch_statistics_come_from_the_graph(activation, monkeypatch):
     norm, x = nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5, requires_grad=True)

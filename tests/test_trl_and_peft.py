@@ -153,6 +153,14 @@ def test_rows_of_several_micro_batches_are_exact(tmp_path):
     torch.testing.assert_close(monitor.last.top_norm.double(), one_by_one(model, seen), **NEAR)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lora", [True, False])
+def test_steps_after_those_that_are_checked_by_their_sums_are_exact_too(tmp_path, tied, lora):
+    monitor, model, seen = sft(tmp_path, tied=tied, lora=lora, max_steps=5)
+    assert len(seen) == monitor.last.step == 5
+    torch.testing.assert_close(monitor.last.top_norm[:4].double(), one_by_one(model, seen[-1:]), **NEAR)
+
+
 @pytest.mark.parametrize("strategy", ["wrapped", "bfd"])
 def test_packed_rows_are_measured_together_and_exact(tmp_path, strategy):
     """`bfd` lays all texts of a batch in one row, so that it is one sample."""

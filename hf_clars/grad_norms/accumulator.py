@@ -32,11 +32,13 @@ class NormAccumulator:
 
     Attributes:
         paused: While True, hooks do nothing: no pass begins, and nothing is kept.
+        repeats: Whether hooks work although it is paused, in what activation checkpointing runs again.
         take_error: Gets an error of a hook in a forward pass, in place of the model's caller; None: nobody does.
         engine_dropped_a_batch: For engines that hold the gradients: whether one was dropped since this was last called.
     """
 
     take_error: Callable[[Exception], None] | None = None
+    repeats = False
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class NormAccumulator:
         self.engine_dropped_a_batch: Callable[[], bool] = lambda: False
         self._passes: list[ForwardPass] = []
         self._dropped: list[ForwardPass] = []
+        self._left: list[ForwardPass] = []  # passes that were under way when an error ended the measuring
         self._kept: list[tuple[ForwardPass, Tensor]] = []
         self._norms: Tensor | None = None
         self._squares: Tensor | None = None
@@ -224,6 +227,8 @@ class NormAccumulator:
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""
         self._close()
+        self._left.clear()
+        self.repeats = False
         self._watch.remove()
         remove_all(self._handles)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -153,6 +154,14 @@ class ForwardPass:
             raise second_backward(what)
         self.fired.add(ticket)
 
+    def takes(self, error: Exception) -> bool:
+        """Whether an error of the user's backward pass is kept so; the first one is."""
+        if not self.keeps_errors or differentiating():
+            return False
+        traceback.clear_frames(error.__traceback__)  # their tensors would live as long as the error
+        self.error = self.error or error
+        return True
+
     def guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
         """A hook for the backward pass, whose error is kept if this pass keeps errors."""
         return _Guarded(self, hook) if self.keeps_errors else hook
@@ -243,7 +252,8 @@ class _Guarded:
         try:
             self.hook(*args)
         except Exception as error:
-            self.current.error = error
+            if not self.current.takes(error):
+                raise
 
 
 def second_backward(what: object) -> SecondBackwardError:

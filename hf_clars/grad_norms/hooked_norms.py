@@ -108,7 +108,7 @@ class HookedNorms(NormAccumulator):
     @property
     def active(self) -> bool:
         """As the accumulator's; False also while the graph is differentiated for the norms' sake."""
-        return not differentiating() and super().active
+        return not (self.paused or differentiating()) and super().active
 
     def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current.times = self._times
@@ -125,7 +125,7 @@ class HookedNorms(NormAccumulator):
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """A module without a rule may be a gate for what is used inside."""
-        if not self._passes or differentiating() or inside_function_transform():
+        if not self._passes or self.paused or differentiating() or inside_function_transform():
             return
         if not torch.is_grad_enabled():
             self._passes[-1].without_grad[hooked] += bool(hooked.params)
@@ -154,6 +154,8 @@ class HookedNorms(NormAccumulator):
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """After the forward of a module with a rule. What is returned takes the output's place."""
+        if self.paused and not inside_backward():
+            return None
         last = self._passes[-1] if self._passes else None
         if last is not None and not last.kept and not last.implicit:
             return None  # also the cheapest way out when enough samples are measured
@@ -189,8 +191,8 @@ class HookedNorms(NormAccumulator):
         Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
         it, and only wants the same tensors to be saved in the same order.
         """
-        for current in reversed(self._passes):
-            if current.recomputed[hooked] and not differentiating():
+        for current in reversed(self._left or self._passes):
+            if current.recomputed[hooked] and not differentiating() and not self.paused:
                 current.recomputed[hooked] -= 1
                 self._ever_captured.update(hooked.trainable().values())
                 known = len(current.rule_calls)

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from hf_clars.grad_norms.torch_internals import ends_recomputation
+
 
 class InertHook:
     """What a `BoundHook` is in a copy of its model: it does nothing."""
@@ -34,6 +36,10 @@ class TracedHook(Protocol):
 
     def __call__(self, *args: Any) -> Any:
         """Do it."""
+
+
+def _idle(owner: Any) -> bool:
+    return getattr(owner, "paused", False) and not getattr(owner, "repeats", False)
 
 
 class BoundHook:
@@ -60,11 +66,14 @@ class BoundHook:
         self.traced = traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method, if its owner is there and not paused (has no true attribute `paused`)."""
+        """Call the method, if its owner is there and not paused (has no true attribute `paused`, or `repeats` too)."""
         if torch.compiler.is_compiling():
             if self.traced is not None and self.traced.ready(*args):
                 return self.traced(*args, **kwargs)
             return self._outside(args, kwargs, compiled=True)
+        method = self.method()
+        if method is None or _idle(method.__self__):  # type: ignore[attr-defined]
+            return None  # before all else: so it is in most steps of a run that is measured now and then
         return self._outside(args, kwargs)
 
     @torch.compiler.disable(
@@ -73,15 +82,18 @@ class BoundHook:
     def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool = False) -> Any:
         """Outside compiled code, or between two pieces of it."""
         method = self.method()
-        if method is None or getattr(method.__self__, "paused", False):  # type: ignore[attr-defined]
+        if method is None:
+            return None
+        owner = method.__self__  # type: ignore[attr-defined]
+        if _idle(owner):
             return None
         try:
             if compiled and self.traced is not None:
                 self.traced.refuse()
             return method(*self.first, *args, **kwargs)
         except Exception as error:
-            take_error = getattr(method.__self__, "take_error", None)  # type: ignore[attr-defined]
-            if take_error is None:
+            take_error = getattr(owner, "take_error", None)
+            if take_error is None or ends_recomputation(error):
                 raise
             take_error(error)
             return None

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_clars.grad_norms.explanation import timed
 from hf_clars.grad_norms.forward_pass import differentiating
+from hf_clars.grad_norms.plain_backward import plain_backward
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import no_autocast
 
@@ -67,13 +68,19 @@ class _OneProduct(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         call: RuleCall = ctx.call
+        wanted, x_grad = ctx.needs_input_grad[3], None
         with no_autocast(g.device.type), timed(call.current.times, call.wanted.values(), g.device):
-            sums = {} if differentiating() else call.summed_grads(x, g)
+            try:
+                sums = {} if differentiating() else call.summed_grads(x, g)
+                if wanted:
+                    x_grad = call.rule.input_grad(call.module, x, _as(weight, ctx.dtype), g)
+                _check_shapes(call, sums, x.shape, x_grad)
+            except Exception as error:
+                if not call.current.takes(error):
+                    raise
+                x_grad, sums = plain_backward(call, ctx.names, x, g, input_wanted=wanted)
             grads = [_as(sums[n], d) if sums else None for n, d in zip(ctx.names, ctx.param_dtypes, strict=True)]
-            x_grad = None
-            if ctx.needs_input_grad[3]:
-                x_grad = _as(call.rule.input_grad(call.module, x, _as(weight, ctx.dtype), g), ctx.x_dtype)
-        return None, None, None, x_grad, *grads
+        return None, None, None, None if x_grad is None else _as(x_grad, ctx.x_dtype), *grads
 
 
 class _WholeBackward(torch.autograd.Function):
@@ -91,7 +98,7 @@ class _WholeBackward(torch.autograd.Function):
         *params: Tensor,
     ) -> Tensor:
         output = held[0]
-        ctx.call, ctx.names, ctx.dtype, ctx.x_dtype = call, names, output.dtype, x.dtype
+        ctx.call, ctx.names, ctx.dtype, ctx.x_dtype, ctx.x_shape = call, names, output.dtype, x.dtype, x.shape
         ctx.param_dtypes = [p.dtype for p in params]
         ctx.save_for_backward(params[names.index("weight")], used.detach(), *more)
         return output.detach()
@@ -101,26 +108,57 @@ class _WholeBackward(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         call: RuleCall = ctx.call
         weight, *saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[4]
         with no_autocast(g.device.type), timed(call.current.times, call.wanted.values(), g.device):
-            if differentiating():  # only the input's gradient leads on
-                sums, x_grad = {}, None
-                if ctx.needs_input_grad[4]:
-                    done = call.rule.whole_backward(call.module, tuple(saved), weight, g, input_wanted=True)
-                    x_grad = done.input_grad
-            elif call.shared:  # several uses add up before they are squared: that takes the samples' gradients
-                sums = call.summed_grads(saved[0], g)
-                x_grad = None
-                if ctx.needs_input_grad[4]:
-                    x_grad = call.rule.input_grad(call.module, saved[0], _as(weight, ctx.dtype), g)
-            else:
-                wanted, count = ctx.needs_input_grad[4], call.current.kept
-                done = call.rule.whole_backward(
-                    call.module, tuple(saved), weight, g, input_wanted=wanted, measured=count
-                )
-                call.add_squares(done.squares, done.grads, g.dtype)
-                sums, x_grad = done.grads, done.input_grad
+            try:
+                x_grad, sums = _by_rule(call, tuple(saved), weight, g, wanted)
+                _check_shapes(call, sums, ctx.x_shape, x_grad)
+            except Exception as error:
+                if not call.current.takes(error):
+                    raise
+                x_grad, sums = plain_backward(call, ctx.names, saved[0], g, input_wanted=wanted)
             grads = [_as(sums[n], d) if sums else None for n, d in zip(ctx.names, ctx.param_dtypes, strict=True)]
         return None, None, None, None, None if x_grad is None else _as(x_grad, ctx.x_dtype), None, *grads
+
+
+def _by_rule(
+    call: RuleCall, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, input_wanted: bool
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The input's gradient and the parameters', by the rule's own backward pass, whose norms are added.
+
+    Args:
+        call: The call.
+        saved: What `operands` returned.
+        weight: The weight.
+        g: Gradient of the output.
+        input_wanted: Whether the input's gradient is asked for.
+    """
+    module, rule = call.module, call.rule
+    if differentiating():  # only the input's gradient leads on
+        if not input_wanted:
+            return None, {}
+        return rule.whole_backward(module, saved, weight, g, input_wanted=True).input_grad, {}
+    if call.shared:  # several uses add up before they are squared: that takes the samples' gradients
+        sums = call.summed_grads(saved[0], g)
+        return rule.input_grad(module, saved[0], _as(weight, g.dtype), g) if input_wanted else None, sums
+    done = rule.whole_backward(module, saved, weight, g, input_wanted=input_wanted, measured=call.current.kept)
+    call.add_squares(done.squares, done.grads, g.dtype)
+    return done.input_grad, done.grads
+
+
+def _check_shapes(call: RuleCall, sums: dict[str, Tensor], shape: torch.Size, x_grad: Tensor | None) -> None:
+    """Raise where a rule's gradients do not fit, if there is another way to have them. `shape`: the input's."""
+    if not call.current.keeps_errors:
+        return
+    wrong = [n for n, t in sums.items() if n in call.wanted and t.shape != call.hooked.in_use(n).shape]
+    missing = [n for n in call.wanted if sums and n not in sums]
+    if x_grad is not None and x_grad.shape != shape:
+        wrong.append("its input")
+    if wrong or missing:
+        raise RuntimeError(
+            f"{type(call.rule).__name__} of {call.hooked}: its backward pass gave no gradient, or one of another "
+            f"shape, for {', '.join(wrong + missing)}."
+        )
 
 
 Way = Callable[[RuleCall, Tensor, Tensor], Tensor]

@@ -77,7 +77,8 @@ class RuleCall:
         cancelled: Whether they turned out not to.
         fired: Whether its gradient has come.
         autocast: The precision of the autocast region that a module with several results ran in: a GRU's products may
-            be in bf16, and its output in float32 all the same.
+            be in bf16, and its output in float32 all the same. Also of one whose rule's error must not end the pass.
+        given: What the module was called with, for such a pass; see `plain_backward.py`.
     """
 
     plan: CallPlan
@@ -92,6 +93,7 @@ class RuleCall:
     cancelled: bool = False
     fired: bool = False
     autocast: torch.dtype | None = None
+    given: Any = None
 
     @property
     def hooked(self) -> HookedModule:

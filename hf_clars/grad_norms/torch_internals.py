@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -58,6 +59,11 @@ def hooks_on_gradients(tensor: Tensor) -> list[dict[int, Any]]:
 def saved_tensors_are_packed() -> bool:
     """Whether saved tensors go through hooks now (checkpointing, offload): then a graph's tensors must not be read."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def ends_recomputation(error: BaseException) -> bool:
+    """Whether an exception is activation checkpointing's own: it has the last of the tensors that it runs again for."""
+    return isinstance(error, torch.utils.checkpoint._StopRecomputationError)
 
 
 class StorageReference(StorageWeakRef):

@@ -194,6 +194,8 @@ class PerSampleGradNorms(HookedNorms):
     def pause(self) -> None:
         """Forget the batch, and do nothing until `resume()`: what was learned about the model is kept."""
         self.paused = self._watch.paused = True
+        self._left.clear()
+        self.repeats = False
         self._following.end()
         self.reset()
         self._free_dropped()
@@ -201,11 +203,20 @@ class PerSampleGradNorms(HookedNorms):
     def resume(self) -> None:
         """Measure from the next forward pass on."""
         self.paused = self._watch.paused = False
+        self._left.clear()
+        self.repeats = False
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
 
     def _give_up(self, error: Exception) -> None:
-        """An error in a forward pass: the pass goes on without the norms, and so does all that follows."""
+        """An error in a forward pass: the pass goes on without the norms, and so does all that follows.
+
+        What activation checkpointing will run again must save the same tensors as in the first place.
+        """
+        left = [p for p in (*self._left, *self._passes) if p.rule_calls]
+        for current in self._passes:
+            current.error = current.error or error
         self.pause()
+        self._left, self.repeats = left, bool(left)
         if self._on_error is not None:
             self._on_error(error)
 

@@ -16,6 +16,7 @@ from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
 from hf_clars.grad_norms.observation import observe, observe_several
 from hf_clars.grad_norms.one_product import Way, is_taken_over, replace_backward, take_over
 from hf_clars.grad_norms.own_place import own_place
+from hf_clars.grad_norms.plain_backward import note_call
 from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
 from hf_clars.grad_norms.trees import differentiable_in, is_differentiable, map_tensors
 
@@ -193,6 +194,8 @@ def _follow(call: RuleCall, x: Tensor, given: Call, output: Any) -> Any:
     plan, rule = call.plan, call.plan.rule
     if plan.way is not None and not is_taken_over(output):
         call.taken_over = True
+        if call.current.keeps_errors:
+            note_call(call, x, given)
         return plan.way(call, x, output)
     args, kwargs = given
     plain = isinstance(args, tuple) and len(args) == 1 and args[0] is x and not kwargs

@@ -89,6 +89,7 @@ class PerSampleNormsCallback(TrainerCallback):
         self._reporter: Reporter | None = None
         self._begun = False
         self._told = False
+        self._loss_scale = 1.0
 
     # ---- begin and end ---------------------------------------------------------------------------------------
 
@@ -164,6 +165,7 @@ class PerSampleNormsCallback(TrainerCallback):
             return
         monitor.step = state.global_step
         monitor.begin()
+        self._loss_scale = _deepspeed_loss_scale(kwargs.get("optimizer"))
         if monitor.measures_now and monitor.with_gradient and self._probe is None:
             self._probe = GradientProbe([p for layer in monitor.layers for p in layer.params])
 
@@ -185,7 +187,7 @@ class PerSampleNormsCallback(TrainerCallback):
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         monitor.measure(
             factor=None if self._probe is None else self._probe.factor,
-            loss_scale=1.0 if scaler is None else float(scaler.get_scale()),
+            loss_scale=self._loss_scale if scaler is None else float(scaler.get_scale()),
         )
         self._drop_probe()
 
@@ -237,12 +239,15 @@ class PerSampleNormsCallback(TrainerCallback):
             self._reporter.keep_spike(spike)
 
 
+def _deepspeed_loss_scale(optimizer: Any) -> float:
+    """What DeepSpeed multiplies the losses of the step that begins with; it may choose another one as the step ends."""
+    return float(getattr(getattr(optimizer, "optimizer", None), "loss_scale", 1.0))
+
+
 def _check_engine(args: TrainingArguments, with_gradient: bool) -> None:
     """Refuse what would be measured wrongly."""
     if getattr(args, "deepspeed", None) is None and getattr(args, "deepspeed_plugin", None) is None:
         return
-    if args.fp16:
-        raise HfClarsError("DeepSpeed scales the loss in fp16 by a number that no callback sees: train in bf16.")
     if with_gradient:
         raise HfClarsError(
             "DeepSpeed steps inside backward(), before a callback can read the batch gradient: set noise_scale=False "

@@ -37,7 +37,10 @@ def gradient_squares(layers: Sequence[ParamLayer]) -> Tensor:
             "DeepSpeed ZeRO keeps the batch gradient in pieces of its own, where its norm in a layer cannot be read: "
             "set noise_scale=False to have the samples' norms alone."
         )
-    held = [(k, p.grad) for k, p in params if p.grad is not None]
+    # Rows of a sparse gradient that have not been added up yet have no norm together.
+    held = [
+        (k, g.coalesce().values() if g.is_sparse else g) for k, g in ((k, p.grad) for k, p in params) if g is not None
+    ]
     wide = wide_dtype(params[0][1].device)
     if not held:
         raise GradientNotHereError(
@@ -60,7 +63,7 @@ class GradientProbe:
     """Tells by how much gradients were multiplied between `backward()` and now, by clipping or a loss scale.
 
     A trainer clips before anyone can look. Both act on all gradients alike, so a few elements of each, copied when
-    `backward()` has just added to them, tell the factor.
+    `backward()` has just added to them, tell the factor. Sparse gradients are left out: the others tell it as well.
 
     Args:
         params: The trainable parameters.
@@ -72,7 +75,7 @@ class GradientProbe:
         self._handles: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._note) for p in self._params]
 
     def _note(self, param: Tensor) -> None:
-        if param.grad is not None and isinstance(param, nn.Parameter):
+        if param.grad is not None and not param.grad.is_sparse and isinstance(param, nn.Parameter):
             self._before[param] = _elements(param.grad)
 
     @torch.no_grad()
@@ -88,7 +91,7 @@ class GradientProbe:
         split = any(is_split(p) for p in self._params)
         before, after = [torch.zeros(1, dtype=wide, device=device)], [torch.zeros(1, dtype=wide, device=device)]
         for param in self._params:
-            grad = param.grad
+            grad = None if param.grad is None or param.grad.is_sparse else param.grad
             size = len(_elements(param.detach()))
             noted = self._before.get(param)
             # The same number of elements on every process, also where a process had no samples for a layer.

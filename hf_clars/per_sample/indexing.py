@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -88,8 +89,35 @@ def checked_length(dataset: Any) -> int:
     return length
 
 
+def _takes(model: nn.Module, name: str) -> bool:
+    try:
+        return name in signature(model.forward).parameters
+    except (TypeError, ValueError):  # a forward that is not Python's
+        return False
+
+
+def checked_index(index: Any) -> Tensor:
+    """Indices as a tensor of whole numbers.
+
+    Raises:
+        DataError: For anything else.
+    """
+    try:
+        found = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+        raise DataError(
+            f"The samples' indices came as {type(index).__name__ if found is None else found.dtype}: give whole "
+            "numbers, one for each sample, as with_index(dataset) does."
+        )
+    return found
+
+
 class IndexTaker:
     """Takes the index column out of what the model is called with, and passes it on.
+
+    A model whose forward has a parameter of that name keeps it.
 
     Args:
         model: The module itself.
@@ -100,6 +128,7 @@ class IndexTaker:
     def __init__(self, model: nn.Module, column: str, receive: Any) -> None:
         self._column = column
         self._receive = receive
+        self._wanted = _takes(model, column)
         self._handle: RemovableHandle | None = model.register_forward_pre_hook(
             BoundHook(self._take), with_kwargs=True, prepend=True
         )
@@ -107,15 +136,13 @@ class IndexTaker:
     def _take(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        found: Tensor | None = kwargs.get(self._column)
-        if found is None and args and isinstance(args[0], Mapping) and self._column in args[0]:
-            first = {k: v for k, v in args[0].items() if k != self._column}
-            found, args = args[0][self._column], (first, *args[1:])
+        given = next((m for m in (kwargs, *args[:1]) if isinstance(m, Mapping) and self._column in m), None)
         if torch.is_grad_enabled():
-            self._receive(found)
-        if found is None:
+            self._receive(None if given is None else given[self._column])
+        if given is None or self._wanted:
             return None
-        return args, {k: v for k, v in kwargs.items() if k != self._column}
+        rest = {k: v for k, v in given.items() if k != self._column}
+        return (args, rest) if given is kwargs else ((rest, *args[1:]), kwargs)
 
     def remove(self) -> None:
         """Take the hook off."""

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_clars.errors import ConfigError, HfClarsError
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 from hf_clars.per_sample.attached import AttachedNorms, LocalSamples
 from hf_clars.per_sample.gradient import GradientNotHereError, gradient_squares
-from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexTaker
+from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexTaker, checked_index
 from hf_clars.per_sample.log import PerSampleLog
 from hf_clars.per_sample.measures import StepMeasures, step_measures
 from hf_clars.per_sample.noise_scale import NoiseScaleAverage
@@ -128,7 +127,7 @@ class NormMonitor:
         self.step = first_step
         self.last: StepMeasures | None = None
         self.ended: str | None = None
-        self._taker: IndexTaker | None = IndexTaker(model, index_column, self._receive_index)
+        self._taker: IndexTaker | None = IndexTaker(model, index_column, self.note_index)
         if self._log is not None and first_step and PerSampleLog.is_in(self._log.folder.parent):
             for row in self._log.rows():  # the averages of a run that is resumed are those that it had
                 if row.independent:
@@ -181,15 +180,12 @@ class NormMonitor:
         if self._attached is not None:
             self._attached.resume()
 
-    def note_index(self, index: Tensor | None) -> None:
-        """The data set's indices of the pass that comes, or of the one that has just begun."""
-        if index is not None:
-            self.knows_indices = True
-            if self._attached is not None and self._measuring:
-                self._attached.note_index(index)
-
-    def _receive_index(self, index: Any) -> None:
-        self.note_index(torch.as_tensor(index) if index is not None else None)
+    def note_index(self, index: Any) -> None:
+        """The data set's indices of the pass that comes, or of the one that has just begun; None: nothing is known."""
+        if index is not None and self._attached is not None and self._measuring:
+            with self._guarded():
+                self._attached.note_index(checked_index(index))
+                self.knows_indices = True
 
     def end_pass(self, loss: Tensor | None = None) -> None:
         """After the backward pass of each micro-batch."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +85,21 @@ class CompiledPasses:
 
     def compiled_pass_begins(self, batch: int, weights: Tensor | None, checked: bool) -> int:
         """See `operations.Receiver`."""
+        with self._guarded():
+            return self._begin_pass(batch, weights, checked)
+        return 0
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Let an error go to whom the tracker gives it, in place of ending what is compiled."""
+        try:
+            yield
+        except Exception as error:
+            if self._norms.take_error is None:
+                raise
+            self._norms.take_error(error)
+
+    def _begin_pass(self, batch: int, weights: Tensor | None, checked: bool) -> int:
         self._number += 1
         current = self._joined or self._norms._open(batch)
         current.unchecked = not checked
@@ -96,6 +112,10 @@ class CompiledPasses:
 
     def compiled_norms_arrive(self, number: int, squares: Tensor, uses: Tensor) -> None:
         """See `operations.Receiver`."""
+        with self._guarded():
+            self._take_norms(number, squares, uses)
+
+    def _take_norms(self, number: int, squares: Tensor, uses: Tensor) -> None:
         current = self._open.get(number)
         if current is None or differentiating():
             return
@@ -104,9 +124,6 @@ class CompiledPasses:
             self._norms._stop_check()
             raise second_backward("the compiled model")
         failed, self.calls.failed = self.calls.failed or self._used_twice(current, uses), ""
-        if failed and self._norms.take_error is not None:
-            self._norms.take_error(UncoveredParameterError(failed))
-            return
         if failed:
             self._norms._stop_check()
             raise UncoveredParameterError(failed)
@@ -130,4 +147,5 @@ class CompiledPasses:
 
     def compiled_sum_arrives(self, row: int, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         """See `operations.Receiver`."""
-        self._norms._add_compiled_sum(self.calls.params[row], total, size, dtype)
+        with self._guarded():
+            self._norms._add_compiled_sum(self.calls.params[row], total, size, dtype)

@@ -1,13 +1,15 @@
 """Each sample's squared gradient norm at an operation, where nothing but the norm is asked for.
 
 That is where one parameter, and no other use of it, is the operand. The gradient itself, [B, *shape], is not made where
-the norm costs less: for matrix products (ghost norms, `rules/costs.py`) and for tables that are looked up.
+the norm costs less: for matrix products (ghost norms, `rules/costs.py`) and for tables that are looked up. Of
+somebody's own function, as a head's in chunks, it is made for one sample after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
@@ -15,7 +17,14 @@ from torch.autograd.graph import Node
 from hf_clars.grad_norms import norm_math
 from hf_clars.grad_norms.graph.bags import bag_squares
 from hf_clars.grad_norms.graph.layout import Layout
-from hf_clars.grad_norms.graph.nodes import Kind, factors, lookups, unsummed_grad, without_padding
+from hf_clars.grad_norms.graph.nodes import (
+    Kind,
+    call_for_each,
+    factors,
+    lookups,
+    unsummed_grad,
+    without_padding,
+)
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.norm_math import at_least_float32
 from hf_clars.grad_norms.rules.costs import cheapest_form
@@ -41,6 +50,8 @@ def norms_alone(
     Returns:
         [kept]; None where the gradients must be made.
     """
+    if isinstance(use.node, BackwardCFunction):
+        return _one_after_the_other(use, grads, layouts, batch, kept) if _is_parameter(use) else None
     g, layout = grads[0], layouts[0]
     if g is None or layout is None or any(t is not None for t in grads[1:]) or len(use.leaves) != 1:
         return None
@@ -50,6 +61,23 @@ def norms_alone(
     else:
         found = squares(use.node, use.index, g, layout, batch, kept) if _is_parameter(use) else None
     return None if found is None else found.clamp(min=0).sqrt()
+
+
+def _one_after_the_other(
+    use: Use, grads: Sequence[Tensor | None], layouts: Sequence[Layout | None], batch: int, kept: int
+) -> Tensor | None:
+    """Somebody's own function runs once for every sample: a head's gradients [B, vocabulary, width] are never together.
+
+    Arguments as above.
+    """
+    norms = []
+    for i in range(kept):
+        stacks = [
+            None if g is None or layout is None else layout.one_sample_each(g, batch, slice(i, i + 1))
+            for g, layout in zip(grads, layouts, strict=True)
+        ]
+        norms.append(norm_math.squared_sum(at_least_float32(call_for_each(use.node, use.index, stacks, use.shape))))
+    return torch.cat(norms).sqrt() if norms else None
 
 
 def _is_parameter(use: Use) -> bool:
