@@ -18,12 +18,28 @@ CHECKOUT = pytest.StashKey[set[str]]()
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when trackio is imported
 
 
+# Groups that take tens of seconds, the longest first: what is begun last must be short, or a worker waits for another.
+# What is not named here comes after them, file by file.
+LONG = (
+    "launchers",
+    "tests/test_norms_compiled_whole.py",
+    "processes",
+    "tests/test_kernels_exact.py",
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would begin with the groups of most tests, which are quick ones
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """A file's tests stay on one worker, and files that share what they set up on the same one."""
+    """A file's tests stay on one worker, and files that share what they set up on the same one; long ones are first."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+    groups = {item: item.get_closest_marker("xdist_group").args[0] for item in items}
+    items.sort(key=lambda item: LONG.index(groups[item]) if groups[item] in LONG else len(LONG))
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures, which draw numbers too

@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,16 +10,9 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "scripts" / "examples"
 
 
-def run(name, tmp_path, *arguments):
-    command = [sys.executable, str(EXAMPLES / name), "--output", str(tmp_path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture
 def run_here(tmp_path, monkeypatch, capsys):
-    """The same in this process, which has the imports done."""
+    """Runs a script as a main program, in this process, which has the imports done; what it prints."""
 
     def run(name, *arguments):
         monkeypatch.syspath_prepend(EXAMPLES)
@@ -33,9 +25,9 @@ def run_here(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_useful_batch_size_is_printed_and_drawn(tmp_path):
+def test_the_useful_batch_size_is_printed_and_drawn(tmp_path, run_here):
     settings = ["--samples", "300", "--batch", "16", "--steps", "12", "--every", "2"]
-    said = run("useful_batch_size.py", tmp_path, *settings)
+    said = run_here("useful_batch_size.py", *settings)
     assert len(re.findall(r"^\| \d+ \|", said, re.MULTILINE)) >= 5
     assert (tmp_path / "noise_scale.png").stat().st_size > 20_000
 

@@ -1,7 +1,6 @@
 """Promise: Trainer, the script and the command share the same files, and leave a card as it is."""
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -86,18 +85,17 @@ def test_push_to_hub_in_the_arguments_shares_the_end_and_fails_before_training_w
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_script_shows_what_would_be_pushed(run):
-    script = Path(__file__).parent.parent / "scripts" / "push_to_hub.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(run), "--repo-id", "owner/name", "--dry-run"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": ""},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in SHARED)
-    assert "Nothing was sent to owner/name." in done.stdout
+def test_the_script_shows_what_would_be_pushed(run, monkeypatch, capsys):
+    script = str(Path(__file__).parent.parent / "scripts" / "push_to_hub.py")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(sys, "argv", [script, str(run), "--repo-id", "owner/name", "--dry-run"])
+    with pytest.raises(SystemExit) as end:  # in this process, which has the imports done
+        runpy.run_path(script, run_name="__main__")
+    shown = capsys.readouterr()
+    assert not end.value.code, shown.err
+    assert all(name in shown.out for name in SHARED)
+    assert "Nothing was sent to owner/name." in shown.out
 
 
 def test_the_command_pushes_and_reports_in_one_line(run, hub, capsys, monkeypatch):

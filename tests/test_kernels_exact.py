@@ -40,8 +40,10 @@ def run(*command, interpret):
     return done.stdout.splitlines()
 
 
-def compare(every):
-    return run("tests.kernels.compare", "cpu", "0", str(every), interpret=1)
+@pytest.fixture(scope="module")
+def interpreted():
+    """What is printed where the interpreter runs a ninth of the shapes, and then the promises that need it."""
+    return run("tests.kernels.interpreted", "9", interpret=1)
 
 
 def check(lines):
@@ -51,21 +53,23 @@ def check(lines):
             assert any(line.startswith(f"ok {dtype} {kind} (") for line in lines), (dtype, kind)
 
 
-def test_each_kernel_is_exact_on_a_ninth_of_the_shapes():
-    check(compare(every=9))
+@pytest.mark.timeout(1800)
+def test_each_kernel_is_exact_on_a_ninth_of_the_shapes(interpreted):
+    check([line for line in interpreted if line.startswith(("ok ", "WRONG "))])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_each_kernel_is_exact_on_all_shapes():
-    lines = compare(every=1)
+    lines = run("tests.kernels.compare", "cpu", "0", "1", interpret=1)
     assert len(lines) >= 500
     check(lines)
 
 
 @pytest.mark.timeout(1800)
-def test_what_needs_the_interpreter_holds():
-    run("pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", "tests/kernels/in_interpreter.py", interpret=1)
+def test_what_needs_the_interpreter_holds(interpreted):
+    """The process has ended well, and pytest's last line is what it should be."""
+    assert " passed" in interpreted[-1]
 
 
 def check_compiled(*pairs):

@@ -123,13 +123,14 @@ def compare(model, compiled, inputs_of, batches, dtype=torch.float64):
                 torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-9)
             for p, q in zip(model.parameters(), plain.parameters(), strict=True):
                 torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-8)
-        assert norms._checked == 3  # with sums that were compared in compiled code
+        # With sums that were compared in compiled code, which after three passes is compiled again, without them.
+        assert norms._checked == min(3, len(batches))
         return norms
 
 
-@pytest.mark.parametrize("compiled", [whole, in_place])
-@pytest.mark.parametrize("make", [Images, in_sequence])
+@pytest.mark.parametrize(("make", "compiled"), [(Images, whole), (in_sequence, in_place)])
 def test_images(make, compiled):
+    """Both models and both ways, in code with and without the comparison, and for another size of batches."""
     torch.manual_seed(0)
     norms = compare(make(), compiled, images, (6, 6, 6, 6, 4))
     assert "in the compiled graph" in str(norms.explain())
@@ -137,8 +138,9 @@ def test_images(make, compiled):
 
 @pytest.mark.parametrize("make", [bert, vit, llama, gpt2])
 def test_transformers(make):
+    """Two passes of the code that is compiled first: that it is compiled again is the same for all models."""
     torch.manual_seed(0)
-    compare(make(), whole, images if make is vit else tokens, (4, 4, 4, 4))
+    compare(make(), whole, images if make is vit else tokens, (4, 4))
 
 
 def test_blocks_compiled_one_by_one_inside_a_model_that_is_not():
@@ -148,7 +150,7 @@ def test_blocks_compiled_one_by_one_inside_a_model_that_is_not():
         return model
 
     torch.manual_seed(0)
-    norms = compare(gpt2(), blocks, tokens, (4, 4, 4, 4))
+    norms = compare(gpt2(), blocks, tokens, (4, 4))
     assert "in the compiled graph" in str(norms.explain())
 
 
@@ -295,9 +297,13 @@ class Tokens(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("settings", [{}, {"samples": 3}, {"loss_reduction": "mean_tokens"}], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "checkpointed"),
+    [({}, False), ({}, True), ({"samples": 3}, True), ({"loss_reduction": "mean_tokens"}, False)],
+    ids=str,
+)
 def test_samples_and_means_over_tokens(settings, checkpointed):
+    """A checkpointed block with all samples and with some; what a mean is over does not reach the block."""
     torch.manual_seed(0)
     model = Tokens(checkpointed)
     plain = copy.deepcopy(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launchers import forked
 from tests.launchers.cases import CHECKPOINTED, MIDDLE, Case, run, save_weights
 
 ROOT = Path(__file__).parent.parent.parent
@@ -22,11 +23,14 @@ def skip_without_engine(name):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'hf_clars[deepspeed]'")
 
 
-def launch(name, module, *arguments, processes=2, seconds=560):
-    """Run a module of the tests under a launcher; returns what it printed."""
+def launch(name, module, *arguments, processes=2, seconds=560, fork=False):
+    """Run a module of the tests under a launcher, in processes of its own or in forks; returns what it printed."""
     skip_without_engine(name)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{name}.yaml"]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", "-m", module, *map(str, arguments)]
+    words = ["--config_file", f"configs/accelerate/{name}.yaml", "--num_processes", str(processes)]
+    words += ["--main_process_port", "0", "-m", module, *map(str, arguments)]
+    if fork:
+        return forked.launch(words, seconds)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     # DeepSpeed builds a small library with ninja, which pip has put beside the interpreter.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -53,7 +57,8 @@ def launched(name, tmp_path_factory):
     if name not in _MADE:
         out = tmp_path_factory.mktemp(name)
         _MADE[name] = out
-        launch(name, "tests.launchers.worker", out, name, "usual", uninterrupted(tmp_path_factory))
+        one = uninterrupted(tmp_path_factory)
+        launch(name, "tests.launchers.worker", out, name, "usual", one, fork=name != "ddp")
         (out / "complete").touch()
     assert (_MADE[name] / "complete").exists(), "the launch has failed, as an earlier test shows"
     return _MADE[name]

@@ -1,4 +1,4 @@
-"""Train all that is asked of the launcher that started this process: `accelerate launch ... worker.py OUT KIND WHICH`.
+"""Train all that is asked of the launcher that started this process: `accelerate launch ... worker OUT KIND WHICH`.
 
 WHICH is "usual" or "every": every model with every method, and nothing else. A third argument is a folder of one
 process, whose checkpoint data parallelism is to go on from.
@@ -42,10 +42,19 @@ def finish(trainer, folder):
         save_weights(state, folder)
 
 
+def build_nothing():
+    """DeepSpeed builds a library for sums at inference when it starts: a minute of C++, which training does not use."""
+    from deepspeed.comm import torch as backend
+
+    backend.build_shm_op = lambda: None
+
+
 def main(out, kind, which, one=None):
     torch.set_num_threads(1)
     draw_nothing()
     keep_imports()
+    if kind.startswith("zero"):
+        build_nothing()
     world, out = int(os.environ["WORLD_SIZE"]), Path(out)
 
     def train(case, name, processes=world, mixed_in=(), **changes):
@@ -67,9 +76,6 @@ def main(out, kind, which, one=None):
         resume(out, kind, one, train)
         train_extras(out, kind, train)
     dist.barrier()
-    sys.stdout.flush()
-    # Two CPU processes sometimes abort while the interpreter shuts down, after all work is done.
-    os._exit(0)
 
 
 def resume(out, kind, one, train):
@@ -82,3 +88,6 @@ def resume(out, kind, one, train):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    # Two CPU processes sometimes abort while the interpreter shuts down, after all work is done.
+    os._exit(0)
