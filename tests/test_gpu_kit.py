@@ -24,13 +24,13 @@ STARTS_TESTS = "exactness"
 def in_this_process(monkeypatch):
     """Stages without processes of their own, each of which would import torch again."""
 
-    def stage(command, **_):
+    def stage(command, seconds):
         assert command[1:3] == ["-m", "hf_clars.bench.gpu.run"]
         with contextlib.redirect_stdout(io.StringIO()) as shown:
             code = kit.main(command[3:])
-        return subprocess.CompletedProcess(command, code, shown.getvalue(), "")
+        return code, shown.getvalue(), ""
 
-    monkeypatch.setattr(subprocess, "run", stage)
+    monkeypatch.setattr(kit, "_process", stage)
 
 
 def check(folder, stages):
@@ -60,15 +60,32 @@ def test_every_stage_writes_its_rows_and_the_report_can_be_made_again(in_this_pr
 
 
 def test_a_stage_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, tmp_path):
-    answers = iter(
-        [subprocess.CompletedProcess([], 1, "", "out of memory"), subprocess.CompletedProcess([], 0, '{"ms": 1}', "")]
-    )
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: next(answers))
+    answers = iter([(1, "", "out of memory"), (0, '{"ms": 1}', "")])
+    monkeypatch.setattr(kit, "_process", lambda *_: next(answers))
     first, second = list(STAGES)[1:3]
     kit.main(["--tiny", "--output", str(tmp_path), "--stages", first, second])
     rows = json.loads((tmp_path / kit.RESULTS).read_text())["stages"]
+    assert rows[first].pop("seconds") >= 0
     assert rows[first] == {"error": "out of memory"}
     assert rows[second]["ms"] == 1
+
+
+SLOW_STAGE = """
+import json, subprocess, sys, time
+print(json.dumps({"ratio": 1.5}), flush=True)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(f"child {child.pid}", flush=True)
+print('{"ratio": 1.', end="", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_stage_found_before_its_time_was_up_is_kept_and_what_it_started_ends():
+    code, output, _ = kit._process([sys.executable, "-c", SLOW_STAGE], 5)
+    assert code is None
+    assert kit._last_figures(output) == {"ratio": 1.5}
+    child = Path("/proc") / output.split("child ")[1].split()[0] / "stat"
+    assert not child.exists() or child.read_text().split()[2] in "ZX"
 
 
 def test_a_stage_needs_no_images_no_pictures_and_no_trainer():

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.models import build_model
-from hf_clars.optim import CLARS, LARS, NAG
+from hf_clars.optim import CLARS, LARS, NAG, SignalLARS
 
 READS_A_VALUE = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 
@@ -27,6 +27,21 @@ class Reads(TorchDispatchMode):
         if func.overloadpacket.__name__.lstrip("_") in {name.lstrip("_") for name in READS_A_VALUE}:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies between the host and the meta device, which would be waited for on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("_to_copy", "copy_"):
+            source = args[1] if func.overloadpacket.__name__ == "copy_" else args[0]
+            self.found += [f"{func} {tuple(source.shape)}"] if source.device != result.device else []
+        return result
 
 
 def network():
@@ -64,6 +79,69 @@ def test_a_step_needs_no_value_from_the_device(method, foreach):
     for _ in range(3):
         step(model, optimizer, x, y, passes=2)
     assert optimizer.last_step.rate.device.type == "meta"
+
+
+def groups_of(model, settings):
+    """Two groups, each with these settings times its number."""
+    halves = list(model.parameters())[:4], list(model.parameters())[4:]
+    return [{"params": half, **{k: i * v for k, v in settings.items()}} for i, half in enumerate(halves, 1)]
+
+
+SETTINGS = {
+    "biases at lr": lambda model: {"scale_norm_and_bias": False},
+    "groups": lambda model: {"params": groups_of(model, {"lr": 0.5, "eta": 1e-2, "weight_decay": 1e-3})},
+    "clips": lambda model: {"params": groups_of(model, {"trust_clip": 10.0})},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("method", [CLARS, SignalLARS, LARS])
+def test_a_step_copies_nothing_from_the_host(method, settings):
+    """Whatever differs from layer to layer; the first steps may set up what stays."""
+    model = network().to("meta")
+    optimizer = method(model, 1.0, **SETTINGS[settings](model))
+    x, y = torch.empty(4, 3, 15, 15, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+    for _ in range(2):
+        step(model, optimizer, x, y)
+    for i in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5 + i
+        with Copies() as copies:
+            step(model, optimizer, x, y)
+        assert copies.found == []
+
+
+def test_the_counter_of_copies_counts():
+    with Copies() as copies:
+        torch.ones(3).to("meta")
+    assert len(copies.found) == 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_rate_that_is_a_tensor_stays_on_the_device(shared):
+    models = [network() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    given = [torch.tensor(0.5), 0.5]
+    optimizers = [CLARS(model, lr, foreach=True) for model, lr in zip(models, given, strict=True)]
+    if not shared:
+        for group in optimizers[0].param_groups:
+            group["lr"] = group["lr"].clone()
+    for batch in range(3):
+        x, y = torch.randn(4, 3, 15, 15), torch.arange(4)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.norms.check_every = 0
+            if optimizer is optimizers[0] and batch:
+                with Reads() as reads:
+                    step(model, optimizer, x, y)
+                assert reads.found == []
+            else:
+                step(model, optimizer, x, y)
+            for group in optimizer.param_groups[: 1 if shared else None]:
+                group["lr"] *= 0.5
+            for group in optimizer.param_groups[1:] if shared and optimizer is optimizers[1] else ():
+                group["lr"] *= 0.5
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_the_meta_device_would_tell():

@@ -194,3 +194,30 @@ def test_a_node_gives_gradients_before_they_are_summed_over_broadcast_axes():
     assert expanded.shape == (1,)
     assert internals.results_of(expanded_node := a.expand(2, 1).grad_fn) == 1
     assert expanded_node.name().startswith("Expand")
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "transposed"),
+    [
+        (nn.Linear(6, 6), (3, 6), True),
+        (nn.Linear(6, 4, bias=False), (3, 5, 6), True),
+        (nn.Conv2d(6, 4, 3), (3, 6, 5, 5), False),
+    ],
+)
+def test_operands_under_autocast_are_those_that_were_multiplied(layer, shape, transposed):
+    x = torch.randn(shape, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    weight, operand = internals.weight_of(output, layer.weight, transposed=transposed), internals.operand_of(output, x)
+    assert torch.equal(weight, layer.weight.bfloat16())
+    assert torch.equal(operand, x.bfloat16())
+    memory = weight.untyped_storage().data_ptr()
+    again = internals.weight_of(output, layer.weight, transposed=transposed)
+    assert again.untyped_storage().data_ptr() == memory  # the graph's own, not another copy
+    assert internals.weight_of(layer(x), layer.weight, transposed=transposed) is layer.weight
+
+
+def test_a_weight_that_the_graph_does_not_hold_stays_what_it_is():
+    layer, x = nn.Linear(6, 4), torch.randn(3, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert internals.weight_of(layer(x), layer.weight, transposed=True) is layer.weight  # no gradient for x

@@ -118,7 +118,7 @@ def tensor_norms(tensors: Sequence[Tensor], *, foreach: bool) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(t, dtype=dtype) for t in tensors])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Host numbers on the device; copied there once, not at every step."""
     return torch.tensor(numbers, device=device)

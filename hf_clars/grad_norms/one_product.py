@@ -40,9 +40,10 @@ def replace_backward(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
     """The module's output, whose gradient now goes through the rule's own backward pass. Arguments as above."""
     names = list(call.wanted)
     operands = call.rule.operands(call.module, x, output)
+    weight = call.rule.weight_as_used(call.module, call.hooked.in_use("weight"), output)
     # The output travels in a list: as a tensor argument it would come back as a view, which in-place ReLUs refuse.
     params = (call.hooked.in_use(n) for n in names)
-    return _WholeBackward.apply(call, names, [output], operands[1:], x, operands[0], *params)
+    return _WholeBackward.apply(call, names, [output], (weight, *operands[1:]), x, operands[0], *params)
 
 
 def is_taken_over(output: Tensor) -> bool:
@@ -100,7 +101,7 @@ class _WholeBackward(torch.autograd.Function):
         output = held[0]
         ctx.call, ctx.names, ctx.dtype, ctx.x_dtype, ctx.x_shape = call, names, output.dtype, x.dtype, x.shape
         ctx.param_dtypes = [p.dtype for p in params]
-        ctx.save_for_backward(params[names.index("weight")], used.detach(), *more)
+        ctx.save_for_backward(more[0], used.detach(), *more[1:])
         return output.detach()
 
     @staticmethod

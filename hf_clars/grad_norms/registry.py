@@ -192,6 +192,16 @@ class LayerRule(ABC):
         """What `whole_backward` needs of the forward pass, the input first. Default: the input as it was used."""
         return (operand_of(output, x),)
 
+    def weight_as_used(self, module: nn.Module, weight: Tensor, output: Tensor) -> Tensor:
+        """The weight in the precision that the module computed in, if that is to be had. Default: as it is.
+
+        Args:
+            module: The module that has just run.
+            weight: Its weight.
+            output: What it returned.
+        """
+        return weight
+
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """Gradient of the loss with respect to the module's input; only for rules that take over.
 

@@ -115,13 +115,7 @@ class SumCheck:
             raise self._error
         if not self.delivered:
             return
-        zero = torch.zeros(())
-        rows = [
-            torch.stack([t.double().cpu() for t in (self._balance[p].norm(), self._sizes.get(p, zero), norm)])
-            for p, norm in self.delivered.items()
-            if not norm.is_meta
-        ]
-        table = torch.stack(rows) if rows else torch.zeros(0, 3)
+        table = self._table()
         if not bool(table.isfinite().all()):
             return
         largest = float(table[:, 1:].max()) if len(table) else 0.0
@@ -135,6 +129,20 @@ class SumCheck:
                     f"parameter, or {WITHOUT_SAMPLES}. Or the loss has a part that is no sample's, as a penalty on "
                     "weights: use weight_decay for it, or set check_every = 0 on the norms (CLARS: optimizer.norms)."
                 )
+
+    def _table(self) -> Tensor:
+        """[parameters, 3]: how far both sums differ, the sum of the samples' norms, and the gradient's norm.
+
+        It is put together on the device of the first, and comes to the host at one go.
+        """
+        rows = [
+            torch.stack(
+                [t.to(norm.device).double() for t in (self._balance[p].norm(), self._sizes.get(p, norm * 0), norm)]
+            )
+            for p, norm in self.delivered.items()
+            if not norm.is_meta
+        ]
+        return torch.stack([row.to(rows[0].device) for row in rows]).cpu() if rows else torch.zeros(0, 3)
 
 
 class _Take:

@@ -204,6 +204,36 @@ def operand_of(output: Tensor, x: Tensor) -> Tensor:
     return x.detach().to(output.dtype)
 
 
+_WEIGHTS = {"AddmmBackward0": "_saved_mat2", "MmBackward0": "_saved_mat2", "ConvolutionBackward0": "_saved_weight"}
+
+
+def weight_of(output: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """A module's weight as it was multiplied: under autocast the copy in the lower precision, which the graph holds.
+
+    Args:
+        output: The module's output, at most two views away from the product.
+        weight: The weight.
+        transposed: Whether the product took it so.
+
+    Returns:
+        The shape of `weight`; `weight` itself where the graph holds no such copy.
+    """
+    if weight.dtype == output.dtype or torch.compiler.is_compiling() or saved_tensors_are_packed():
+        return weight
+    node = output.grad_fn
+    for _ in range(3):
+        if node is None:
+            break
+        name = _WEIGHTS.get(node.name())
+        if name is not None:
+            held = getattr(node, name, None)
+            held = held.mT if held is not None and transposed else held
+            fits = held is not None and held.shape == weight.shape and held.dtype == output.dtype
+            return held.detach() if held is not None and fits else weight
+        node = node.next_functions[0][0] if node.next_functions else None
+    return weight
+
+
 def product_before_view(output: Tensor) -> torch.autograd.graph.Node | None:
     """The matrix product of which a Linear layer's output over positions is a view, in the graph; None if it is not.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_clars.distributed import on_device
 from hf_clars.layers import LayerMode, ParamLayer
 from hf_clars.optim.groups import ADAPTIVE, FROZEN, HELD, model_groups, tensor_layers, validate_settings
 from hf_clars.optim.layer_book import LayerBook
@@ -214,8 +215,20 @@ class GroupedOptimizer(Optimizer):
         return [bool(g[FROZEN]) or name in g.get(HELD, ()) for name, g in zip(names, settings, strict=True)]
 
     def _per_layer(self, values: Sequence[float], like: Tensor) -> Tensor | float:
-        """A K-vector of host numbers; one number when they are all equal, which costs no copy to the device."""
-        return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=like.dtype).to(like.device)
+        """A K-vector of host numbers; one number when they are all equal.
+
+        They are filled in on a device, each where it holds: a copy from the host would be waited for, and cannot be
+        captured in a graph.
+        """
+        first, *others = dict.fromkeys(values)
+        if not others:
+            return first
+        if like.device.type == "cpu":
+            return torch.tensor(values, dtype=like.dtype)
+        found = torch.full((len(values),), first, dtype=like.dtype, device=like.device)
+        for other in others:
+            found.masked_fill_(on_device(tuple(value == other for value in values), like.device), other)
+        return found
 
     def _where_adaptive(self, factor: Tensor) -> Tensor:
         """A factor [K] of the rates; 1 for layers that train at `lr` itself."""
@@ -228,8 +241,14 @@ class GroupedOptimizer(Optimizer):
     def _rates(self, ratio: Tensor) -> Tensor:
         """gamma_k = lr * eta * ratio_k; lr alone for layers that are not scaled, 0 for frozen ones."""
         settings = zip(self._layer_settings(), self._adaptive(), self._frozen(), strict=True)
-        scales = [0.0 if held else float(g["lr"]) * (g.get("eta", 1.0) if on else 1.0) for g, on, held in settings]
-        return self._where_adaptive(ratio) * self._per_layer(scales, ratio)
+        factors = [0.0 if held else (g.get("eta", 1.0) if on else 1.0) for g, on, held in settings]
+        given = [group["lr"] for group in self._layer_settings()]
+        rates = self._where_adaptive(ratio)
+        if not any(isinstance(lr, Tensor) for lr in given):
+            scales = [float(lr) * factor for lr, factor in zip(given, factors, strict=True)]
+            return rates * self._per_layer(scales, ratio)
+        each = given[0] if all(lr is given[0] for lr in given) else torch.stack([_scalar(lr, ratio) for lr in given])
+        return rates * self._per_layer(factors, ratio) * each.to(ratio)
 
     def _clips(self, like: Tensor) -> Tensor | float | None:
         """The layers' bounds on the trust ratio; None when none has one."""
@@ -240,3 +259,8 @@ class GroupedOptimizer(Optimizer):
 
     def _weight_decays(self, like: Tensor) -> Tensor | float:
         return self._per_layer([group["weight_decay"] for group in self._layer_settings()], like)
+
+
+def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    """A rate as a tensor, 0-dim; a number is not copied to the device, but filled in there."""
+    return value.to(like).reshape(()) if isinstance(value, Tensor) else like.new_full((), value)

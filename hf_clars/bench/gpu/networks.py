@@ -20,7 +20,7 @@ class GpuNetwork:
     Attributes:
         name: As in tables.
         batch: Samples a step.
-        build: Makes the model, on the CPU; `tiny` makes one of the same kind for a test on a CPU.
+        build: Makes the model; `tiny` makes one of the same kind for a test on a CPU.
         inputs: Makes the inputs for a number of samples: (arguments of the model, labels).
         images: Whether it takes images, in channels_last.
     """
@@ -41,7 +41,9 @@ class GpuNetwork:
         """
         torch.manual_seed(0)
         samples = min(4, self.batch) if tiny else (batch or self.batch)
-        model = self.build(tiny).train().to(device)
+        with torch.device(device):  # a model of a billion weights is made there much sooner
+            model = self.build(tiny)
+        model = model.train().to(device)
         inputs, labels = self.inputs(tiny, samples)
         inputs = {name: t.to(device) for name, t in inputs.items()}
         if self.images:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,15 +65,38 @@ def _run(path: Path, stages: Sequence[str], seconds: float, *, tiny: bool) -> No
 def _one(name: str, seconds: float, *, tiny: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "hf_clars.bench.gpu.run", "--stage", name, *(["--tiny"] if tiny else [])]
     start = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done within {seconds:.0f} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"error": (done.stderr.strip() or "no output")[-1500:]}
-    figures: dict[str, Any] = json.loads(lines[-1])
+    code, output, errors = _process(command, seconds)
+    figures = _last_figures(output)
+    if code is None:
+        figures["error"] = f"not done within {seconds:.0f} s"
+    elif code or not figures:
+        figures["error"] = (errors.strip() or "no output")[-1500:]
     return figures | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _process(command: Sequence[str], seconds: float) -> tuple[int | None, str, str]:
+    """Exit code (None: the time was up), output and errors of a process; what it has started ends with it."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        output, errors = process.communicate(timeout=seconds)
+        return process.returncode, output, errors
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, *process.communicate()
+
+
+def _last_figures(output: str) -> dict[str, Any]:
+    """The last line of a stage that is whole: a stage says again and again what it has found by then."""
+    for line in reversed(output.splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from hf_clars.grad_norms.choice import form_choices
 Figures = dict[str, Any]
 Step = Callable[[], object]
 ROOT = Path(__file__).parents[3]
+EVERY = 9
+"""Of so many kernels' cases one is compared."""
 
 
 def machine() -> Figures:
@@ -52,30 +55,33 @@ def _sync() -> None:
         torch.cuda.synchronize()
 
 
+def so_far(figures: Figures) -> None:
+    """Say what a stage has found by now: it is kept if the stage's time is up before it ends."""
+    print(json.dumps(figures), flush=True)
+
+
 def exactness(tiny: bool) -> Figures:
-    """Kernels against their references, and the project's GPU tests, where its tests are at hand."""
+    """The project's GPU tests, where its tests are at hand, and beside them some kernels against their references."""
     if not (ROOT / "tests" / "kernels").is_dir():
         return {"skipped": "the tests are not beside the package"}
     figures: Figures = {}
+    compare = None
     if _device().type == "cuda":
-        run = subprocess.run(
-            [sys.executable, "-m", "tests.kernels.compare", "cuda"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        lines = run.stdout.splitlines()
-        figures["kernels"] = {
-            "cases": len(lines),
-            "wrong": [line for line in lines if not line.startswith("ok")][:20],
-            "error": run.stderr[-600:] if run.returncode else "",
-        }
+        # Each shape is compiled for anew: all of them would take longer than all other stages.
+        command = [sys.executable, "-m", "tests.kernels.compare", "cuda", "0", str(EVERY)]
+        compare = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_on_a_gpu.py", "-p", "no:cacheprovider"]
     tests += ["-k", "autocast"] if tiny else []
     run = subprocess.run(tests, cwd=ROOT, capture_output=True, text=True, check=False)
     figures["tests"] = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))][:40]
     figures["tests summary"] = (run.stdout.strip().splitlines() or [run.stderr[-300:]])[-1]
+    so_far(figures)
+    if compare is not None:
+        lines = compare.communicate()[0].splitlines()
+        found = [line for line in lines if line.startswith(("ok ", "WRONG "))]
+        wrong = [line for line in found if line.startswith("WRONG ")][:20]
+        error = "\n".join(lines)[-600:] if compare.returncode else ""
+        figures["kernels"] = {"cases": len(found), "wrong": wrong, "error": error}
     return figures
 
 
@@ -107,6 +113,7 @@ def network(name: str, tiny: bool, *, seconds: float = 25.0) -> Figures:
         step()
         step()
     figures |= _in_turn(plain_step, norms_step, seconds=0.5 if tiny else seconds)
+    so_far(figures)
     for key, step in (("plain", plain_step), ("norms", norms_step)):
         figures |= {f"{key} {k}": v for k, v in _busy(step).items()}
         figures[f"{key} GiB"] = _peak(step)
@@ -251,6 +258,11 @@ def forms(tiny: bool) -> Figures:
             loss(model).backward()
         del model, loss
         gc.collect()
+        so_far(_measured_forms())
+    return _measured_forms()
+
+
+def _measured_forms() -> Figures:
     times: dict[str, Figures] = {}
     for kind, use, choice in form_choices:
         if choice.why == "measured":

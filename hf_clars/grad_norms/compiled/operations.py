@@ -38,7 +38,11 @@ def enlist(receiver: Any) -> int:
     return number
 
 
-@torch.library.custom_op("hf_clars::tell", mutates_args=())
+#: For a compiler that captures graphs: these run in Python each time, and must stay outside.
+_OUTSIDE: dict[str, Any] = {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+@torch.library.custom_op("hf_clars::tell", mutates_args=(), **_OUTSIDE)
 def tell(place: Tensor, receiver: int) -> Tensor:
     """Call a receiver's `compiled_model_is_called()`; returns a copy of `place`, any tensor."""
     found = _receivers.get(receiver)
@@ -76,7 +80,7 @@ class Told:
             self.place = tell(self.place, self.receiver)
 
 
-@torch.library.custom_op("hf_clars::begin_pass", mutates_args=())
+@torch.library.custom_op("hf_clars::begin_pass", mutates_args=(), **_OUTSIDE)
 def begin_pass(
     leaf: Tensor, like: Tensor, weights: Tensor | None, receiver: int, rows: int, checked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +124,7 @@ def _end(ctx: Any, squares: Tensor, uses: Tensor, number: Tensor | None) -> tupl
 begin_pass.register_autograd(_end, setup_context=_remember)
 
 
-@torch.library.custom_op("hf_clars::deliver", mutates_args=())
+@torch.library.custom_op("hf_clars::deliver", mutates_args=(), **_OUTSIDE)
 def deliver(squares: Tensor, uses: Tensor, number: Tensor, receiver: int) -> Tensor:
     """The backward pass has come to where the forward pass began: hand over squared norms and uses.
 
@@ -139,7 +143,7 @@ def _(squares: Tensor, uses: Tensor, number: Tensor, receiver: int) -> Tensor:
     return torch.empty((), dtype=squares.dtype)
 
 
-@torch.library.custom_op("hf_clars::check_sum", mutates_args=())
+@torch.library.custom_op("hf_clars::check_sum", mutates_args=(), **_OUTSIDE)
 def check_sum(
     squares: Tensor, total: Tensor, size: Tensor, rows: Tensor, which: int, receiver: int, dtype: torch.dtype
 ) -> Tensor:

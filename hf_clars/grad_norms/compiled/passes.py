@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_clars.distributed import on_device
 from hf_clars.grad_norms.compiled.calls import CompiledCall, CompiledCalls, used_twice
 from hf_clars.grad_norms.compiled.containers import CompiledContainer, CompiledModel
 from hf_clars.grad_norms.compiled.operations import enlist
@@ -42,7 +43,7 @@ class CompiledPasses:
         self.calls.by_tokens = getattr(norms, "loss_reduction", "") == "mean_tokens"
         self.calls.forgiving = norms.take_error is not None
         layers = [norms._layer_of[p] for p in self.calls.params]
-        self._layers, self._layer_index = sorted(set(layers)), torch.tensor(layers)
+        self._layers, self._layer_index = sorted(set(layers)), tuple(layers)
 
     def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Know parameters by those that an engine has put in their place: {old: new}."""
@@ -132,7 +133,7 @@ class CompiledPasses:
             self._norms._note_compiled(list(self.calls.calls.values()))
         found = squares[:, : current.kept]
         of_layers = found.new_zeros(self._layers[-1] + 1, found.shape[1])
-        of_layers.index_add_(0, self._layer_index.to(found.device), found)
+        of_layers.index_add_(0, on_device(self._layer_index, found.device), found)
         for layer in self._layers:
             current.add_squares(layer, of_layers[layer])
 

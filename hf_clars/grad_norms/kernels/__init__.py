@@ -7,9 +7,9 @@ gradients and norms come out in float32.
 
 None of them has run on a device as it stands here; all have gone through Triton's compiler for one. Earlier forms have
 run on an H100: linear products and Gram forms, those of convolutions without groups, BatchNorm in channels_last, row
-sums. What has only ever run in Triton's interpreter: groups and depthwise convolutions, a convolution's bias in the
-same pass, norms of the first samples only, GroupNorm, BatchNorm in other memory formats, the input's gradient of
-RMSNorm. Nothing has run on cards older than Hopper.
+sums. What has only ever run in Triton's interpreter: groups and depthwise convolutions, norms of the first samples
+only, GroupNorm, BatchNorm in other memory formats, the input's gradient of RMSNorm, tiles of float32. Nothing has run
+on cards older than Hopper.
 """
 
 from __future__ import annotations

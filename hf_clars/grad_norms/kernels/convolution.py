@@ -9,16 +9,16 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_clars.grad_norms.kernels import FEW_CHANNELS, INTERPRETED
-from hf_clars.grad_norms.kernels.linear import squares_of
+from hf_clars.grad_norms.kernels.linear import BATCH, bias_and_squares
 
 _WAVE = 132  # multiprocessors of an H100
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def _product(
-    X, G, W, N, SB, B, J, H, WD, C, HO, WO, P, groups, n_c, splits,
+    X, G, W, N, B, J, H, WD, C, HO, WO, P, groups, n_c, splits,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, BIAS: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """A tile is a block of a group's outputs by a block of its inputs that one tap of the kernel sees.
 
@@ -34,7 +34,6 @@ def _product(
     T = HO * WO
     for b in range(split, B, splits):
         sample = tl.zeros((BP, BC), tl.float32)
-        bias = tl.zeros((BP,), tl.float32)
         b64 = tl.cast(b, tl.int64)
         x_of = X + b64 * H * WD * groups * C + group * C
         g_of = G + b64 * T * groups * P + group * P
@@ -47,25 +46,19 @@ def _product(
             x_live = live[:, None] & (c < C)[None, :]
             x = tl.load(x_of + (i * WD + j)[:, None] * (groups * C) + c[None, :], mask=x_live, other=0.0)
             sample = tl.dot(tl.trans(g), x, sample, input_precision="ieee")
-            if BIAS:
-                if tile % (n_c * KH * KW) == 0:
-                    bias += tl.sum(g.to(tl.float32), 0)
         total += sample
         if b < J:
             tl.store(N + (group * tl.num_programs(0) + tile) * J + b, tl.sum(tl.sum(sample * sample, 1), 0))
-        if BIAS:
-            if tile % (n_c * KH * KW) == 0:
-                tl.store(SB + (b64 * groups + group) * P + p, bias, mask=p < P)
     K = KH * KW * C
     row = (tl.cast(split, tl.int64) * groups + group) * P + p
     tl.store(W + row[:, None] * K + (tap * C + c)[None, :], total, mask=(p < P)[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def _product_flat(
-    X, G, W, N, SB, B, J, H, WD, C, HO, WO, P, groups, n_c, splits,
+    X, G, W, N, B, J, H, WD, C, HO, WO, P, groups, n_c, splits,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, BIAS: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """For few input channels a group: a tile's columns are (tap, channel) pairs."""
     tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -79,7 +72,6 @@ def _product_flat(
     T = HO * WO
     for b in range(split, B, splits):
         sample = tl.zeros((BP, BC), tl.float32)
-        bias = tl.zeros((BP,), tl.float32)
         b64 = tl.cast(b, tl.int64)
         x_of = X + b64 * H * WD * groups * C + group * C
         g_of = G + b64 * T * groups * P + group * P
@@ -91,15 +83,9 @@ def _product_flat(
             g = tl.load(g_of + pos[:, None] * (groups * P) + p[None, :], mask=g_live, other=0.0)
             x = tl.load(x_of + (i * WD + j) * (groups * C) + c[None, :], mask=live, other=0.0)
             sample = tl.dot(tl.trans(g), x, sample, input_precision="ieee")
-            if BIAS:
-                if tile % n_c == 0:
-                    bias += tl.sum(g.to(tl.float32), 0)
         total += sample
         if b < J:
             tl.store(N + (group * tl.num_programs(0) + tile) * J + b, tl.sum(tl.sum(sample * sample, 1), 0))
-        if BIAS:
-            if tile % n_c == 0:
-                tl.store(SB + (b64 * groups + group) * P + p, bias, mask=p < P)
     row = (tl.cast(split, tl.int64) * groups + group) * P + p
     tl.store(W + row[:, None] * K + col[None, :], total, mask=(p < P)[:, None] & (col < K)[None, :])
 
@@ -158,18 +144,19 @@ def convolution_product(
     else:
         bp = 128 if P >= 128 else 64 if P > 32 else 32 if P > 16 else 16
         bc = 64 if flat else 128 if C >= 128 else 64 if C > 32 else 32 if C > 16 else 16
-        bt, warps = 64, 8 if bp * bc >= 128 * 128 else 4
+        wide = x.element_size() == 4  # float32: short sums stay in registers
+        bt, warps = (16 if wide else 64), (8 if bp * bc >= 128 * (64 if wide else 128) else 4)
     n_p, n_c = triton.cdiv(P, bp), triton.cdiv(taps * C if flat else C, bc)
     tiles = n_p * n_c * (1 if flat else taps)
     splits = max(1, min(B, -(-4 * _WAVE // (groups * tiles))))
     w = torch.empty(splits, groups * P, *kernel, C, device=x.device, dtype=torch.float32)
     n = torch.empty(groups * tiles, measured, device=x.device, dtype=torch.float32)
-    sb = torch.empty(B, groups * P if bias else 0, device=x.device, dtype=torch.float32)
     (_product_flat if flat else _product)[(tiles, splits, groups)](
-        x, g, w, n, sb, B, measured, H, WD, C, HO, WO, P, groups, n_c, splits,
-        **constants, BP=bp, BC=bc, BT=bt, BIAS=bias, num_warps=warps, num_stages=3,
+        x, g, w, n, B, measured, H, WD, C, HO, WO, P, groups, n_c, splits,
+        **constants, BP=bp, BC=bc, BT=bt, num_warps=warps, num_stages=3,
     )  # fmt: skip
-    return w.sum(0) if splits > 1 else w[0], sb.sum(0), squares_of(n, sb, measured)
+    sums = g.sum((2, 3), dtype=torch.float32) if bias else None  # see `linear.py`
+    return w.sum(0) if splits > 1 else w[0], *bias_and_squares(n, sums)
 
 
 def _depthwise_product(
@@ -183,7 +170,8 @@ def _depthwise_product(
     grid = (B * kernel[0] * kernel[1], triton.cdiv(P, bp))
     _depthwise[grid](x, g, each, sb, H, WD, C, HO, WO, P, **constants, BP=bp, BT=bt, BIAS=bias, num_warps=4)
     weight = each.sum(0).permute(2, 0, 1).contiguous().unsqueeze(3)
-    return weight, sb.sum(0), squares_of(each[:measured].square().sum((1, 2, 3)).unsqueeze(0), sb, measured)
+    squares = each[:measured].square().sum((1, 2, 3)).unsqueeze(0)
+    return weight, *bias_and_squares(squares, sb if bias else None)
 
 
 @triton.jit

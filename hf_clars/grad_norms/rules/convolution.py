@@ -22,7 +22,7 @@ from hf_clars.grad_norms.rules.kernel_forms import (
     kernels_fit,
 )
 from hf_clars.grad_norms.rules.linear import linear_squared_norm
-from hf_clars.grad_norms.torch_internals import convolution_input_grad
+from hf_clars.grad_norms.torch_internals import convolution_input_grad, weight_of
 
 # Up to so many inputs an output (an RGB image's first 3x3 convolution has 27) patches are cheap to write out.
 _THIN = 32
@@ -150,6 +150,10 @@ class ConvolutionRule(LayerRule):
             input_wanted=input_wanted,
             measured=measured,
         )
+
+    def weight_as_used(self, module: nn.Module, weight: Tensor, output: Tensor) -> Tensor:
+        """See `LayerRule`."""
+        return weight_of(output, weight)
 
     def choice(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[WeightUse, Choice]:
         """The shapes of a call, and the form of its weight's norms."""

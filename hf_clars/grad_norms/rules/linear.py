@@ -13,6 +13,7 @@ from hf_clars.grad_norms.norm_math import on_cuda
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.costs import Form, Kind, WeightUse
 from hf_clars.grad_norms.rules.kernel_forms import kernels_fit, linear_backward
+from hf_clars.grad_norms.torch_internals import weight_of
 
 
 def positions(t: Tensor) -> Tensor:
@@ -94,6 +95,10 @@ class LinearRule(LayerRule):
             measured=measured,
         )
         return done if done.input_grad is None else replace(done, input_grad=done.input_grad.view(saved[0].shape))
+
+    def weight_as_used(self, module: nn.Module, weight: Tensor, output: Tensor) -> Tensor:
+        """See `LayerRule`."""
+        return weight_of(output, weight, transposed=True)
 
     def choice(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[WeightUse, Choice]:
         """The shapes of a call, and the form of its weight's norms."""

@@ -20,6 +20,7 @@ from hf_clars.grad_norms.norm_math import at_least_float32, linear_weight_grads
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.linear import LinearRule, positions
 from hf_clars.grad_norms.rules.normalization import weighted_rows
+from hf_clars.grad_norms.torch_internals import weight_of
 from hf_clars.grad_norms.trees import first_tensor
 
 
@@ -50,6 +51,10 @@ class TransposedLinearRule(LinearRule):
         """See `LayerRule`."""
         done = super().whole_backward(module, saved, weight.mT, g, input_wanted=input_wanted, measured=measured)
         return replace(done, grads={**done.grads, "weight": done.grads["weight"].mT})
+
+    def weight_as_used(self, module: nn.Module, weight: Tensor, output: Tensor) -> Tensor:
+        """See `LayerRule`."""
+        return weight_of(output, weight)
 
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """See `LayerRule`."""
