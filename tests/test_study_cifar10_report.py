@@ -25,7 +25,7 @@ from research.cifar10.report import (
     run_with_shares,
 )
 from research.cifar10.rows import product_row, prototype_row, read_runs, write_runs
-from research.cifar10.run import decode, run_all
+from research.cifar10.run import Workers, decode, run_all
 from research.cifar10.settings import Settings
 from research.cifar10.train import Images, train
 from tests.test_study_cifar10_verdict import model, run
@@ -174,3 +174,25 @@ def test_a_session_that_was_cut_off_is_gone_on_with(tmp_path):
     assert done == 1
     assert set(Done.read([out]).runs.accuracy) == set(wanted)
     assert Done.read([out]).runs.accuracy[wanted[0]] == 11.0
+
+
+def test_a_process_that_is_killed_takes_its_run_along_and_nothing_else(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, shape in (("x", (128, 40, 40, 3)), ("held_out_x", (32, 32, 32, 3))):
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 256, shape, dtype=np.uint8))
+    for name, count in (("y", 128), ("held_out_y", 32)):
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 10, count))
+    workers = Workers(tmp_path, 1)
+    try:
+        workers.give([replace(TINY, rate=rate) for rate in (0.01, 0.02)])
+        (process,) = workers._processes.values()
+        process.kill()
+        (lost,) = workers.results(60)
+        assert lost["rate"] == 0.01
+        assert lost["error"] == "its process ended with -9"
+        found = []
+        while not found:
+            found = workers.results(60)
+        assert (found[0]["rate"], "accuracy" in found[0], workers.pending) == (0.02, True, 0)
+    finally:
+        workers.end()

@@ -8,9 +8,12 @@ import json
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from research.cifar10.plan import PARTS, Done, stages, stages_of
 from research.cifar10.settings import Settings
 from research.cifar10.train import Images, train
 
+SHOWN = ("network", "batch", "method", "n", "warmup", "rate", "seed", "accuracy", "error")
 SPLIT_SEED, TRAINED, HELD_OUT = 0, 45_000, 5_000
 
 
@@ -56,14 +60,95 @@ def _images(folder: Path) -> Images:
     return Images(*(torch.from_numpy(a).to(device) for a in arrays))
 
 
-def _worker(folder: Path, tasks: Any, results: Any) -> None:
+def _worker(folder: Path, line: Connection) -> None:
     torch.set_num_threads(1)
     images = _images(folder)
-    while (settings := tasks.get()) is not None:
+    while True:
+        settings = line.recv()
         try:
-            results.put(train(settings, images))
+            line.send(train(settings, images))
         except Exception as error:
-            results.put({**asdict(settings), "error": repr(error)[:500]})
+            line.send({**asdict(settings), "error": repr(error)[:500]})
+
+
+class Workers:
+    """Processes that do runs, each with a line of its own: one that is killed takes its run along, and nothing else.
+
+    Args:
+        folder: Of the decoded data.
+        count: How many.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder, self._context = folder, mp.get_context("spawn")
+        self._processes: dict[Connection, Any] = {}
+        self._free: list[Connection] = []
+        self._busy: dict[Connection, Settings] = {}
+        self._waiting: deque[Settings] = deque()
+        self._deaths = 0
+        for _ in range(count):
+            self._start()
+
+    def _start(self) -> None:
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=_worker, args=(self._folder, there), daemon=True)
+        process.start()
+        there.close()  # so that the line ends with the process
+        self._processes[here] = process
+        self._free.append(here)
+
+    @property
+    def pending(self) -> int:
+        """Runs that are not done."""
+        return len(self._busy) + len(self._waiting)
+
+    def give(self, runs: Iterable[Settings]) -> None:
+        """More runs to do, after those that are waiting."""
+        self._waiting.extend(runs)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        while self._free and self._waiting:
+            line, settings = self._free.pop(0), self._waiting.popleft()
+            self._busy[line] = settings
+            with suppress(OSError):  # its process has ended: `results` sees that
+                line.send(settings)
+
+    def results(self, seconds: float) -> list[dict[str, Any]]:
+        """What has been done by now; waits so long for the first.
+
+        Raises:
+            RuntimeError: Process after process ends before a run is done.
+        """
+        found = []
+        for line in wait(list(self._busy), seconds):
+            assert isinstance(line, Connection)
+            settings = self._busy.pop(line)
+            try:
+                found.append(line.recv())
+                self._free.append(line)
+                self._deaths = 0
+            except (EOFError, OSError):
+                found.append({**asdict(settings), "error": self._bury(line)})
+        self._hand_out()
+        return found
+
+    def _bury(self, line: Connection) -> str:
+        process = self._processes.pop(line)
+        process.join()
+        line.close()
+        self._deaths += 1
+        if self._deaths > 2 + len(self._processes):
+            raise RuntimeError(
+                f"Process after process ended before its run was done, the last with {process.exitcode}."
+            )
+        self._start()
+        return f"its process ended with {process.exitcode}"
+
+    def end(self) -> None:
+        """End the processes, whatever they do."""
+        for process in self._processes.values():
+            process.terminate()
 
 
 def run_all(
@@ -85,38 +170,26 @@ def run_all(
     if out.exists() and not out.read_bytes().endswith(b"\n"):
         with out.open("a", encoding="utf-8") as file:  # a line that was cut off
             file.write("\n")
-    context = mp.get_context("spawn")
-    tasks, results = context.Queue(), context.Queue()
-    processes = [context.Process(target=_worker, args=(work, tasks, results), daemon=True) for _ in range(workers)]
-    for process in processes:
-        process.start()
-    pending, count = 0, 0
+    at_work, count = Workers(work, workers), 0
 
     def collect(until: int) -> None:
-        nonlocal pending, count
-        while pending > until and time.monotonic() - begun < seconds:
-            try:
-                result = results.get(timeout=2)
-            except Exception:
-                continue
-            pending, count = pending - 1, count + 1
-            done.add(result)
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            shown = {
-                k: result.get(k)
-                for k in ("network", "batch", "method", "n", "warmup", "rate", "seed", "accuracy", "error")
-            }
-            print(f"{time.monotonic() - begun:6.1f} {shown}", flush=True)
+        nonlocal count
+        while at_work.pending > until and time.monotonic() - begun < seconds:
+            for result in at_work.results(2.0):
+                count += 1
+                done.add(result)
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+                shown = {k: result.get(k) for k in SHOWN}
+                print(f"{time.monotonic() - begun:6.1f} {shown}", flush=True)
 
-    for stage in todo:
-        for settings in stage(done):
-            tasks.put(settings)
-            pending += 1
-        collect(workers // 2)  # the next stage is chosen by what this one found, with few processes idle
-    collect(0)
-    for process in processes:
-        process.terminate()
+    try:
+        for stage in todo:
+            at_work.give(stage(done))
+            collect(workers // 2)  # the next stage is chosen by what this one found, with few processes idle
+        collect(0)
+    finally:
+        at_work.end()
     return count
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,8 +42,15 @@ def _batch(images: Images, index: Tensor, generator: torch.Generator) -> Tensor:
     return _normalised(images.x[index[:, None, None], rows[:, :, None], columns[:, None, :]])
 
 
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of bytes; copied to the device once, for a copy is waited for."""
+    mean, std = (255 * torch.tensor(v, device=device) for v in (MEAN, STD))
+    return mean, std
+
+
 def _normalised(x: Tensor) -> Tensor:
-    mean, std = (255 * torch.tensor(v, device=x.device) for v in (MEAN, STD))
+    mean, std = _constants(x.device)
     return ((x.float() - mean) / std).permute(0, 3, 1, 2)
 
 
