@@ -32,14 +32,29 @@ def pytest_configure(config):
     config.option.loadscopereorder = False  # xdist would begin with the groups of most tests, which are quick ones
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around xdist's own, which reads the groups
+def pytest_collection_modifyitems(config, items):
     """A file's tests stay on one worker, and files that share what they set up on the same one; long ones are first."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
     groups = {item: item.get_closest_marker("xdist_group").args[0] for item in items}
     items.sort(key=lambda item: LONG.index(groups[item]) if groups[item] in LONG else len(LONG))
+    yield
+    if config.getoption("loadgroup", False):
+        for item in items:
+            name_group(item, groups[item])
+
+
+def name_group(item, group):
+    """See to it that the group is in the name, where xdist looks for it.
+
+    pytest 9.2 keeps names in another attribute than the one that xdist 3.8 writes to: each test would be a group of its
+    own, and what a file or several files set up once would be set up on every worker.
+    """
+    if not item.nodeid.endswith(f"@{group}"):
+        item._id = type(item._id).parse(f"{item.nodeid}@{group}")
+    assert item.nodeid.endswith(f"@{group}")
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures, which draw numbers too

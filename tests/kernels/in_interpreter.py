@@ -226,7 +226,7 @@ def test_offsets_beyond_31_bits(strides):
 # ---- any shape ---------------------------------------------------------------------------------------------
 
 small = st.integers(1, 19)
-sizes = settings(deadline=None, max_examples=12)
+sizes = settings(deadline=None, max_examples=8)
 
 
 def agree(name, *args):
