@@ -16,10 +16,11 @@ from hf_clars.grad_norms.compiled.calls import CompiledCall
 from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
-from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
+from hf_clars.grad_norms.graph.finder import GraphFinder
 from hf_clars.grad_norms.graph.known import KnownGraphs
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, watch
-from hf_clars.grad_norms.graph.taint import DataTaint, Following
+from hf_clars.grad_norms.graph.places import ContainerCall
+from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
@@ -51,6 +52,7 @@ class HookedNorms(NormAccumulator):
         self._graphs = KnownGraphs()
         self._containers: list[ContainerCall] = []
         self._learned = False
+        self._trained: list[bool] = []
         self._new_ways = False
         self._known_ways: set[object] = set()
         self._ways: dict[nn.Parameter, dict[str, None]] = {}
@@ -107,7 +109,7 @@ class HookedNorms(NormAccumulator):
         self._finder.forget()
         self._graphs.forget()
 
-    # ---- forward ---------------------------------------------------------------------------------------------
+    # ---- forward pass ----------------------------------------------------------------------------------------
 
     @property
     def active(self) -> bool:
@@ -118,8 +120,9 @@ class HookedNorms(NormAccumulator):
         self._following.end()
         self._containers.clear()
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
-        if not self._learned or self._finder.asks_for_data or self._finder.always_asks_for_data or mixed:
-            self._following.begin(tensors_in((args, kwargs)))
+        before, self._trained = self._trained, [p.requires_grad for p in self._layer_of]
+        if not self._learned or before != self._trained or self._finder.asks_for_data or mixed:
+            self._following.begin(tensors_in((args, kwargs)), current.batch_size)
         else:
             self._graphs.begin(current)
         self._compiled.join(current, args, kwargs)
@@ -140,11 +143,9 @@ class HookedNorms(NormAccumulator):
         current.packed = current.packed or saved_tensors_are_packed()
         if hooked.params:
             self._learn_what_is_in_use(hooked)
-        if self._following.taint is None and hooked not in self._finder.gated:
-            return
-        edges = [torch.autograd.graph.get_gradient_edge(t) for t in tensors_in(output) if t.requires_grad]
-        inputs = {t.grad_fn for t in tensors_in((args, kwargs)) if t.grad_fn is not None}
-        self._containers.append(ContainerCall(hooked, edges, inputs))
+        taint = self._following.taint
+        if taint is not None or hooked in self._finder.gated:
+            self._containers.append(ContainerCall.of(hooked, (args, kwargs), output, taint))
 
     def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
         """Reentrant checkpointing makes the graph of a module only now."""
@@ -164,9 +165,12 @@ class HookedNorms(NormAccumulator):
         if x is None or x.dim() == 0 or inside_function_transform() or (differentiating() and not inside_backward()):
             return None
         self._learn_what_is_in_use(hooked)
+        taint = self._following.taint
         if not torch.is_grad_enabled():
             if last is not None:
                 last.without_grad[hooked] += 1
+                if taint is not None and taint.moved(x) == MOVED:
+                    last.moved_without_grad.add(hooked)
             return None
         if inside_backward():
             return self._on_repeated_call(hooked, x, (args, kwargs), output)
@@ -176,10 +180,9 @@ class HookedNorms(NormAccumulator):
         if current.begun_compiled:
             raise ran_outside(hooked)
         current.packed = current.packed or saved_tensors_are_packed()
-        taint = self._following.taint
         replaced = capture(hooked, current, x, (args, kwargs), output, taint)
         if taint is not None and replaced is not None and taint.holds(x):
-            taint.mark(tensors_in(replaced))
+            taint.mark(tensors_in(replaced), taint.moved(x))
         if current.implicit:
             self._ever_captured.update(hooked.params.values())
         return replaced
@@ -238,7 +241,7 @@ class HookedNorms(NormAccumulator):
             for call in current.rule_calls:
                 call.leave_graph()
         if taint is not None and current.batch_size > 1:
-            self._learned, self._finder.asks_for_data = True, False
+            self._learned, self._finder.unknown = True, False
 
     def _watch_uses(
         self,
@@ -332,7 +335,7 @@ class HookedNorms(NormAccumulator):
         param = self._in_use.get(leaf, leaf)
         if param in self._layer_of:
             return param  # type: ignore[return-value]
-        if isinstance(param, nn.Parameter):
+        if isinstance(param, nn.Parameter) or any(leaf is b for b in self.model.buffers()):
             return None
         raise KeyError(leaf)
 

@@ -44,7 +44,8 @@ def operand_grads(
     """
     g, layout = grads[0], layouts[0]
     if len([t for t in grads if t is not None]) == 1 and g is not None and layout is not None:
-        kind = next((fn for name, fn in _KINDS.items() if node.name().startswith(name)), None)
+        kinds = () if g.is_complex() else _KINDS.items()
+        kind = next((fn for name, fn in kinds if node.name().startswith(name)), None)
         found = None if kind is None else kind(node, index, g, layout, batch, kept)
         if found is not None:
             return found.reshape(kept, *shape)

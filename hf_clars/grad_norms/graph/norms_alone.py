@@ -41,7 +41,7 @@ def norms_alone(
     squares = next((fn for name, fn in _KINDS.items() if use.node.name().startswith(name)), None)
     g, layout = grads[0], layouts[0]
     alone = squares is not None and _is_parameter(use) and all(t is None for t in grads[1:])
-    if squares is None or not alone or g is None or layout is None:
+    if squares is None or not alone or g is None or layout is None or g.is_complex():
         return None
     found = squares(use.node, use.index, g, layout, batch, kept)
     return None if found is None else found.clamp(min=0).sqrt()
