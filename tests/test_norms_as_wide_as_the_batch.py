@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import PerSampleGradNorms
@@ -87,7 +88,28 @@ class Casts(nn.Module):
         return checkpoint(self.block, self.first(x), use_reentrant=self.reentrant)
 
 
-@pytest.mark.parametrize("kind", [Thaws, ThawsMagnitude, Branches, HasBuffer, Casts])
+class Scaled(Base):
+    """The layer computes with what is made of its weights."""
+
+    def forward(self, x):
+        made = {name: p * (1 + self.scale.mean()) for name, p in self.linear.named_parameters()}
+        return functional_call(self.linear, made, (x @ self.weight,)) * self.gain
+
+
+class Maps(Base):
+    def forward(self, x):
+        return self.linear(torch.vmap(lambda row: (row @ self.weight).tanh() * self.gain)(x)) * self.scale
+
+
+class StepsFirst(Base):
+    """As many steps as samples: a layer's rows are steps."""
+
+    def forward(self, x):
+        steps = (x[:, None] * torch.linspace(-1, 1, B, dtype=x.dtype)[:, None]).transpose(0, 1)
+        return (self.linear(steps) @ self.weight * self.gain + self.scale).tanh().transpose(0, 1).sum(1)
+
+
+@pytest.mark.parametrize("kind", [Thaws, ThawsMagnitude, Branches, HasBuffer, Casts, Scaled, Maps, StepsFirst])
 def test_it_is_exact(kind):
     torch.manual_seed(0)
     model = kind().double()

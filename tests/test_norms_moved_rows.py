@@ -248,3 +248,13 @@ def test_rows_that_stay_in_order_are_a_rules(marked):
             norms.per_sample  # noqa: B018
         assert "LinearRule of head" in str(norms.explain())
         assert norms._finder.asks_for_data == marked
+
+
+def test_compiled_code_refuses_them_once_a_pass_has_shown_them():
+    torch.manual_seed(0)
+    model = Flips().double()
+    with PerSampleGradNorms(model):
+        loss_of(model, torch.randn(5, 4, dtype=torch.float64)).mean().backward()
+        compiled = torch.compile(model, backend="eager")
+        with pytest.raises(Exception, match=r"last \(Linear\)"):
+            loss_of(compiled, torch.randn(5, 4, dtype=torch.float64))

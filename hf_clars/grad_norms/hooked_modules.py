@@ -61,6 +61,17 @@ class HookedModule:
         """
         return getattr(self.module, name)
 
+    def is_made(self, name: str) -> bool:
+        """Whether the tensor that the module computes with now is made of parameters, as `functional_call` gives it."""
+        used = self.in_use(name)
+        stack = [] if used is self.params[name] or used.grad_fn is None else [used.grad_fn]
+        while stack:
+            node = stack.pop()
+            if getattr(node, "variable", None) is self.params[name]:
+                return True
+            stack += [child for child, _ in node.next_functions if child is not None]
+        return False
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Its own measured parameters that are not frozen now, by local name."""
         return {n: p for n, p in self.params.items() if self.in_use(n).requires_grad}

@@ -93,6 +93,8 @@ def _decide(
     results = differentiable_in(output)
     if not wanted or not results or not (rule.several_results or isinstance(output, Tensor)):
         return None
+    if any(hooked.is_made(name) for name in wanted):
+        return None
     tainted = None if taint is None else taint.holds(x) or current.was_given(x)
     if tainted is not None and current.batch_size > 1:
         (hooked.data_dims if tainted else hooked.own_dims).add(x.dim())

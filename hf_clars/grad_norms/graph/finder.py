@@ -189,7 +189,7 @@ class GraphFinder:
         for call, found in zip(unproven, proven, strict=False):
             call.proven = True
             layout = call.plan.layout
-            coupled = call.rows == 1 and call.plan.x_depends_on_data
+            coupled = call.rows == 1 and call.plan.x_depends_on_data and found is not None and not found.layouts
             right = found is None or layout in found.layouts or (coupled and found.everywhere(layout.axis))
             if not right:
                 call.cancelled, again = True, True

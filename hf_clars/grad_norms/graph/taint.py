@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from hf_clars.grad_norms.graph.rows import SCATTERS, moves_rows
-from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of
+from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unwrapped
 from hf_clars.grad_norms.trees import tensors_in
 
 BROUGHT_BACK, MOVED = 1, 2
@@ -115,7 +115,7 @@ class DataTaint(TorchFunctionMode):
 def node_of(t: Tensor) -> Node | None:
     """A tensor's place in the graph; None for a view of which torch cannot say it any more."""
     try:
-        return t.grad_fn
+        return unwrapped(t).grad_fn
     except RuntimeError:  # a view made without gradients, of something that was then changed with them
         return None
 
