@@ -128,7 +128,8 @@ def call_for_each(node: Node, index: int, stacks: Grads, shape: Sequence[int]) -
         found = _call(node, [None if t is None else next(rest) for t in stacks])[index]
         return grads[0].new_zeros(tuple(shape)) if found is None else found.sum_to_size(tuple(shape))
 
-    if isinstance(node, BackwardCFunction):  # may look at values, write in place or start kernels of its own
+    # Own functions may look at values, write in place or start kernels; distances of a stack are wrong in torch 2.14.
+    if isinstance(node, BackwardCFunction) or node.name().startswith("CdistBackward"):
         return torch.stack([one(*(t[i] for t in given)) for i in range(len(given[0]))])
     try:
         return torch.vmap(one)(*given)
