@@ -165,3 +165,49 @@ def test_modules_that_a_backward_function_runs_again_are_exact_and_left_alone():
         model(x)[i].sin().sum().backward()
         for name, p in named.items():
             torch.testing.assert_close(found[name][i], p.grad.norm(), rtol=1e-9, atol=1e-12, msg=name)
+
+
+class Reversed(torch.autograd.Function):
+    """A reversible block: it trains its layer by a backward pass of its own, and says None for the layer's weight."""
+
+    @staticmethod
+    def forward(ctx, x, layer, weight):
+        with torch.no_grad():
+            y = x + layer(x).tanh()
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            ctx.layer(x).tanh().backward(g)
+        return g + x.grad, None, None
+
+
+def test_an_operation_that_says_none_for_a_weight():
+    torch.manual_seed(0)
+    first, layer = nn.Linear(4, 3).double(), nn.Linear(3, 3, bias=False).double()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = first, layer
+
+        def forward(self, x):
+            return Reversed.apply(self.first(x), self.layer, self.layer.weight)
+
+    model = Model()
+    with PerSampleGradNorms(model) as norms:
+        for step in range(4):
+            torch.manual_seed(step)
+            x = torch.randn(5, 4, dtype=torch.float64)
+            h = first(x).detach()
+            y = h + layer(h).tanh()
+            at_product = y.cos() * (1 - (y - h).square())
+            model.zero_grad()
+            model(x).sin().sum(1).mean().backward()
+            want = at_product.norm(dim=1) * h.norm(dim=1)
+            torch.testing.assert_close(norms.per_sample["layer"], want)

@@ -56,6 +56,7 @@ class ForwardPass:
         implicit: True when the pass was opened by a submodule rather than by the model's own forward.
         mark: Called when a gradient has reached the pass.
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
+        moved_without_grad: Those that were called so on rows that were given other places.
         recomputed: Modules whose parameters were counted for such calls already.
         error: What was found wrong in a backward pass, to be raised when the norms are asked for.
         params: The model's parameters, for what must leave them undisturbed.
@@ -92,6 +93,7 @@ class ForwardPass:
     mark: Callable[[ForwardPass], None] = lambda _: None
     params: Callable[[], Iterable[nn.Parameter]] = tuple
     without_grad: Counter[HookedModule] = field(default_factory=Counter)
+    moved_without_grad: set[HookedModule] = field(default_factory=set)
     recomputed: Counter[HookedModule] = field(default_factory=Counter)
     error: Exception | None = None
     keeps_errors: bool = False
@@ -193,7 +195,7 @@ class ForwardPass:
         if param in self.several:
             held = self.pending.get(param)
             self.pending[param] = grads if held is None else held + grads
-        elif grads.numel() < SMALL:
+        elif grads.numel() < SMALL and not grads.is_complex():
             self.small.append((layer, grads))
         else:
             self.add_squares(layer, squared_sum(grads))

@@ -63,6 +63,17 @@ class HookedModule:
         """
         return getattr(self.module, name)
 
+    def is_made(self, name: str) -> bool:
+        """Whether the tensor that the module computes with now is made of parameters, as `functional_call` gives it."""
+        used = self.in_use(name)
+        stack = [] if used is self.params[name] or used.grad_fn is None else [used.grad_fn]
+        while stack:
+            node = stack.pop()
+            if getattr(node, "variable", None) is self.params[name]:
+                return True
+            stack += [child for child, _ in node.next_functions if child is not None]
+        return False
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Its own measured parameters that are not frozen now, by local name."""
         return {n: p for n, p in self.params.items() if self.in_use(n).requires_grad}
@@ -84,10 +95,12 @@ class LeavesInUse:
 
     Args:
         layer_of: The measured parameters, and the layer of each.
+        model: Where they, and buffers, are.
     """
 
-    def __init__(self, layer_of: Mapping[nn.Parameter, int]) -> None:
+    def __init__(self, layer_of: Mapping[nn.Parameter, int], model: nn.Module) -> None:
         self._layer_of = layer_of
+        self._model = model
         self._params: dict[Tensor, nn.Parameter] = {}
 
     def learn(self, hooked: HookedModule) -> None:
@@ -98,7 +111,7 @@ class LeavesInUse:
                 self._params[used] = param
 
     def param_of(self, leaf: Tensor) -> nn.Parameter | None:
-        """The measured parameter that a leaf stands for; None for a parameter that is not measured.
+        """The measured parameter that a leaf stands for; None for a parameter that is not measured, and for a buffer.
 
         Raises:
             KeyError: For data.
@@ -106,7 +119,7 @@ class LeavesInUse:
         param = self._params.get(leaf, leaf)
         if param in self._layer_of:
             return param  # type: ignore[return-value]
-        if isinstance(param, nn.Parameter):
+        if isinstance(param, nn.Parameter) or any(leaf is b for b in self._model.buffers()):
             return None
         raise KeyError(leaf)
 

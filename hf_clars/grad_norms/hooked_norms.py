@@ -15,10 +15,11 @@ from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
 from hf_clars.grad_norms.explanation import CallTimes, LearnedWays
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
-from hf_clars.grad_norms.graph.finder import ContainerCall, GraphFinder
+from hf_clars.grad_norms.graph.finder import GraphFinder
 from hf_clars.grad_norms.graph.known import KnownGraphs
 from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, watch
-from hf_clars.grad_norms.graph.taint import DataTaint, Following
+from hf_clars.grad_norms.graph.places import ContainerCall
+from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds
@@ -43,12 +44,13 @@ class HookedNorms(NormAccumulator):
     ) -> None:
         super().__init__(model, layers, samples=samples, keep_per_sample=keep_per_sample)
         self._ever_captured: set[nn.Parameter] = set()
-        self._in_use = LeavesInUse(self._layer_of)
+        self._in_use = LeavesInUse(self._layer_of, self.model)
         self._finder = GraphFinder(self._in_use.param_of, self._name_of, self._in_use.are_split)
         self._following = Following()
         self._graphs = KnownGraphs()
         self._containers: list[ContainerCall] = []
         self._learned = False
+        self._trained: list[bool] = []
         self._ways = LearnedWays(self._name_of)
         self._times: CallTimes | None = None
         self._module_handles: list[RemovableHandle] = []
@@ -103,7 +105,7 @@ class HookedNorms(NormAccumulator):
         self._finder.forget()
         self._graphs.forget()
 
-    # ---- forward ---------------------------------------------------------------------------------------------
+    # ---- forward pass ----------------------------------------------------------------------------------------
 
     @property
     def active(self) -> bool:
@@ -115,8 +117,9 @@ class HookedNorms(NormAccumulator):
         self._following.end()
         self._containers.clear()
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
-        if not self._learned or self._finder.asks_for_data or self._finder.always_asks_for_data or mixed:
-            self._following.begin(tensors_in((args, kwargs)))
+        before, self._trained = self._trained, [p.requires_grad for p in self._layer_of]
+        if not self._learned or before != self._trained or self._finder.asks_for_data or mixed:
+            self._following.begin(tensors_in((args, kwargs)), current.batch_size)
         else:
             self._graphs.begin(current)
         self._compiled.join(current, args, kwargs)
@@ -137,11 +140,9 @@ class HookedNorms(NormAccumulator):
         current.packed = current.packed or saved_tensors_are_packed()
         if hooked.params:
             self._in_use.learn(hooked)
-        if self._following.taint is None and hooked not in self._finder.gated:
-            return
-        edges = [torch.autograd.graph.get_gradient_edge(t) for t in tensors_in(output) if t.requires_grad]
-        inputs = {t.grad_fn for t in tensors_in((args, kwargs)) if t.grad_fn is not None}
-        self._containers.append(ContainerCall(hooked, edges, inputs))
+        taint = self._following.taint
+        if taint is not None or hooked in self._finder.gated:
+            self._containers.append(ContainerCall.of(hooked, (args, kwargs), output, taint))
 
     def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
         """Reentrant checkpointing makes the graph of a module only now."""
@@ -163,9 +164,12 @@ class HookedNorms(NormAccumulator):
         if x is None or x.dim() == 0 or inside_function_transform() or (differentiating() and not inside_backward()):
             return None
         self._in_use.learn(hooked)
+        taint = self._following.taint
         if not torch.is_grad_enabled():
             if last is not None:
                 last.without_grad[hooked] += 1
+                if taint is not None and taint.moved(x) == MOVED:
+                    last.moved_without_grad.add(hooked)
             return None
         if inside_backward():
             return self._on_repeated_call(hooked, x, (args, kwargs), output)
@@ -175,10 +179,9 @@ class HookedNorms(NormAccumulator):
         if current.begun_compiled:
             raise ran_outside(hooked)
         current.packed = current.packed or saved_tensors_are_packed()
-        taint = self._following.taint
         replaced = capture(hooked, current, x, (args, kwargs), output, taint)
         if taint is not None and replaced is not None and taint.holds(x):
-            taint.mark(tensors_in(replaced))
+            taint.mark(tensors_in(replaced), taint.moved(x))
         if current.implicit:
             self._ever_captured.update(hooked.params.values())
         return replaced
@@ -233,7 +236,7 @@ class HookedNorms(NormAccumulator):
             for call in current.rule_calls:
                 call.leave_graph()
         if taint is not None and current.batch_size > 1:
-            self._learned, self._finder.asks_for_data = True, False
+            self._learned, self._finder.unknown = True, False
 
     def _watch_uses(
         self,

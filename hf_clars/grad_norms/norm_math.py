@@ -31,6 +31,7 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 def squared_sum(x: Tensor) -> Tensor:
     """Squared 2-norm of every sample: [B, ...] -> [B]."""
+    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
     flat = x if x.dim() == 2 else x.flatten(1) if x.dim() > 2 else x.unsqueeze(1)
     if x.numel() < SMALL:
         return torch.linalg.vecdot(flat, flat)

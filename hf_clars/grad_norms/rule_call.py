@@ -39,6 +39,7 @@ class CallPlan:
         way: How the weight gradient comes from this engine; None where the ordinary backward pass is watched.
         x_depends_on_data: Whether the input is known to depend on what the model was called with.
         proven: Whether rows are known to belong to samples as `rows` says.
+        moved: Whether rows of the batch were given other places before: each pass must prove anew whose they are.
         lasts: Whether calls that look alike may follow it too.
     """
 
@@ -52,6 +53,7 @@ class CallPlan:
     way: Callable[[RuleCall, Tensor, Tensor], Tensor] | None = None
     x_depends_on_data: bool = False
     proven: bool = True
+    moved: bool = False
     lasts: bool = False
 
     @property

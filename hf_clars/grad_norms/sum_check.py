@@ -78,9 +78,9 @@ class SumCheck:
         known = self._coarsest.get(param, torch.float64)
         self._coarsest[param] = dtype if torch.finfo(dtype).eps > torch.finfo(known).eps else known
 
-    def take(self, param: nn.Parameter, g: Tensor) -> None:
-        """Take a gradient that autograd delivers for a parameter."""
-        if differentiating() or g.is_sparse or self._error is not None:
+    def take(self, param: nn.Parameter, g: Tensor | None) -> None:
+        """Take a gradient that autograd delivers for a parameter; None, where an operation says that there is none."""
+        if g is None or differentiating() or g.is_sparse or self._error is not None:
             return
         try:
             self._take(param, g)
@@ -151,7 +151,7 @@ class _Take:
     def __init__(self, check: SumCheck, param: nn.Parameter) -> None:
         self._check, self._param = check, param
 
-    def __call__(self, g: Tensor) -> None:
+    def __call__(self, g: Tensor | None) -> None:
         self._check.take(self._param, g)
 
     def __deepcopy__(self, memo: object) -> _Ignore:

@@ -75,10 +75,17 @@ class StorageReference(StorageWeakRef):
         return int(self.cdata)
 
 
+def unwrapped(t: Tensor) -> Tensor:
+    """What a tensor stands for under `torch.vmap`: all samples."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
 def storage_of(t: Tensor) -> StorageReference | None:
     """Where a tensor's values are; None if it has no memory of its own (it stands in for others)."""
     try:
-        return StorageReference(t.untyped_storage())
+        return StorageReference(unwrapped(t).untyped_storage())
     except (RuntimeError, NotImplementedError):
         return None
 

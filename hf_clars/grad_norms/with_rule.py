@@ -11,7 +11,7 @@ from hf_clars.distributed import is_split
 from hf_clars.grad_norms.errors import BatchAxisError, MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Layout, is_open
-from hf_clars.grad_norms.graph.taint import DataTaint
+from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
 from hf_clars.grad_norms.observation import observe, observe_several
 from hf_clars.grad_norms.one_product import Way, is_taken_over, replace_backward, take_over
@@ -96,13 +96,16 @@ def _decide(
     results = differentiable_in(output)
     if not wanted or not results or not (rule.several_results or isinstance(output, Tensor)):
         return None
+    if any(hooked.is_made(name) for name in wanted):
+        return None
     tainted = None if taint is None else taint.holds(x) or current.was_given(x)
     if tainted is not None and current.batch_size > 1:
         (hooked.data_dims if tainted else hooked.own_dims).add(x.dim())
         hooked.plans.clear()
     axes = rule.batch_axes(hooked.module, results)
     rows = _rows(hooked, current, x, results[0], axes[0])
-    if recomputed and (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed":
+    unproven = (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed"
+    if recomputed and (unproven or hooked in current.moved_without_grad):
         current.error = current.error or _unknown_rows(hooked, current, x, results[0])
         return None
     if rows is None or (x.dim() in hooked.own_dims and tainted is not True and current.batch_size > 1):
@@ -111,9 +114,12 @@ def _decide(
     known = hooked.calls.get(key)
     if known == "graph":
         return None
+    moved = 0 if taint is None or current.batch_size == 1 else taint.moved(x)
+    if moved == MOVED:
+        known = None
     always = current.implicit or not hooked.path or current.batch_size == 1
     simple = always or current.was_given(x)
-    sure = simple or (tainted is True and not _open(hooked, results[0], current))
+    sure = simple or (tainted is True and not moved and not _open(hooked, results[0], current))
     lasts = known is not None or always
     if known is None and rows == 1 and sure:
         known = "certain"
@@ -121,7 +127,7 @@ def _decide(
             hooked.calls[key] = known
     plan = CallPlan(hooked, rule, wanted, rows, key=key, axes=axes, layout=Layout(axes[0]))
     plan.x_depends_on_data, plan.lasts = tainted is not False, lasts
-    plan.proven = known is not None or current.batch_size == 1
+    plan.proven, plan.moved = known is not None or current.batch_size == 1, moved == MOVED
     if known is not None and rows == 1 and not rule.several_results:
         plan.way = _way(plan, x, output, all_measured=current.kept == current.batch_size)
     return plan
@@ -130,9 +136,9 @@ def _decide(
 def _unknown_rows(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> BatchAxisError:
     return BatchAxisError(
         f"{hooked} takes {tuple(x.shape)} and returns {tuple(output.shape)}, but the batch has {current.batch_size} "
-        "samples. It was called by reentrant activation checkpointing, which hides the graph around it: checkpoint "
-        "with use_reentrant=False (Trainer: gradient_checkpointing_kwargs={'use_reentrant': False}), or freeze its "
-        "parameters."
+        "samples, and nothing tells whose rows they are. It was called by reentrant activation checkpointing, which "
+        "hides the graph around it: checkpoint with use_reentrant=False (Trainer: gradient_checkpointing_kwargs="
+        "{'use_reentrant': False}), or freeze its parameters."
     )
 
 

@@ -241,6 +241,8 @@ class CompiledCall:
         if not self.rule.has_batch_axis(self.module, x) or output.shape[0] != x.shape[0]:
             return False
         if x.shape[0] == batch:
+            if hooked.calls.get((1, x.dim())) == "graph":
+                return False  # rows were given other places
             if hooked.calls or hooked.data_dims or hooked.own_dims:
                 return x.dim() not in hooked.own_dims or x.dim() in hooked.data_dims
             # Nothing is known. What comes from no parameter may be a table as long as the batch by chance, as T5's

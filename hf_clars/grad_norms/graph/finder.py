@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,8 +13,8 @@ from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass, quietly
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, prove
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
-from hf_clars.grad_norms.graph.places import inner_roots, reaches
-from hf_clars.grad_norms.graph.taint import DataTaint
+from hf_clars.grad_norms.graph.places import ContainerCall, announce, inner_roots, place_of, reaches
+from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.one_product import OWN_NODES
@@ -24,24 +23,8 @@ from hf_clars.grad_norms.torch_internals import shape_at
 from hf_clars.grad_norms.trees import differentiable_in
 from hf_clars.grad_norms.undisturbed import undisturbed
 
-
-@dataclass(eq=False)
-class ContainerCall:
-    """A call of a module without a rule: a possible gate.
-
-    Attributes:
-        hooked: The module.
-        edges: Where its differentiable results come from.
-        inputs: Where its inputs come from.
-    """
-
-    hooked: HookedModule
-    edges: list[GradientEdge]
-    inputs: set[Node]
-
-    def batch_first(self, batch: int) -> list[GradientEdge]:
-        """Results that are [B, ...]."""
-        return [edge for edge in self.edges if _place(edge)[1][:1] == (batch,)]
+_BY_INDEX = ("IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0")
+"""Operations that take numbers of rows, which no graph shows."""
 
 
 @dataclass(eq=False)
@@ -55,14 +38,14 @@ class GraphFinder:
             it, so that nothing can be proven.
 
     Attributes:
-        asks_for_data: Whether the next pass must follow the data: something was met that is not known.
+        unknown: Whether something was met that is not known, so that the next pass must follow the data.
         gated: Modules whose results are kept as gates from now on.
     """
 
     param_of: Callable[[Tensor], nn.Parameter | None]
     name_of: Callable[[nn.Parameter], str]
     is_split: Callable[[], bool]
-    asks_for_data: bool = False
+    unknown: bool = False
     gated: set[HookedModule] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -70,17 +53,22 @@ class GraphFinder:
         self._mixed: set[Signature] = set()
         self._whole: set[Signature] = set()
         self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
+        self._moves_rows = False
+        self._layouts_now: dict[Node, list[Layout | None]] = {}
         self._gate_of: dict[tuple[object, ...], HookedModule] = {}
 
     @property
-    def always_asks_for_data(self) -> bool:
-        """Whether one operation is used on the data and on constants alike, so that only the data can tell."""
-        return bool(self._mixed)
+    def asks_for_data(self) -> bool:
+        """Whether the next pass must follow the data.
+
+        Always where one operation is used on the data and on constants alike, or where rows are given other places.
+        """
+        return self.unknown or bool(self._mixed) or self._moves_rows
 
     def forget(self) -> None:
         """An engine has put other parameters in the places of those that were known."""
         self.__post_init__()
-        self.asks_for_data = True
+        self.unknown = True
 
     # ---- one pass --------------------------------------------------------------------------------------------
 
@@ -104,6 +92,8 @@ class GraphFinder:
         Raises:
             BatchAxisError: If rows cannot be told apart by sample.
         """
+        self._moves_rows |= taint is not None and taint.moves
+        self._layouts_now.clear()
         for _ in range(4):
             walk = self._walk(current, outputs, taint)
             unproven = [c for c in current.rule_calls if not c.proven and not c.cancelled]
@@ -121,7 +111,8 @@ class GraphFinder:
                 continue
             container = self._container_of(use, current, containers)
             edges = container.batch_first(current.batch_size)
-            gates.setdefault(container, Gate(edges, str(container.hooked))).uses.append(use)
+            gates.setdefault(container, Gate(edges, str(container.hooked), current.packed)).uses.append(use)
+        self._layouts_now.clear()
         return measured, list(gates.values())
 
     def _walk(self, current: ForwardPass, outputs: Sequence[Tensor], taint: DataTaint | None) -> GraphWalk:
@@ -138,6 +129,7 @@ class GraphFinder:
             self._whole.__contains__,
             current.batch_size,
             OWN_NODES,
+            {} if taint is None else taint.moved_nodes,
         )
         walk.run(outputs)
         return walk
@@ -150,9 +142,10 @@ class GraphFinder:
                 self._mixed.add(signature)
             self._takes_data[signature] = found
             return found
-        if known is None:  # the next pass will tell; without rows for the samples it is taken for no data until then
-            self.asks_for_data = True
-            return (shape_at(node) or ())[:1] == (batch,)
+        if known is None:
+            # The next pass will tell. What is taken for made of parameters until then is right wherever it meets data.
+            self.unknown = True
+            return signature[0] in _BY_INDEX and (shape_at(node) or ())[:1] == (batch,)
         return known
 
     # ---- layouts ---------------------------------------------------------------------------------------------
@@ -163,13 +156,13 @@ class GraphFinder:
         if batch == 1:
             return [Layout() for _ in shapes]
         key = _key(use)
-        known = self._layouts.get(key)
+        known = self._layouts_now.get(use.node) if use.moved == MOVED else self._layouts.get(key)
         if known is not None:
             fits = all(la is None or la.sizes(s, batch) is not None for la, s in zip(known, shapes, strict=True))
             return known if fits else None
         if key in self._gate_of:
             return [None for _ in shapes]
-        spreads = use.node.name().startswith(SPREADS)
+        spreads = use.moved or use.node.name().startswith(SPREADS)
         if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not is_open(shapes[0], batch) and not spreads:
             return [Layout()]
         return None
@@ -183,23 +176,26 @@ class GraphFinder:
         unknown: Sequence[Use],
     ) -> bool:
         """Follow one sample's gradient. Returns whether anything was cancelled, so that the graph looks different."""
-        places = [_place(call.edges[0]) for call in unproven]
+        places = [place_of(call.edges[0]) for call in unproven]
         for use in unknown:
             places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(use.result_shapes)]
-        proven = self._prove(current, outputs, walk, places)
+        moved = any(c.plan.moved for c in unproven) or any(use.moved == MOVED for use in unknown)
+        samples = range(current.batch_size) if moved else (current.batch_size - 1, 0)
+        proven = self._prove(current, outputs, walk, places, samples)
         if proven is None:
             self._take_as_they_look(unproven, current)
             return False
         again = False
         for call, found in zip(unproven, proven, strict=False):
             call.proven = True
-            coupled = found is not None and found.everywhere and call.rows == 1 and call.plan.x_depends_on_data
-            right = found is None or call.plan.layout in found.layouts or coupled
+            layout = call.plan.layout
+            coupled = call.rows == 1 and call.plan.x_depends_on_data and found is not None and not found.layouts
+            right = found is None or layout in found.layouts or (coupled and found.everywhere(layout.axis))
             if not right:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():
                     current.forget_use(param)
-            if found is not None:
+            if found is not None and not (right and call.plan.moved):
                 call.hooked.calls[call.plan.key] = "observed" if right else "graph"
         rest = iter(proven[len(unproven) :])
         for use in unknown:
@@ -221,11 +217,13 @@ class GraphFinder:
         for shape, f in zip(shapes, found, strict=True):
             if f is not None and f.layouts:
                 layouts.append(f.layouts[0])
-            elif (f is None or f.everywhere) and shape and shape[0] == batch:
+            elif (f is None or f.everywhere()) and shape and shape[0] == batch:
                 layouts.append(Layout())  # coupled samples, or no gradient: taken for what it looks like
             else:
                 layouts.append(None)
-        if any(la is not None for la in layouts):
+        if use.moved == MOVED:
+            self._layouts_now[use.node] = layouts
+        elif any(la is not None for la in layouts):
             self._layouts[_key(use)] = layouts
         return False
 
@@ -235,8 +233,9 @@ class GraphFinder:
         outputs: Sequence[Tensor],
         walk: GraphWalk,
         places: Sequence[tuple[GradientEdge, tuple[int, ...]]],
+        samples: Sequence[int],
     ) -> list[Arrival | None] | None:
-        """The layouts of some places; None if the graph cannot be asked."""
+        """The layouts of some places, by some samples; None if the graph cannot be asked."""
         batch = current.batch_size
         whole = [t for t in differentiable_in(outputs) if t.dim() and t.shape[0] == batch]
         if batch < 2 or walk.once or self.is_split() or any(t.is_meta for t in outputs):
@@ -246,7 +245,7 @@ class GraphFinder:
         if not roots:
             roots = inner_roots(outputs, batch)
             checks = [
-                _place(c.edges[0])
+                place_of(c.edges[0])
                 for c in current.rule_calls
                 if c.edges and c.proven and not c.cancelled and c.on_given
             ]
@@ -254,7 +253,7 @@ class GraphFinder:
                 return None
         try:
             with quietly(), undisturbed(current.params()):
-                found = prove(roots, [*places, *checks], batch, walk.couplings)
+                found = prove(roots, [*places, *checks], batch, samples, walk.couplings)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
@@ -264,7 +263,7 @@ class GraphFinder:
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], current: ForwardPass) -> None:
         for call in unproven:
-            if call.rows != 1 and not _is_meta(call):
+            if (call.rows != 1 or call.plan.moved) and not _is_meta(call):
                 raise _no_proof(call, current.batch_size)
             call.proven = True
 
@@ -277,7 +276,8 @@ class GraphFinder:
         if layouts is not None:
             known = any(la is not None for la in layouts)
             return MeasuredUse(use, layouts, name, careful=current.packed) if known else None
-        if shapes[0] and shapes[0][0] == current.batch_size:  # nothing could be learned: taken for what it looks like
+        if shapes[0] and shapes[0][0] == current.batch_size and use.moved != MOVED:
+            # Nothing could be learned: taken for what it looks like.
             return MeasuredUse(use, [Layout(), *[None for _ in shapes[1:]]], name, careful=current.packed)
         return None
 
@@ -291,26 +291,12 @@ class GraphFinder:
             starts = [edge.node for edge in container.batch_first(current.batch_size)]
             if starts and reaches(starts, use.node, container.inputs):
                 if key not in self._gate_of and current.kept > 1:
-                    _announce(container, [self.name_of(p) for p in use.leaves.values()])
+                    announce(container, [self.name_of(p) for p in use.leaves.values()])
                 self._gate_of[key] = container.hooked
                 self.gated.add(container.hooked)
                 return container
-        self.asks_for_data = True
+        self.unknown = True
         raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), current.batch_size)
-
-
-def _place(edge: GradientEdge) -> tuple[GradientEdge, tuple[int, ...]]:
-    """A place in the graph, and the shape of the value there."""
-    return edge, shape_at(edge.node, edge.output_nr) or ()
-
-
-def _announce(container: ContainerCall, names: Sequence[str]) -> None:
-    warnings.warn(
-        f"{container.hooked}: the gradient norms of {', '.join(sorted(names))} need a backward pass of this module for "
-        "every sample, because rows inside belong to no sample. This is exact but slow: register a layer rule, freeze "
-        "these parameters, or measure fewer samples.",
-        stacklevel=2,
-    )
 
 
 def _key(use: Use) -> tuple[object, ...]:
@@ -323,9 +309,9 @@ def _is_meta(call: RuleCall) -> bool:
 
 
 def _no_proof(call: RuleCall, batch: int) -> BatchAxisError:
-    """The error for folded rows that cannot be proven to lie together."""
+    """The error for rows that cannot be proven to be a sample's."""
     return BatchAxisError(
         f"{call.hooked} is called on {call.rows} rows for each of the {batch} samples, and this model's graph does not "
-        "tell whether they lie together: let the model return its outputs beside the loss, put the batch first, freeze "
+        "tell whose they are: let the model return its outputs beside the loss, put the batch first, freeze "
         f"the parameters, or {WITHOUT_SAMPLES}."
     )

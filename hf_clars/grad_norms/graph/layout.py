@@ -7,9 +7,9 @@ model's output is followed through the graph, once: the rows at which it arrives
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -88,25 +88,31 @@ class Arrival:
 
     Attributes:
         layouts: Those that are right, the likeliest first.
-        everywhere: Whether it touched every row of the first axis: samples are coupled, or the rows belong to none.
+        missed: Axes of which it left rows out. Where there are none, samples are coupled, or the rows belong to none.
     """
 
     layouts: list[Layout]
-    everywhere: bool = True
+    missed: set[int] = field(default_factory=set)
+
+    def everywhere(self, axis: int = 0) -> bool:
+        """Whether it touched every row of an axis."""
+        return axis not in self.missed
 
 
 def prove(
     roots: Sequence[tuple[GradientEdge, Tensor]],
     places: Sequence[tuple[GradientEdge, tuple[int, ...]]],
     batch: int,
+    samples: Iterable[int],
     couplings: Sequence[Node],
 ) -> list[Arrival | None]:
-    """Follow one sample's gradient, for the last and the first sample.
+    """Follow one sample's gradient, for some samples.
 
     Args:
         roots: Places that are known to be [B, ...], or [B * rows, ...], each with a tensor [B, ...] of its size.
         places: What to look at, with its shape.
         batch: B > 1.
+        samples: Which: the last and the first tell one layout from another, but only all tell that no rows were moved.
         couplings: BatchNorm's operations, through which a sample would touch all others.
 
     Returns:
@@ -116,7 +122,7 @@ def prove(
         RuntimeError: From torch, if the graph can be differentiated only once.
     """
     left: list[Arrival | None] = [None] * len(places)
-    for sample in (batch - 1, 0):
+    for sample in samples:
         starts = [_start(like, sample).view(shape_at(edge.node, edge.output_nr) or like.shape) for edge, like in roots]
         with _uncoupled(couplings):
             arrived = torch.autograd.grad(
@@ -131,9 +137,9 @@ def prove(
                 continue
             before = left[i] or Arrival(candidates(shape, batch))
             right = [layout for layout in before.layouts if _holds_only(g, layout, sample, batch)]
-            left[i] = Arrival(
-                right, before.everywhere and bool(g.ne(0).reshape(len(g), -1).any(1).all() if g.dim() else True)
-            )
+            touched = g.ne(0)
+            missed = {k for k in range(g.dim()) if not touched.transpose(0, k).reshape(g.shape[k], -1).any(1).all()}
+            left[i] = Arrival(right, before.missed | missed)
     return left
 
 

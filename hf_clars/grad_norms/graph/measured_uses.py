@@ -71,14 +71,19 @@ class MeasuredUse:
         """By a backward pass of its own, which unpacks what was saved once more."""
         use, parts = self.use, []
         present = [(i, g, layout) for i, (g, layout) in enumerate(zip(grads, self.layouts, strict=True))]
-        known = [(GradientEdge(use.node, i), g, layout) for i, g, layout in present if g is not None and layout]
+        known = [(i, g, layout) for i, g, layout in present if g is not None and layout]
         step = max(1, MAX_ELEMENTS // max(1, sum(g.numel() for _, g, _ in known)))
         for start in range(0, kept, step):
             samples = slice(start, min(start + step, kept))
-            stacks = [layout.one_sample_each(g, batch, samples) for _, g, layout in known]
-            (found,) = batched_grads([edge for edge, _, _ in known], [GradientEdge(*use.child)], stacks)
-            parts.append(stacks[0].new_zeros(len(stacks[0]), *use.shape) if found is None else found)
+            parts.append(_grads_by_engine(use, [(i, la.one_sample_each(g, batch, samples)) for i, g, la in known]))
         return torch.cat(parts)
+
+
+def _grads_by_engine(use: Use, stacks: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Gradients [b, *shape of the operand] from those of some results, each [b, *its shape]."""
+    edges, given = [GradientEdge(use.node, i) for i, _ in stacks], [t for _, t in stacks]
+    (found,) = batched_grads(edges, [GradientEdge(*use.child)], given, apart=True)
+    return given[0].new_zeros(len(given[0]), *use.shape) if found is None else found
 
 
 def watch(current: ForwardPass, measured: MeasuredUse, deliver: Deliver) -> None:
@@ -106,10 +111,12 @@ class Gate:
         edges: Where the module's results come from; [B, ...] each.
         uses: Uses inside the module.
         name: Of the module.
+        careful: As of a `MeasuredUse`.
     """
 
     edges: list[GradientEdge]
     name: str
+    careful: bool = False
     uses: list[Use] = field(default_factory=list)
 
     def watch(self, current: ForwardPass, deliver: Deliver) -> None:
@@ -136,12 +143,15 @@ class Gate:
         parts: list[list[Tensor]] = [[] for _ in self.uses]
         for start in range(0, kept, step):
             stack = Layout().one_sample_each(g, batch, slice(start, min(start + step, kept)))
-            found = iter(batched_grads([edge], places, [stack]))
+            found = iter(batched_grads([edge], places, [stack], apart=self.careful))
             for use, part in zip(self.uses, parts, strict=True):
                 of_use = [next(found) for _ in range(results_of(use.node))]
-                nothing = all(t is None for t in of_use)
-                zeros = g.new_zeros(len(stack), *use.shape)
-                part.append(zeros if nothing else call_for_each(use.node, use.index, of_use, use.shape))
+                if all(t is None for t in of_use):
+                    part.append(g.new_zeros(len(stack), *use.shape))
+                elif self.careful:
+                    part.append(_grads_by_engine(use, [(i, t) for i, t in enumerate(of_use) if t is not None]))
+                else:
+                    part.append(call_for_each(use.node, use.index, of_use, use.shape))
         return [(use, torch.cat(part)) for use, part in zip(self.uses, parts, strict=True) if part]
 
 
@@ -202,16 +212,17 @@ def _deliver(deliver: Deliver, current: ForwardPass, use: Use, own: Tensor, dtyp
     """Lead an operand's gradients back to its parameters, and deliver these."""
     if current.check is not None:
         dtype = use.coarsest(dtype)
-    for param, t in lead_back(use, own):
+    for param, t in lead_back(use, own, apart=current.packed):
         deliver(current, param, t, dtype)
 
 
-def lead_back(use: Use, grads: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+def lead_back(use: Use, grads: Tensor, *, apart: bool) -> list[tuple[nn.Parameter, Tensor]]:
     """From an operand that is made of parameters to these, all samples at once.
 
     Args:
         use: The use.
         grads: [b, *shape of the operand].
+        apart: See `batched_grads`.
 
     Returns:
         Each parameter with [b, *its shape].
@@ -219,7 +230,8 @@ def lead_back(use: Use, grads: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     node = use.child[0]
     if not node.next_functions:
         return [(param, grads) for param in use.leaves.values()]
-    found = batched_grads([GradientEdge(*use.child)], list(use.leaves), [grads.to(dtype_at(*use.child))])
+    own = [grads.to(dtype_at(*use.child))]
+    found = batched_grads([GradientEdge(*use.child)], list(use.leaves), own, apart=apart)
     pairs = zip(use.leaves.items(), found, strict=True)
     return [
         (
@@ -231,7 +243,11 @@ def lead_back(use: Use, grads: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
 
 
 def batched_grads(
-    edges: Sequence[GradientEdge], inputs: Sequence[Tensor | GradientEdge], stacks: Sequence[Tensor]
+    edges: Sequence[GradientEdge],
+    inputs: Sequence[Tensor | GradientEdge],
+    stacks: Sequence[Tensor],
+    *,
+    apart: bool = False,
 ) -> list[Tensor | None]:
     """Differentiate once for every entry of the stacks, together where the operations allow it. The graph stays.
 
@@ -239,6 +255,8 @@ def batched_grads(
         edges: Places in the graph.
         inputs: What to differentiate by.
         stacks: For each place [b, *its shape].
+        apart: One entry after the other: checkpointing must not run a module again for all together, as its hooks look
+            at no such run, and what they save would be missing.
 
     Returns:
         For each input [b, *its shape]; None where the places do not depend on it.
@@ -255,12 +273,14 @@ def batched_grads(
         )
 
     try:
-        return list(grads(list(stacks), True))
+        if not apart:
+            return list(grads(list(stacks), True))
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # an operation without a batching rule: one after the other
-        rows = [grads([m[i] for m in stacks], False) for i in range(len(stacks[0]))]
-        return [None if each[0] is None else torch.stack(each) for each in zip(*rows, strict=True)]
+    except RuntimeError:  # an operation without a batching rule
+        pass
+    rows = [grads([m[i] for m in stacks], False) for i in range(len(stacks[0]))]
+    return [None if each[0] is None else torch.stack(each) for each in zip(*rows, strict=True)]
 
 
 def refuse(use: Use, names: str, batch: int) -> BatchAxisError:

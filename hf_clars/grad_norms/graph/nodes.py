@@ -44,7 +44,8 @@ def operand_grads(
     """
     g, layout = grads[0], layouts[0]
     if len([t for t in grads if t is not None]) == 1 and g is not None and layout is not None:
-        kind = next((fn for name, fn in _KINDS.items() if node.name().startswith(name)), None)
+        kinds = () if g.is_complex() else _KINDS.items()
+        kind = next((fn for name, fn in kinds if node.name().startswith(name)), None)
         found = None if kind is None else kind(node, index, g, layout, batch, kept)
         if found is not None:
             return found.reshape(kept, *shape)
@@ -127,7 +128,8 @@ def call_for_each(node: Node, index: int, stacks: Grads, shape: Sequence[int]) -
         found = _call(node, [None if t is None else next(rest) for t in stacks])[index]
         return grads[0].new_zeros(tuple(shape)) if found is None else found.sum_to_size(tuple(shape))
 
-    if isinstance(node, BackwardCFunction):  # may look at values, write in place or start kernels of its own
+    # Own functions may look at values, write in place or start kernels; distances of a stack are wrong in torch 2.14.
+    if isinstance(node, BackwardCFunction) or node.name().startswith("CdistBackward"):
         return torch.stack([one(*(t[i] for t in given)) for i in range(len(given[0]))])
     try:
         return torch.vmap(one)(*given)

@@ -50,6 +50,8 @@ def norms_alone(
     Returns:
         [kept]; None where the gradients must be made.
     """
+    if any(t is not None and t.is_complex() for t in grads):
+        return None
     if isinstance(use.node, BackwardCFunction):
         return _one_after_the_other(use, grads, layouts, batch, kept) if _is_parameter(use) else None
     g, layout = grads[0], layouts[0]

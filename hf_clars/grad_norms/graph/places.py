@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
+from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.torch_internals import dtype_at, shape_at
+from hf_clars.grad_norms.trees import tensors_in
+
+
+@dataclass(eq=False)
+class ContainerCall:
+    """A call of a module without a rule: a possible gate.
+
+    Attributes:
+        hooked: The module.
+        edges: Where its differentiable results come from.
+        inputs: Where its inputs come from.
+    """
+
+    hooked: HookedModule
+    edges: list[GradientEdge]
+    inputs: set[Node]
+
+    @classmethod
+    def of(cls, hooked: HookedModule, given: Any, output: Any, taint: DataTaint | None) -> ContainerCall:
+        """A call; results whose rows may be anywhere are left out, unless the model itself returns them."""
+        results = [t for t in tensors_in(output) if t.requires_grad]
+        if taint is not None and hooked.path:
+            results = [t for t in results if taint.moved(t) != MOVED]
+        inputs = {t.grad_fn for t in tensors_in(given) if t.grad_fn is not None}
+        return cls(hooked, [torch.autograd.graph.get_gradient_edge(t) for t in results], inputs)
+
+    def batch_first(self, batch: int) -> list[GradientEdge]:
+        """Results that are [B, ...]."""
+        return [edge for edge in self.edges if place_of(edge)[1][:1] == (batch,)]
 
 
 def reaches(starts: Sequence[Node], node: Node, ends: set[Node]) -> bool:
@@ -43,3 +77,18 @@ def inner_roots(outputs: Sequence[Tensor], batch: int) -> list[tuple[GradientEdg
                 seen.add((child, i))
                 stack.append((child, i))
     return found
+
+
+def place_of(edge: GradientEdge) -> tuple[GradientEdge, tuple[int, ...]]:
+    """A place in the graph, and the shape of the value there."""
+    return edge, shape_at(edge.node, edge.output_nr) or ()
+
+
+def announce(container: ContainerCall, names: Sequence[str]) -> None:
+    """Say that a module is a gate."""
+    warnings.warn(
+        f"{container.hooked}: the gradient norms of {', '.join(sorted(names))} need a backward pass of this module for "
+        "every sample, because rows inside belong to no sample. This is exact but slow: register a layer rule, freeze "
+        "these parameters, or measure fewer samples.",
+        stacklevel=2,
+    )

@@ -14,33 +14,53 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of
+from hf_clars.grad_norms.graph.rows import SCATTERS, moves_rows
+from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unwrapped
 from hf_clars.grad_norms.trees import tensors_in
+
+BROUGHT_BACK, MOVED = 1, 2
+"""Rows that were given other places: and were written back since, so that one look tells; or that may be anywhere."""
 
 
 class DataTaint(TorchFunctionMode):
     """Marks everything that torch's functions make of marked tensors, and its places in the graph.
 
+    Args:
+        batch: B.
+
     Attributes:
         nodes: Operations of the graph that took marked tensors.
+        moved_nodes: Those whose rows were given other places: `BROUGHT_BACK` or `MOVED`.
+        moves: Whether there were any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
         super().__init__()
+        self.batch = batch
         self.nodes: set[Node] = set()
+        self.moved_nodes: dict[Node, int] = {}
+        self.moves = False
+        self._moved: dict[int, int] = {}
         self._visited: set[Node] = set()
         # The references keep the keys from being given to other memory; they do not keep the memory.
         self._marked: dict[int, StorageReference] = {}
 
-    def mark(self, tensors: Iterable[Tensor]) -> None:
-        """Say that these depend on the data."""
+    def mark(self, tensors: Iterable[Tensor], moved: int = 0) -> None:
+        """Say that these depend on the data, and where their rows are: 0, `BROUGHT_BACK` or `MOVED`."""
         for t in tensors:
             storage = storage_of(t)
             if storage is not None:
                 self._marked[storage.key] = storage
+                if moved:
+                    self._moved[storage.key] = moved
             node = node_of(t)
             if node is not None:
-                self._mark_nodes(node)
+                self._mark_nodes(node, moved)
+
+    def moved(self, t: Tensor) -> int:
+        """Where a tensor's rows are: 0 (as the batch's, as far as one can see), `BROUGHT_BACK` or `MOVED`."""
+        storage = storage_of(t) if self.moves else None
+        return 0 if storage is None else self._moved.get(storage.key, 0)
 
     def holds(self, t: Tensor) -> bool:
         """Whether a tensor depends on the data; what compiled code made is taken to."""
@@ -50,7 +70,7 @@ class DataTaint(TorchFunctionMode):
         storage = storage_of(t)
         return storage is not None and storage.key in self._marked
 
-    def _mark_nodes(self, node: Node) -> None:
+    def _mark_nodes(self, node: Node, moved: int) -> None:
         """The node of a result, and those inside the same function that took something without a gradient."""
         self.nodes.add(node)
         self._visited.discard(node)
@@ -60,6 +80,8 @@ class DataTaint(TorchFunctionMode):
             if inner in self._visited:
                 continue
             self._visited.add(inner)
+            if moved:
+                self.moved_nodes[inner] = moved
             children = [child for child, _ in inner.next_functions]
             if None in children and len(children) > 1:
                 self.nodes.add(inner)
@@ -74,15 +96,26 @@ class DataTaint(TorchFunctionMode):
         self._visited.update(node for t in taken if (node := node_of(t)) is not None)
         result = func(*args, **(kwargs or {}))
         if any(self.holds(t) for t in taken):
-            changed = [args[0]] if getattr(func, "__name__", "") == "__setitem__" else []
-            self.mark(tensors_in((result, changed)))
+            name = getattr(func, "__name__", "")
+            changed = [args[0]] if name == "__setitem__" else []
+            self.mark(tensors_in((result, changed)), self._rows_after(name, args, kwargs or {}, taken))
         return result
+
+    def _rows_after(self, name: str, args: Any, kwargs: Any, taken: list[Tensor]) -> int:
+        """Where the rows of a function's results are."""
+        if self.batch > 1 and moves_rows(name, args, kwargs, self.batch, self.holds):
+            self.moves = True
+            return MOVED
+        moved = max(map(self.moved, taken)) if self.moves else 0
+        if moved and name.startswith(SCATTERS) and self.moved(taken[0]) != MOVED:
+            return BROUGHT_BACK
+        return moved
 
 
 def node_of(t: Tensor) -> Node | None:
     """A tensor's place in the graph; None for a view of which torch cannot say it any more."""
     try:
-        return t.grad_fn
+        return unwrapped(t).grad_fn
     except RuntimeError:  # a view made without gradients, of something that was then changed with them
         return None
 
@@ -102,10 +135,10 @@ class Following:
         self.taint: DataTaint | None = None
         self.also: Callable[[], None] = lambda: None
 
-    def begin(self, given: Iterable[Tensor]) -> None:
-        """Follow what depends on these tensors from now on."""
+    def begin(self, given: Iterable[Tensor], batch: int) -> None:
+        """Follow what depends on these tensors of B samples from now on."""
         self.end()
-        self.taint = DataTaint()
+        self.taint = DataTaint(batch)
         self.taint.mark(given)
         self.taint.__enter__()
 

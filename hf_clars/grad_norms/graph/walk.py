@@ -44,6 +44,7 @@ class Use:
         child: Where the operand comes from: a parameter, or what some operations made of parameters.
         leaves: The parameters that reach it, as the graph knows them, each with the measured parameter.
         key: The same for the same use in every pass.
+        moved: Where the rows of what it is used on are; see `DataTaint`.
     """
 
     node: Node
@@ -51,6 +52,7 @@ class Use:
     child: Edge
     leaves: dict[Tensor, nn.Parameter]
     key: Signature
+    moved: int = 0
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -95,6 +97,7 @@ class GraphWalk:
         is_whole: Whether an operation that looks as if it spread a value over the samples is known not to.
         batch: B.
         measured_by_itself: Names of operations whose parameters are measured by their own backward function.
+        moved_nodes: Operations on rows that were given other places.
 
     Attributes:
         uses: What was found.
@@ -108,6 +111,7 @@ class GraphWalk:
     is_whole: Callable[[Signature], bool]
     batch: int
     measured_by_itself: Sequence[str]
+    moved_nodes: Mapping[Node, int]
     uses: list[Use] = field(default_factory=list)
     couplings: list[Node] = field(default_factory=list)
     once: bool = False
@@ -178,7 +182,8 @@ class GraphWalk:
         for i, child, k in own:
             leaves = {v: p for v, p in self._leaves[child].items() if p not in covered}
             if leaves:
-                self.uses.append(Use(node, i, (child, k), leaves, (name, i, self._own[child])))
+                key, moved = (name, i, self._own[child]), self.moved_nodes.get(node, 0)
+                self.uses.append(Use(node, i, (child, k), leaves, key, moved))
 
     def _close_leaf(self, node: Node) -> None:
         variable = getattr(node, "variable", None)
