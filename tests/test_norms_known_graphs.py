@@ -202,3 +202,26 @@ def test_a_parameter_in_the_place_of_another():
         for step in range(PASSES):
             model.late = step >= PASSES - 3
             norms_are_exact(model, norms, torch.randn(B, 5, dtype=torch.float64))
+
+
+class Sometimes(nn.Module):
+    """A layer computes with its own weights, or with what is made of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head, self.scaled = nn.Linear(5, 5), nn.Linear(5, 2), False
+
+    def forward(self, x):
+        made = {n: 2 * p for n, p in self.layer.named_parameters()}
+        h = torch.func.functional_call(self.layer, made, (x,)) if self.scaled else self.layer(x)
+        return self.head(h.tanh()).square().sum(-1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_that_now_and_then_computes_with_what_is_made_of_its_weights(first):
+    torch.manual_seed(0)
+    model = Sometimes().double()
+    with PerSampleGradNorms(model, layers="tensor", check=False) as norms:
+        for step in range(12):
+            model.scaled = first if step < 5 else bool(step % 2)
+            norms_are_exact(model, norms, torch.randn(B, 5, dtype=torch.float64))

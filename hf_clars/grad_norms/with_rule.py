@@ -76,13 +76,14 @@ def capture(
 
 
 def _look(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> tuple[Any, ...]:
-    """What calls must have in common to be measured by one plan."""
+    """What calls must have in common to be measured by one plan; weights that are made of others are no leaves."""
     module = hooked.module
+    used = [getattr(module, name) for name in hooked.params]
     return (
         (current.batch_size, current.kept, current.implicit, module.training),
         (x.shape, x.stride(), x.dtype, x.device),
         (output.shape, output.stride(), output.dtype, output.requires_grad),
-        *[getattr(module, name).requires_grad for name in hooked.params],
+        *[(t.requires_grad, t.is_leaf) for t in used],
     )
 
 
