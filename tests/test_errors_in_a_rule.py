@@ -92,7 +92,7 @@ def way(request, monkeypatch):
     """How weight gradients come: from autograd, from the samples' gradients, or from a rule's backward pass."""
     if request.param == "taken over":
         for rule in (linear.LinearRule, convolution.ConvolutionRule):
-            monkeypatch.setattr(rule, "takes_over", lambda *args: True)
+            monkeypatch.setattr(rule, "fuses_weight_grad", lambda *args: True)
     if request.param == "whole backward":
         for module in (linear, convolution, normalization):
             monkeypatch.setattr(module, "kernels_fit", lambda output: True)
@@ -268,7 +268,7 @@ def test_compiled_code_goes_on_too(monkeypatch, compiled, broken):
 
 @pytest.mark.parametrize("step", [1, 5])
 def test_in_a_trainer_too(tmp_path, caplog, monkeypatch, step):
-    monkeypatch.setattr(linear.LinearRule, "takes_over", lambda *args: True)
+    monkeypatch.setattr(linear.LinearRule, "fuses_weight_grad", lambda *args: True)
     without = train(tmp_path / "without", []).model.state_dict()
     breaks, callback = Breaks(monkeypatch, "per_sample_grads"), PerSampleNormsCallback(every=1)
     begin = callback.on_step_begin

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import torch_internals as internals
+from hf_clars.grad_norms import torch_kernels as kernels
 
 
 def test_a_running_backward_pass_is_seen():
@@ -106,7 +107,7 @@ def test_affine_sums(layout, shape, of_each_sample):
     mean, rstd = torch.randn(statistics), torch.rand(statistics) + 0.5
     x_hat = (x.flatten(2) if len(shape) == 4 else x.unsqueeze(2)).sub(mean.unsqueeze(-1)).mul(rstd.unsqueeze(-1))
     flat = g.flatten(2) if len(shape) == 4 else g.unsqueeze(2)
-    weighted, plain = internals.affine_sums(x, g, mean, rstd)
+    weighted, plain = kernels.affine_sums(x, g, mean, rstd)
     torch.testing.assert_close(weighted, (x_hat * flat).sum(2), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain, flat.sum(2), rtol=1e-4, atol=1e-5)
 
@@ -114,7 +115,7 @@ def test_affine_sums(layout, shape, of_each_sample):
 def test_a_mean_far_from_zero_costs_no_digits():
     x, g = torch.randn(4, 3, 8, 8) + 1000, torch.randn(4, 3, 8, 8)
     mean, rstd = x.mean((0, 2, 3)), torch.ones(3)
-    weighted, _ = internals.affine_sums(x, g, mean, rstd)
+    weighted, _ = kernels.affine_sums(x, g, mean, rstd)
     exact = ((x.double() - mean[:, None, None].double()) * g.double()).sum((2, 3))
     torch.testing.assert_close(weighted.double(), exact, rtol=1e-4, atol=1e-3)
 
@@ -128,7 +129,7 @@ def test_affine_sums_of_groups_and_of_a_single_channel(groups, channels):
     for shape in ((4, groups), (channels,)):
         mean, rstd = torch.randn(shape), torch.rand(shape) + 0.5
         each = [t.repeat_interleave(channels // groups, 1) if t.dim() == 2 else t.repeat(4, 1) for t in (mean, rstd)]
-        weighted, plain = internals.affine_sums(x, g, mean, rstd)
+        weighted, plain = kernels.affine_sums(x, g, mean, rstd)
         x_hat = (x - each[0][..., None, None]) * each[1][..., None, None]
         torch.testing.assert_close(weighted, (x_hat * g).sum((2, 3)), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(plain, g.sum((2, 3)), rtol=1e-4, atol=1e-5)
@@ -156,8 +157,8 @@ def test_gradients_of_a_convolution(layout, groups):
     g = torch.randn_like(output)
     settings = {"stride": (2, 2), "padding": (1, 1), "dilation": (2, 2), "groups": groups}
     x_grad, weight_grad = torch.autograd.grad(output, (x, conv.weight), g)
-    torch.testing.assert_close(internals.convolution_input_grad(g, x, conv.weight, **settings), x_grad)
-    found = internals.convolution_weight_grad(g, x, tuple(conv.weight.shape), **settings)
+    torch.testing.assert_close(kernels.convolution_input_grad(g, x, conv.weight, **settings), x_grad)
+    found = kernels.convolution_weight_grad(g, x, tuple(conv.weight.shape), **settings)
     torch.testing.assert_close(found, weight_grad, rtol=1e-4, atol=1e-4)
 
 

@@ -15,7 +15,7 @@ from hf_clars.grad_norms.norm_math import squared_sum
 from hf_clars.grad_norms.rules.convolution import ConvolutionRule, convolution_squared_norm, convolution_use
 from hf_clars.grad_norms.rules.costs import Form, WeightUse, cheapest_form, milliseconds_beyond
 from hf_clars.grad_norms.rules.linear import LinearRule, linear_squared_norm, linear_use
-from hf_clars.grad_norms.torch_internals import convolution_weight_grad
+from hf_clars.grad_norms.torch_kernels import convolution_weight_grad
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LARGEST_GRAM = 1 << 28

@@ -13,8 +13,8 @@ from hf_clars.distributed import keeps_gradients_elsewhere
 from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals, differentiating
 from hf_clars.grad_norms.gradient_watch import GradientWatch
 from hf_clars.grad_norms.hooks import ModelReturns, PassBegins
+from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import NO_BACKWARD, backward_number, inside_backward, inside_function_transform
-from hf_clars.grad_norms.trees import tensors_in
 from hf_clars.layers import ParamLayer
 
 
@@ -84,53 +84,55 @@ class NormAccumulator:
             return
         batched = next((t for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
         if batched is not None:
-            current = self._open(batched.shape[0])
-            current.note_given(tensors_in((args, kwargs)))
-            self._begin(current, args, kwargs)
+            forward_pass = self._open(batched.shape[0])
+            forward_pass.note_given(tensors_in((args, kwargs)))
+            self._begin(forward_pass, args, kwargs)
 
-    def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Subclasses may prepare a pass here."""
 
     def _on_model_result(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.active or not self._passes:
             return
-        current = self._passes[-1]
+        forward_pass = self._passes[-1]
         outputs = [t for t in tensors_in(output) if t.requires_grad]
-        self._check_result(current, outputs)
-        mark = current.guarded(lambda _, p=current: None if differentiating() else self._mark(p))
+        self._check_result(forward_pass, outputs)
+        mark = forward_pass.guarded(lambda _, p=forward_pass: None if differentiating() else self._mark(p))
         for tensor in outputs:
             tensor.register_hook(mark)
 
-    def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
+    def _check_result(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
         """Subclasses may verify a pass here."""
 
-    def _mark(self, current: ForwardPass) -> None:
+    def _mark(self, forward_pass: ForwardPass) -> None:
         """A gradient has reached this pass: it counts, also if gradients were cleared between forward and backward."""
-        if not current.backward_seen:
+        if not forward_pass.backward_seen:
             number = backward_number()
             if number != self._last_backward:
                 self._drop_if_cleared()
             self._last_backward = number
-            current.backward_seen = True
-            if current not in self._passes:
-                self._passes.append(current)
+            forward_pass.backward_seen = True
+            if forward_pass not in self._passes:
+                self._passes.append(forward_pass)
 
     def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
         self._free_dropped()
         self._close()
         self._drop_if_cleared()
-        kept = batch_size
+        measured = batch_size
         if self.samples is not None:
-            held = sum(p.kept for p in self._passes)
-            kept = max(0, min(batch_size, self.samples - held))
+            held = sum(p.measured for p in self._passes)
+            measured = max(0, min(batch_size, self.samples - held))
         keeps_errors = self.take_error is not None
-        opened = ForwardPass(batch_size, kept, implicit, self._mark, self.model.parameters, keeps_errors=keeps_errors)
+        opened = ForwardPass(
+            batch_size, measured, implicit, self._mark, self.model.parameters, keeps_errors=keeps_errors
+        )
         self._passes.append(opened)
         return opened
 
     def _free_dropped(self) -> None:
-        for current in self._dropped:
-            current.free_graph()
+        for forward_pass in self._dropped:
+            forward_pass.free_graph()
         self._dropped.clear()
 
     def _current(self, batch_size: int | None) -> ForwardPass | None:
@@ -171,14 +173,14 @@ class NormAccumulator:
 
     def _close(self) -> None:
         """Turn passes that have had their backward into norms."""
-        for current in self._passes:
-            if current.closed or not current.backward_seen:
+        for forward_pass in self._passes:
+            if forward_pass.closed or not forward_pass.backward_seen:
                 continue
-            norms = current.norms(self._layer_of, len(self.layers))
+            norms = forward_pass.norms(self._layer_of, len(self.layers))
             if norms is None:
                 continue
             if self._keep:
-                self._kept.append((current, norms))
+                self._kept.append((forward_pass, norms))
             sums, squares = norms.sum(1), norms.square().sum(1)
             self._norms = sums if self._norms is None else self._norms + sums
             self._squares = squares if self._squares is None else self._squares + squares
@@ -192,7 +194,7 @@ class NormAccumulator:
         return NormTotals(
             norms=self._norms,
             squares=self._squares,
-            captured=sum(p.kept for p in done),
+            captured=sum(p.measured for p in done),
             total=sum(p.batch_size for p in done),
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad, unfold
 
 from hf_clars.grad_norms.norm_math import in_slices, product, unsliced_gram_squared_norm
-from hf_clars.grad_norms.torch_internals import convolution_weight_grad
+from hf_clars.grad_norms.torch_kernels import convolution_weight_grad
 
 
 def convolution_weight_grads(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SecondBackwardError
 from hf_clars.grad_norms.norm_math import SMALL, squared_sum
+from hf_clars.grad_norms.pytree import memory_of
 from hf_clars.grad_norms.torch_internals import operations_recorded
-from hf_clars.grad_norms.trees import memory_of
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.explanation import CallTimes
@@ -52,7 +52,7 @@ class ForwardPass:
 
     Attributes:
         batch_size: Samples in the pass.
-        kept: How many of its first samples are measured.
+        measured: How many of its first samples are measured.
         implicit: True when the pass was opened by a submodule rather than by the model's own forward.
         mark: Called when a gradient has reached the pass.
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
@@ -71,7 +71,7 @@ class ForwardPass:
         fired: Uses whose gradient has come.
         tickets: How many uses were numbered.
         small: Layer index and per-sample gradients of small parameters, which are squared together in the end.
-        squares: {layer index: Tensor [kept]}, squared norms added up over the layer's parameters.
+        squares: {layer index: Tensor [measured]}, squared norms added up over the layer's parameters.
         pending: Per-sample gradients of parameters used more than once: those add up before they are squared.
         tables: Parameters used more than once that are tables looked up; see `tied_tables.py`.
         check: Compares sums with the batch gradient, in passes that are checked.
@@ -88,7 +88,7 @@ class ForwardPass:
     """
 
     batch_size: int
-    kept: int
+    measured: int
     implicit: bool = False
     mark: Callable[[ForwardPass], None] = lambda _: None
     params: Callable[[], Iterable[nn.Parameter]] = tuple
@@ -186,12 +186,12 @@ class ForwardPass:
             self.several.discard(param)
 
     def add_squares(self, layer: int, squares: Tensor) -> None:
-        """Add one parameter's squared norms [kept] to its layer."""
+        """Add one parameter's squared norms [measured] to its layer."""
         held = self.squares.get(layer)
         self.squares[layer] = squares if held is None else held + squares
 
     def add_grads(self, param: nn.Parameter, layer: int, grads: Tensor) -> None:
-        """Add one use's per-sample gradients [kept, *shape]; those of several uses add up before they are squared."""
+        """Add one use's per-sample gradients [measured, *shape]; those of several uses add up before being squared."""
         if param in self.several:
             held = self.pending.get(param)
             self.pending[param] = grads if held is None else held + grads
@@ -219,7 +219,7 @@ class ForwardPass:
             layers: Number of layers K.
 
         Returns:
-            Norms [K, kept], zero for layers that got no gradient; None when no layer got any.
+            Norms [K, measured], zero for layers that got no gradient; None when no layer got any.
         """
         self.closed = True
         if self.error is not None:
@@ -245,16 +245,16 @@ class ForwardPass:
 class _Guarded:
     """See `ForwardPass.guarded`."""
 
-    def __init__(self, current: ForwardPass, hook: Callable[..., None]) -> None:
-        self.current, self.hook = current, hook
+    def __init__(self, forward_pass: ForwardPass, hook: Callable[..., None]) -> None:
+        self.forward_pass, self.hook = forward_pass, hook
 
     def __call__(self, *args: Any) -> None:
-        if self.current.error is not None:
+        if self.forward_pass.error is not None:
             return
         try:
             self.hook(*args)
         except Exception as error:
-            if not self.current.takes(error):
+            if not self.forward_pass.takes(error):
                 raise
 
 

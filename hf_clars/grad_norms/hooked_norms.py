@@ -23,8 +23,8 @@ from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds
+from hf_clars.grad_norms.pytree import tensor_given, tensors_in
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
-from hf_clars.grad_norms.trees import tensor_given, tensors_in
 from hf_clars.grad_norms.with_rule import capture, repeat
 from hf_clars.layers import ParamLayer
 
@@ -112,17 +112,17 @@ class HookedNorms(NormAccumulator):
         """As the accumulator's; False also while the graph is differentiated for the norms' sake."""
         return not (self.paused or differentiating()) and super().active
 
-    def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current.times = self._times
+    def _begin(self, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        forward_pass.times = self._times
         self._following.end()
         self._containers.clear()
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
         before, self._trained = self._trained, [p.requires_grad for p in self._layer_of]
         if not self._learned or before != self._trained or self._finder.asks_for_data or mixed:
-            self._following.begin(tensors_in((args, kwargs)), current.batch_size)
+            self._following.begin(tensors_in((args, kwargs)), forward_pass.batch_size)
         else:
-            self._graphs.begin(current)
-        self._compiled.join(current, args, kwargs)
+            self._graphs.begin(forward_pass)
+        self._compiled.join(forward_pass, args, kwargs)
 
     def _on_container_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -136,8 +136,8 @@ class HookedNorms(NormAccumulator):
         if inside_backward():
             self._on_repeated_container_call(hooked, output)
             return
-        current = self._passes[-1]
-        current.packed = current.packed or saved_tensors_are_packed()
+        forward_pass = self._passes[-1]
+        forward_pass.packed = forward_pass.packed or saved_tensors_are_packed()
         if hooked.params:
             self._in_use.learn(hooked)
         taint = self._following.taint
@@ -146,10 +146,10 @@ class HookedNorms(NormAccumulator):
 
     def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
         """Reentrant checkpointing makes the graph of a module only now."""
-        current = next((p for p in reversed(self._passes) if p.recomputed[hooked]), None)
-        if current is not None:
-            current.recomputed[hooked] -= 1
-            self._watch_uses(current, [t for t in tensors_in(output) if t.requires_grad], None, [], again=True)
+        forward_pass = next((p for p in reversed(self._passes) if p.recomputed[hooked]), None)
+        if forward_pass is not None:
+            forward_pass.recomputed[hooked] -= 1
+            self._watch_uses(forward_pass, [t for t in tensors_in(output) if t.requires_grad], None, [], again=True)
 
     def _on_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -158,7 +158,7 @@ class HookedNorms(NormAccumulator):
         if self.paused and not inside_backward():
             return None
         last = self._passes[-1] if self._passes else None
-        if last is not None and not last.kept and not last.implicit:
+        if last is not None and not last.measured and not last.implicit:
             return None  # also the cheapest way out when enough samples are measured
         x = tensor_given(args, kwargs)
         if x is None or x.dim() == 0 or inside_function_transform() or (differentiating() and not inside_backward()):
@@ -173,16 +173,16 @@ class HookedNorms(NormAccumulator):
             return None
         if inside_backward():
             return self._on_repeated_call(hooked, x, (args, kwargs), output)
-        current = self._current(x.shape[0])
-        if current is None or not current.kept:
+        forward_pass = self._current(x.shape[0])
+        if forward_pass is None or not forward_pass.measured:
             return None
-        if current.begun_compiled:
+        if forward_pass.begun_compiled:
             raise ran_outside(hooked)
-        current.packed = current.packed or saved_tensors_are_packed()
-        replaced = capture(hooked, current, x, (args, kwargs), output, taint)
+        forward_pass.packed = forward_pass.packed or saved_tensors_are_packed()
+        replaced = capture(hooked, forward_pass, x, (args, kwargs), output, taint)
         if taint is not None and replaced is not None and taint.holds(x):
             taint.mark(tensors_in(replaced), taint.moved(x))
-        if current.implicit:
+        if forward_pass.implicit:
             self._ever_captured.update(hooked.params.values())
         return replaced
 
@@ -194,53 +194,55 @@ class HookedNorms(NormAccumulator):
         Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
         it, and only wants the same tensors to be saved in the same order.
         """
-        for current in reversed(self._left or self._passes):
-            if current.recomputed[hooked] and not differentiating() and not self.paused:
-                current.recomputed[hooked] -= 1
+        for forward_pass in reversed(self._left or self._passes):
+            if forward_pass.recomputed[hooked] and not differentiating() and not self.paused:
+                forward_pass.recomputed[hooked] -= 1
                 self._ever_captured.update(hooked.trainable().values())
-                known = len(current.rule_calls)
-                replaced = capture(hooked, current, x, call, output, None, recomputed=True)
-                for made in current.rule_calls[known:]:
+                known = len(forward_pass.rule_calls)
+                replaced = capture(hooked, forward_pass, x, call, output, None, recomputed=True)
+                for made in forward_pass.rule_calls[known:]:
                     self._ways.note(made.in_words(), made.wanted.values())
                 return replaced
-            if any(c.hooked is hooked for c in current.rule_calls):
-                return repeat(hooked, current, x, call, output)
+            if any(c.hooked is hooked for c in forward_pass.rule_calls):
+                return repeat(hooked, forward_pass, x, call, output)
         return None
 
     # ---- the end of the forward pass -------------------------------------------------------------------------
 
-    def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
+    def _check_result(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
         taint = self._following.end()
         containers, self._containers = self._containers, []
-        compiled = self._compiled.part(current)
-        if not current.kept:
+        compiled = self._compiled.part(forward_pass)
+        if not forward_pass.measured:
             return
         self._note_compiled(compiled)
         for param in (p for call in compiled for p in call.hooked.trainable().values()):
-            current.add_use(param)
-            current.compiled.add(param)
-        for hooked, times in current.without_grad.items():
-            current.recomputed[hooked] += times
+            forward_pass.add_use(param)
+            forward_pass.compiled.add(param)
+        for hooked, times in forward_pass.without_grad.items():
+            forward_pass.recomputed[hooked] += times
             for param in list(hooked.trainable().values()) * times:
-                current.add_use(param)
-        mark = None if containers else self._graphs.end(current, trained=sum(p.requires_grad for p in self._layer_of))
+                forward_pass.add_use(param)
+        mark = (
+            None if containers else self._graphs.end(forward_pass, trained=sum(p.requires_grad for p in self._layer_of))
+        )
         try:
-            known = self._graphs.find(mark, current, outputs)
+            known = self._graphs.find(mark, forward_pass, outputs)
             if known is not None:
-                self._hook_uses(current, [m.use for m in known], known)
+                self._hook_uses(forward_pass, [m.use for m in known], known)
             else:
-                found = self._watch_uses(current, outputs, taint, containers)
+                found = self._watch_uses(forward_pass, outputs, taint, containers)
                 if mark is not None and found is not None:
-                    self._graphs.add(mark, current, outputs, found)
+                    self._graphs.add(mark, forward_pass, outputs, found)
         finally:
-            for call in current.rule_calls:
+            for call in forward_pass.rule_calls:
                 call.leave_graph()
-        if taint is not None and current.batch_size > 1:
+        if taint is not None and forward_pass.batch_size > 1:
             self._learned, self._finder.unknown = True, False
 
     def _watch_uses(
         self,
-        current: ForwardPass,
+        forward_pass: ForwardPass,
         outputs: list[Tensor],
         taint: DataTaint | None,
         containers: list[ContainerCall],
@@ -252,20 +254,20 @@ class HookedNorms(NormAccumulator):
         Returns:
             Those that are measured where they are; None if there are others, or if a rule's call proved wrong.
         """
-        found, gates = self._finder.find(current, outputs, taint, containers)
+        found, gates = self._finder.find(forward_pass, outputs, taint, containers)
         if again:  # a module inside may have been seen to
-            seen = {(m.use.node, m.use.index) for m in current.open_uses.values() if isinstance(m, MeasuredUse)}
+            seen = {(m.use.node, m.use.index) for m in forward_pass.open_uses.values() if isinstance(m, MeasuredUse)}
             found = [m for m in found if (m.use.node, m.use.index) not in seen]
         uses = [m.use for m in found] + [use for gate in gates for use in gate.uses for _ in gate.edges]
-        self._hook_uses(current, uses, found, again=again)
+        self._hook_uses(forward_pass, uses, found, again=again)
         for gate in gates:
-            current.gates.append(gate)
-            gate.watch(current, self._deliver)
-        right = [call for call in current.rule_calls if not call.cancelled]
+            forward_pass.gates.append(gate)
+            gate.watch(forward_pass, self._deliver)
+        right = [call for call in forward_pass.rule_calls if not call.cancelled]
         for call in right:
             self._ever_captured.update(call.wanted.values())
         if self._ways.are_new(
-            {u.key for u in uses} | {(c.hooked, c.taken_over, c.plan.key[0]) for c in current.rule_calls}
+            {u.key for u in uses} | {(c.hooked, c.fused, c.plan.key[0]) for c in forward_pass.rule_calls}
         ):
             for call in right:
                 self._ways.note(call.in_words(), call.wanted.values())
@@ -273,18 +275,18 @@ class HookedNorms(NormAccumulator):
                 self._ways.note(measured.in_words(), measured.use.leaves.values())
             for gate in gates:
                 self._ways.note(gate.in_words(), (p for use in gate.uses for p in use.leaves.values()))
-        return None if gates or len(right) < len(current.rule_calls) else found
+        return None if gates or len(right) < len(forward_pass.rule_calls) else found
 
     def _hook_uses(
-        self, current: ForwardPass, uses: Sequence[Use], found: Sequence[MeasuredUse], *, again: bool = False
+        self, forward_pass: ForwardPass, uses: Sequence[Use], found: Sequence[MeasuredUse], *, again: bool = False
     ) -> None:
         """Count uses, and hook those that are measured where they are."""
         for param in (p for use in uses for p in use.leaves.values()):
             if not again:
-                current.add_use(param)
+                forward_pass.add_use(param)
             self._ever_captured.add(param)
         for measured in found:
-            watch(current, measured, self._deliver)
+            watch(forward_pass, measured, self._deliver)
 
     # ---- compiled code ---------------------------------------------------------------------------------------
 
@@ -318,14 +320,14 @@ class HookedNorms(NormAccumulator):
         self._following.end()
         super().remove()
         remove_all(self._module_handles)
-        for current in self._passes:
-            current.free_graph()
+        for forward_pass in self._passes:
+            forward_pass.free_graph()
         self._free_dropped()
 
-    def _deliver(self, current: ForwardPass, param: nn.Parameter, grads: Tensor, dtype: torch.dtype) -> None:
-        if current.check is not None:
-            current.check.add_grads(param, grads, dtype)
-        current.add_grads(param, self._layer_of[param], grads)
+    def _deliver(self, forward_pass: ForwardPass, param: nn.Parameter, grads: Tensor, dtype: torch.dtype) -> None:
+        if forward_pass.check is not None:
+            forward_pass.check.add_grads(param, grads, dtype)
+        forward_pass.add_grads(param, self._layer_of[param], grads)
 
     def _name_of(self, param: nn.Parameter) -> str:
         for layer in self.layers:

@@ -80,28 +80,28 @@ class MicroBatchGradNorms(NormAccumulator):
 
     @torch.no_grad()
     def _arrived(self, param: nn.Parameter, g: Tensor) -> None:
-        current, layer = self._latest, self._layer_of[param]
-        if current is None or not current.kept:
+        forward_pass, layer = self._latest, self._layer_of[param]
+        if forward_pass is None or not forward_pass.measured:
             return
-        self._mark(current)
+        self._mark(forward_pass)
         g = g.detach().float() if g.dtype in (torch.float16, torch.bfloat16) else g.detach()
-        current.add_squares(layer, g.square().sum())
+        forward_pass.add_squares(layer, g.square().sum())
         if self.weight_decay:
             dot = (g * param.detach()).sum()
             self._dots[layer] = self._dots[layer] + dot if layer in self._dots else dot
 
     def _close(self) -> None:
-        for current in self._passes:
-            if current.closed or not current.backward_seen:
+        for forward_pass in self._passes:
+            if forward_pass.closed or not forward_pass.backward_seen:
                 continue
-            current.closed = True
-            if current.squares:
-                zero = torch.zeros_like(next(iter(current.squares.values())))
+            forward_pass.closed = True
+            if forward_pass.squares:
+                zero = torch.zeros_like(next(iter(forward_pass.squares.values())))
                 order = range(len(self.layers))
-                squares = torch.stack([current.squares.get(k, zero) for k in order])
+                squares = torch.stack([forward_pass.squares.get(k, zero) for k in order])
                 dots = torch.stack([self._dots.get(k, zero) for k in order])
                 self._products.append(_Products(squares, dots))
-                current.squares.clear()
+                forward_pass.squares.clear()
                 self._dots.clear()
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class MicroBatchGradNorms(NormAccumulator):
         if not self._products:
             return None
         done = [p for p in self._passes if p.backward_seen]
-        samples = sum(p.kept for p in done)
+        samples = sum(p.measured for p in done)
         total = sum(p.batch_size for p in done) * len(self._products) / samples
         squares = torch.stack([p.squares for p in self._products])
         if self.weight_decay:

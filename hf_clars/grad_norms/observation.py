@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_clars.grad_norms.own_place import own_place
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import is_view, product_before_view, saved_tensors_are_packed
 
@@ -32,17 +31,17 @@ def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> Tensor
             call.measure(held.pop()(), g.detach())
 
     if not is_view(output):
-        output.register_hook(call.current.guarded(on_gradient))
+        output.register_hook(call.forward_pass.guarded(on_gradient))
         return None
     product = product_before_view(output) if call.plan.lasts and not call.on_given else None
     if product is None:
         watched = own_place(output)
-        watched.register_hook(call.current.guarded(on_gradient))
+        watched.register_hook(call.forward_pass.guarded(on_gradient))
         return watched
     # A function of our own in Python takes longer than the layer's other hooks together.
     call.places = [(product, 0)]
     shape = output.shape
-    product.register_prehook(call.current.guarded(lambda grads: on_gradient(grads[0].view(shape))))
+    product.register_prehook(call.forward_pass.guarded(lambda grads: on_gradient(grads[0].view(shape))))
     return None
 
 
@@ -62,7 +61,7 @@ def observe_several(call: RuleCall, saved: tuple[Tensor, ...], results: Sequence
             first = tuple(None if g is None else g.detach().movedim(a, 0) for g, a in zip(grads, axes, strict=True))
             call.measure(held.pop()(), first)
 
-    torch.autograd.graph.register_multi_grad_hook(list(results), call.current.guarded(on_gradients), mode="all")
+    torch.autograd.graph.register_multi_grad_hook(list(results), call.forward_pass.guarded(on_gradients), mode="all")
 
 
 def hold(tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
@@ -101,3 +100,26 @@ class _Holder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
         return (None,) * (1 + len(ctx.saved_tensors))
+
+
+def own_place(t: Tensor) -> Tensor:
+    """A place of its own in the graph for what a module returned: the same values in the same memory.
+
+    A hook sees the gradient that arrives at a tensor's place in the graph. That is not always the gradient of the
+    module's output: where one output is made from another (a hidden state, and what is pooled from it), the gradient of
+    the first includes what comes through the second; and the place of a view (a Linear layer's output over tokens is
+    one) is lost when an operation after it works in place.
+    """
+    return _OwnPlace.apply(t)
+
+
+class _OwnPlace(torch.autograd.Function):
+    """Identity."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.detach()  # shares memory and version: a following in-place operation works, or fails, as before
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g

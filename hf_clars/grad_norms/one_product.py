@@ -21,7 +21,7 @@ from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import no_autocast
 
 
-def take_over(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
+def fuse_weight_grad(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
     """The module's output, whose gradient now goes through the per-sample gradients.
 
     Args:
@@ -46,13 +46,13 @@ def replace_backward(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
     return _WholeBackward.apply(call, names, [output], (weight, *operands[1:]), x, operands[0], *params)
 
 
-def is_taken_over(output: Tensor) -> bool:
+def is_fused(output: Tensor) -> bool:
     """Whether another tracker has taken this output's weight gradient over: a second one would cut the first off."""
     return output.grad_fn is not None and output.grad_fn.name() in OWN_NODES
 
 
 class _OneProduct(torch.autograd.Function):
-    """Identity on the output; see `take_over`."""
+    """Identity on the output; see `fuse_weight_grad`."""
 
     @staticmethod
     def forward(ctx: Any, call: RuleCall, names: list[str], output: Tensor, x: Tensor, *params: Tensor) -> Tensor:
@@ -70,14 +70,14 @@ class _OneProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         call: RuleCall = ctx.call
         wanted, x_grad = ctx.needs_input_grad[3], None
-        with no_autocast(g.device.type), timed(call.current.times, call.wanted.values(), g.device):
+        with no_autocast(g.device.type), timed(call.forward_pass.times, call.wanted.values(), g.device):
             try:
                 sums = {} if differentiating() else call.summed_grads(x, g)
                 if wanted:
                     x_grad = call.rule.input_grad(call.module, x, _as(weight, ctx.dtype), g)
                 _check_shapes(call, sums, x.shape, x_grad)
             except Exception as error:
-                if not call.current.takes(error):
+                if not call.forward_pass.takes(error):
                     raise
                 x_grad, sums = plain_backward(call, ctx.names, x, g, input_wanted=wanted)
             grads = [_as(sums[n], d) if sums else None for n, d in zip(ctx.names, ctx.param_dtypes, strict=True)]
@@ -110,12 +110,12 @@ class _WholeBackward(torch.autograd.Function):
         call: RuleCall = ctx.call
         weight, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[4]
-        with no_autocast(g.device.type), timed(call.current.times, call.wanted.values(), g.device):
+        with no_autocast(g.device.type), timed(call.forward_pass.times, call.wanted.values(), g.device):
             try:
                 x_grad, sums = _by_rule(call, tuple(saved), weight, g, wanted)
                 _check_shapes(call, sums, ctx.x_shape, x_grad)
             except Exception as error:
-                if not call.current.takes(error):
+                if not call.forward_pass.takes(error):
                     raise
                 x_grad, sums = plain_backward(call, ctx.names, saved[0], g, input_wanted=wanted)
             grads = [_as(sums[n], d) if sums else None for n, d in zip(ctx.names, ctx.param_dtypes, strict=True)]
@@ -142,14 +142,14 @@ def _by_rule(
     if call.shared:  # several uses add up before they are squared: that takes the samples' gradients
         sums = call.summed_grads(saved[0], g)
         return rule.input_grad(module, saved[0], _as(weight, g.dtype), g) if input_wanted else None, sums
-    done = rule.whole_backward(module, saved, weight, g, input_wanted=input_wanted, measured=call.current.kept)
+    done = rule.whole_backward(module, saved, weight, g, input_wanted=input_wanted, measured=call.forward_pass.measured)
     call.add_squares(done.squares, done.grads, g.dtype)
     return done.input_grad, done.grads
 
 
 def _check_shapes(call: RuleCall, sums: dict[str, Tensor], shape: torch.Size, x_grad: Tensor | None) -> None:
     """Raise where a rule's gradients do not fit, if there is another way to have them. `shape`: the input's."""
-    if not call.current.keeps_errors:
+    if not call.forward_pass.keeps_errors:
         return
     wrong = [n for n, t in sums.items() if n in call.wanted and t.shape != call.hooked.in_use(n).shape]
     missing = [n for n in call.wanted if sums and n not in sums]
@@ -163,7 +163,7 @@ def _check_shapes(call: RuleCall, sums: dict[str, Tensor], shape: torch.Size, x_
 
 
 Way = Callable[[RuleCall, Tensor, Tensor], Tensor]
-"""`take_over` or `replace_backward`."""
+"""`fuse_weight_grad` or `replace_backward`."""
 
 OWN_NODES = tuple(f"{function.__name__}Backward" for function in (_OneProduct, _WholeBackward))
 """Names of these functions' places in the graph."""

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.norm_math import slices_of, squared_sum
+from hf_clars.grad_norms.pytree import first_tensor
 from hf_clars.grad_norms.torch_internals import operand_of
-from hf_clars.grad_norms.trees import first_tensor
 
 
 class LayerRule(ABC):
@@ -19,7 +19,7 @@ class LayerRule(ABC):
 
     A rule must give `per_sample_grads`. It should give `squared_norms` too wherever the norms are cheaper than the
     gradients themselves; the default squares the gradients. A rule that also knows the gradient of the module's input
-    may offer `takes_over`: the weight gradient is then the sum of the per-sample gradients, one product for both.
+    may offer `fuses_weight_grad`: the weight gradient is then the sum of the per-sample ones, one product for both.
     """
 
     #: Names of the parameters that the rule knows; None if it asks for no others than it can serve. A module that owns
@@ -28,7 +28,7 @@ class LayerRule(ABC):
 
     #: True when all axes between the batch and the last are positions that share the weights, as in a Linear layer: a
     #: module that is called on [B * windows, ...] is then measured as [B, windows, ...].
-    positions_in_the_middle: bool = False
+    weight_sharing_axes: bool = False
 
     #: True when the module returns several tensors: `per_sample_grads` then gets a tuple of gradients as `g`, None for
     #: results without one.
@@ -148,7 +148,7 @@ class LayerRule(ABC):
         """Whether `squared_norms` is more than the squares of `per_sample_grads`."""
         return type(self).squared_norms is not LayerRule.squared_norms
 
-    def takes_over(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+    def fuses_weight_grad(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """Whether the weight gradient should come from the per-sample gradients of this call. Default: no.
 
         A rule that says yes is asked for `per_sample_grads` with the module's input alone as `saved`, and for

@@ -15,10 +15,10 @@ from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, quiet
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
+from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.registry import LayerRule
 from hf_clars.grad_norms.tied_tables import TiedTable, tied_table
 from hf_clars.grad_norms.torch_internals import no_autocast, no_grad
-from hf_clars.grad_norms.trees import tensors_in
 
 FIRST_AXIS = Layout()
 _EXACT = (torch.float32, torch.float64)
@@ -32,13 +32,14 @@ class CallPlan:
         hooked: The module.
         rule: Its rule.
         wanted: Parameters to measure, by local name.
-        rows: Rows of the module's first axis that make up one sample; 1 unless the model folds something into it.
+        rows_per_sample: Rows of the module's first axis that make up one sample; 1 unless the model folds something
+            into it.
         key: What their layout is known by.
         axes: The batch axis of each result.
         layout: Which rows of the output should be whose.
         way: How the weight gradient comes from this engine; None where the ordinary backward pass is watched.
         x_depends_on_data: Whether the input is known to depend on what the model was called with.
-        proven: Whether rows are known to belong to samples as `rows` says.
+        proven: Whether rows are known to belong to samples as `rows_per_sample` says.
         moved: Whether rows of the batch were given other places before: each pass must prove anew whose they are.
         lasts: Whether calls that look alike may follow it too.
     """
@@ -46,7 +47,7 @@ class CallPlan:
     hooked: HookedModule
     rule: LayerRule
     wanted: dict[str, nn.Parameter]
-    rows: int
+    rows_per_sample: int
     key: tuple[int, ...] = ()
     axes: Sequence[int] = (0,)
     layout: Layout = FIRST_AXIS
@@ -68,12 +69,12 @@ class RuleCall:
 
     Attributes:
         plan: How it is measured.
-        current: The pass that the call belongs to.
+        forward_pass: The pass that the call belongs to.
         repeats: Whether activation checkpointing makes a call again that is measured already.
         tokens: The rows of its weight that an embedding looked up, [B, T].
         places: Where its results come from in the graph, until the forward pass ends: (operation, which result).
         input_node: Where its input comes from.
-        taken_over: Whether its weight gradient comes from this engine.
+        fused: Whether its weight gradient comes from this engine.
         on_given: Whether its input is what the model was called with.
         proven: Whether its rows are known to belong to samples as the plan says.
         cancelled: Whether they turned out not to.
@@ -84,13 +85,13 @@ class RuleCall:
     """
 
     plan: CallPlan
-    current: ForwardPass
+    forward_pass: ForwardPass
     repeats: bool = False
     tokens: Tensor | None = None
     places: list[tuple[Node, int]] = field(default_factory=list)
     input_node: Node | None = None
     proven: bool = True
-    taken_over: bool = False
+    fused: bool = False
     on_given: bool = False
     cancelled: bool = False
     fired: bool = False
@@ -113,9 +114,9 @@ class RuleCall:
         return self.plan.wanted
 
     @property
-    def rows(self) -> int:
+    def rows_per_sample(self) -> int:
         """Rows of the module's first axis that make up one sample."""
-        return self.plan.rows
+        return self.plan.rows_per_sample
 
     @property
     def module(self) -> nn.Module:
@@ -139,8 +140,8 @@ class RuleCall:
 
     def in_words(self) -> str:
         """How it is measured, for people."""
-        how = "with the weight gradient, from one product" if self.taken_over else "beside the ordinary backward pass"
-        rows = f", {self.rows} rows a sample" if self.rows > 1 else ""
+        how = "with the weight gradient, from one product" if self.fused else "beside the ordinary backward pass"
+        rows = f", {self.rows_per_sample} rows a sample" if self.rows_per_sample > 1 else ""
         proof = ""
         if self.hooked.calls.get(self.plan.key) == "observed":
             proof = ", proven by following one sample's gradient"
@@ -158,7 +159,7 @@ class RuleCall:
         """
         if self.repeats or self.cancelled or differentiating():
             return False
-        self.current.mark(self.current)
+        self.forward_pass.mark(self.forward_pass)
         if self.fired:
             raise second_backward(self.hooked)
         self.fired = True
@@ -168,7 +169,7 @@ class RuleCall:
     @property
     def shared(self) -> set[str]:
         """Parameters with several uses in the pass: those add up before they are squared."""
-        several = self.current.several
+        several = self.forward_pass.several
         return {n for n, p in self.wanted.items() if p in several} if several else set()
 
     def measure(self, saved: tuple[Tensor, ...], g: Tensor | tuple[Tensor | None, ...]) -> None:
@@ -180,64 +181,64 @@ class RuleCall:
         """
         plan, grads = self.plan, g if isinstance(g, tuple) else (g,)
         some = next(t for t in grads if t is not None)
-        count = self.current.kept * plan.rows
+        count = self.forward_pass.measured * plan.rows_per_sample
         if count < some.shape[0]:
             saved, grads = plan.rule.take(saved, count), tuple(None if t is None else t[:count] for t in grads)
-        time = timed(self.current.times, self.wanted.values(), some.device)
+        time = timed(self.forward_pass.times, self.wanted.values(), some.device)
         with no_grad(), no_autocast(some.device.type), quietly(), time:
             if any(t is not None and t.dtype not in _EXACT for t in (*grads, *saved)):
                 saved = tuple(at_least_float32(t) for t in saved)
                 grads = tuple(None if t is None else at_least_float32(t) for t in grads)
-            if plan.rows > 1 and plan.rule.positions_in_the_middle:
-                split = (self.current.kept, plan.rows)
+            if plan.rows_per_sample > 1 and plan.rule.weight_sharing_axes:
+                split = (self.forward_pass.measured, plan.rows_per_sample)
                 saved = tuple(t.unflatten(0, split) for t in saved)
                 grads = tuple(None if t is None else t.unflatten(0, split) for t in grads)
             self._add(saved, grads if isinstance(g, tuple) else grads[0], self.autocast or some.dtype)
 
     def _tables(self) -> dict[str, TiedTable]:
         """Those of the shared parameters that are tables looked up by some of their uses."""
-        found = {n: tied_table(self.current, self.wanted[n]) for n in self.shared}
+        found = {n: tied_table(self.forward_pass, self.wanted[n]) for n in self.shared}
         return {n: table for n, table in found.items() if table is not None}
 
     def _add(self, saved: tuple[Tensor, ...], g: Any, dtype: torch.dtype) -> None:
-        plan, current = self.plan, self.current
+        plan, forward_pass = self.plan, self.forward_pass
         names: Set[str] = plan.wanted.keys()
-        tables = self._tables() if current.several else {}
+        tables = self._tables() if forward_pass.several else {}
         for name, table in tables.items():
             table.measure(self, name, saved, g)
             self._check_by_sum(name, saved, g, None, dtype)
         if tables:
             names = names - tables.keys()
-        folded = plan.rows > 1 and not plan.rule.positions_in_the_middle
+        folded = plan.rows_per_sample > 1 and not plan.rule.weight_sharing_axes
         by_grads: Set[str] = names
         if not folded and plan.rule.squares_without_grads:
             by_grads = self.shared.intersection(names)
             single = names - by_grads if by_grads else names
             for name, squares in plan.rule.squared_norms(plan.module, saved, g, single).items() if single else ():
-                current.add_squares(plan.hooked.layers[name], squares)
+                forward_pass.add_squares(plan.hooked.layers[name], squares)
                 self._check_by_sum(name, saved, g, squares, dtype)
         grads = plan.rule.per_sample_grads(plan.module, saved, g, by_grads) if by_grads else {}
         for name, t in grads.items():
-            t = t.unflatten(0, (current.kept, plan.rows)).sum(1) if folded else t
-            if current.check is not None:
-                current.check.add_grads(plan.wanted[name], t, dtype)
+            t = t.unflatten(0, (forward_pass.measured, plan.rows_per_sample)).sum(1) if folded else t
+            if forward_pass.check is not None:
+                forward_pass.check.add_grads(plan.wanted[name], t, dtype)
             self._add_grads(name, t)
 
     def _check_by_sum(
         self, name: str, saved: tuple[Tensor, ...], g: Tensor, squares: Tensor | None, dtype: torch.dtype
     ) -> None:
         """In a pass that is checked, make the gradients of which only the norm was taken."""
-        if self.current.check is not None and self.current.check.wants(self.wanted[name]):
+        if self.forward_pass.check is not None and self.forward_pass.check.wants(self.wanted[name]):
             total = self.rule.summed_grad(self.module, saved, g, name, elements=self.wanted[name].numel())
             size = total.norm() if squares is None else squares.clamp(min=0).sqrt().sum()
-            self.current.check.add(self.wanted[name], total, size, dtype)
+            self.forward_pass.check.add(self.wanted[name], total, size, dtype)
 
     def _add_grads(self, name: str, grads: Tensor) -> None:
-        """Add per-sample gradients [kept, *shape]."""
-        self.current.add_grads(self.wanted[name], self.hooked.layers[name], grads)
+        """Add per-sample gradients [measured, *shape]."""
+        self.forward_pass.add_grads(self.wanted[name], self.hooked.layers[name], grads)
 
     def add_squares(self, squares: dict[str, Tensor], sums: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Add the squared norms that the rule's own backward pass gave, {local parameter name: [kept]}.
+        """Add the squared norms that the rule's own backward pass gave, {local parameter name: [measured]}.
 
         Args:
             squares: These.
@@ -247,8 +248,8 @@ class RuleCall:
         if self.arrived():
             for name, t in squares.items():
                 if name in self.wanted:
-                    self.current.add_squares(self.hooked.layers[name], t)
-            self._check_taken_over({n: t for n, t in sums.items() if n in self.wanted}, dtype, True)
+                    self.forward_pass.add_squares(self.hooked.layers[name], t)
+            self._check_fused({n: t for n, t in sums.items() if n in self.wanted}, dtype, True)
 
     def summed_grads(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         """The batch gradient as the sum of the per-sample ones, whose norms are added on the way.
@@ -266,7 +267,7 @@ class RuleCall:
         sums: dict[str, Tensor] = {}
         parts: dict[str, list[Tensor]] = {}
         size = sum(p.numel() for p in self.wanted.values())
-        left = self.current.kept if measured else 0
+        left = self.forward_pass.measured if measured else 0
         for x_part, g_part in slices_of(x, g, elements_per_sample=size):
             grads = self.rule.per_sample_grads(self.module, (x_part,), g_part, self.wanted.keys())
             for name, t in grads.items():
@@ -286,13 +287,13 @@ class RuleCall:
             if name in shared:
                 self._add_grads(name, torch.cat(part))
             else:
-                self.current.add_squares(self.hooked.layers[name], torch.cat(part))
-        self._check_taken_over(sums, g.dtype, measured)
+                self.forward_pass.add_squares(self.hooked.layers[name], torch.cat(part))
+        self._check_fused(sums, g.dtype, measured)
         return sums
 
-    def _check_taken_over(self, sums: dict[str, Tensor], dtype: torch.dtype, measured: bool) -> None:
-        if self.current.check is not None and measured:
+    def _check_fused(self, sums: dict[str, Tensor], dtype: torch.dtype, measured: bool) -> None:
+        if self.forward_pass.check is not None and measured:
             for name, total in sums.items():
-                if self.current.check.wants(self.wanted[name]):
+                if self.forward_pass.check.wants(self.wanted[name]):
                     total = total.detach()
-                    self.current.check.add(self.wanted[name], total, total.norm(), dtype)
+                    self.forward_pass.check.add(self.wanted[name], total, total.norm(), dtype)

@@ -81,17 +81,17 @@ class TiedTable:
         return (total + dense + 2 * (rows * e).flatten(1).sum(1)).clamp(min=0.0)
 
 
-def tied_table(current: ForwardPass, param: nn.Parameter) -> TiedTable | None:
+def tied_table(forward_pass: ForwardPass, param: nn.Parameter) -> TiedTable | None:
     """Where a parameter's uses in a pass are lookups and at most one linear layer, what they come to; else None.
 
     Args:
-        current: The pass.
+        forward_pass: The pass.
         param: A parameter with several uses.
     """
-    if param not in current.tables:
-        calls = [(c, n) for c in current.rule_calls if not c.cancelled for n, p in c.wanted.items() if p is param]
-        lookups = [c for c, _ in calls if c.tokens is not None and c.rows == 1]
-        dense = [c for c, n in calls if c.rule.is_dense_weight and n == "weight" and c.rows == 1]
-        known = lookups and len(dense) <= 1 and len(lookups) + len(dense) == current.uses[param]
-        current.tables[param] = TiedTable(lookups, current.kept) if known else None
-    return current.tables[param]
+    if param not in forward_pass.tables:
+        calls = [(c, n) for c in forward_pass.rule_calls if not c.cancelled for n, p in c.wanted.items() if p is param]
+        lookups = [c for c, _ in calls if c.tokens is not None and c.rows_per_sample == 1]
+        dense = [c for c, n in calls if c.rule.is_dense_weight and n == "weight" and c.rows_per_sample == 1]
+        known = lookups and len(dense) <= 1 and len(lookups) + len(dense) == forward_pass.uses[param]
+        forward_pass.tables[param] = TiedTable(lookups, forward_pass.measured) if known else None
+    return forward_pass.tables[param]

@@ -114,22 +114,22 @@ class PerSampleGradNorms(HookedNorms):
         super().rebind(swapped)
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
 
-    def _begin(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.loss_reduction == "mean_tokens":
-            current.weights = label_counts(self.model, kwargs)
-        super()._begin(current, args, kwargs)
+            forward_pass.weights = label_counts(self.model, kwargs)
+        super()._begin(forward_pass, args, kwargs)
 
-    def _check_result(self, current: ForwardPass, outputs: list[Tensor]) -> None:
-        super()._check_result(current, outputs)
-        self._choose_check(current)
+    def _check_result(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
+        super()._check_result(forward_pass, outputs)
+        self._choose_check(forward_pass)
 
     # ---- the sum check ---------------------------------------------------------------------------------------
 
-    def _choose_check(self, current: ForwardPass) -> None:
+    def _choose_check(self, forward_pass: ForwardPass) -> None:
         """Check this batch, if it is due and can be."""
-        whole = current.kept == current.batch_size and not current.implicit
-        if not whole or not self.check_every or current.unchecked:
-            self._passes_since += current.unchecked
+        whole = forward_pass.measured == forward_pass.batch_size and not forward_pass.implicit
+        if not whole or not self.check_every or forward_pass.unchecked:
+            self._passes_since += forward_pass.unchecked
             self._stop_check()
             return
         self._passes_since += 1
@@ -137,8 +137,8 @@ class PerSampleGradNorms(HookedNorms):
         if self._check is None and due and not any(p.backward_seen or p.rule_calls for p in self._passes[:-1]):
             self._passes_since = 0
             names = {p: self._name_of(p) for p in self._layer_of}
-            self._check = SumCheck(names, self._leaves(), keeps_errors=current.keeps_errors)
-        current.check = self._check
+            self._check = SumCheck(names, self._leaves(), keeps_errors=forward_pass.keeps_errors)
+        forward_pass.check = self._check
 
     def _check_is_due(self) -> bool:
         return self._checked < 3 or self._ways.new or self._passes_since >= self.check_every
@@ -169,8 +169,8 @@ class PerSampleGradNorms(HookedNorms):
         if self._check is not None:
             self._check.stop()
             self._check = None
-            for current in self._passes:
-                current.check = None
+            for forward_pass in self._passes:
+                forward_pass.check = None
 
     def _close(self) -> None:
         try:
@@ -213,8 +213,8 @@ class PerSampleGradNorms(HookedNorms):
         What activation checkpointing will run again must save the same tensors as in the first place.
         """
         left = [p for p in (*self._left, *self._passes) if p.rule_calls]
-        for current in self._passes:
-            current.error = current.error or error
+        for forward_pass in self._passes:
+            forward_pass.error = forward_pass.error or error
         self.pause()
         self._left, self.repeats = left, bool(left)
         if self._on_error is not None:
@@ -278,17 +278,17 @@ class PerSampleGradNorms(HookedNorms):
             raise ValueError(f"{len(weights)} weights were given: call this after a forward pass on as many samples.")
         self._passes[-1].weights = weights
 
-    def _unit(self, current: ForwardPass) -> Tensor | int:
+    def _unit(self, forward_pass: ForwardPass) -> Tensor | int:
         """A mean loss divides each sample's gradient by the batch size, or the tokens; multiply it back."""
         if self.loss_reduction != "mean_tokens":
-            return current.batch_size if self.loss_reduction == "mean" else 1
-        if current.weights is None:
+            return forward_pass.batch_size if self.loss_reduction == "mean" else 1
+        if forward_pass.weights is None:
             raise ValueError(
                 "loss_reduction='mean_tokens' needs to know how many tokens of each sequence are counted: call the "
                 "model with labels=, or norms.set_weights(counts) after the forward pass."
             )
-        weights = current.weights.to(torch.float32)
-        return torch.where(weights > 0, weights.sum() / weights.clamp(min=1), 0.0)[: current.kept]
+        weights = forward_pass.weights.to(torch.float32)
+        return torch.where(weights > 0, weights.sum() / weights.clamp(min=1), 0.0)[: forward_pass.measured]
 
     def explain(self) -> Explanation:
         """How each parameter is measured, as far as forward passes have shown it by now.

@@ -13,19 +13,18 @@ from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Layout, is_open
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
-from hf_clars.grad_norms.observation import observe, observe_several
-from hf_clars.grad_norms.one_product import Way, is_taken_over, replace_backward, take_over
-from hf_clars.grad_norms.own_place import own_place
+from hf_clars.grad_norms.observation import observe, observe_several, own_place
+from hf_clars.grad_norms.one_product import Way, fuse_weight_grad, is_fused, replace_backward
 from hf_clars.grad_norms.plain_backward import note_call
+from hf_clars.grad_norms.pytree import differentiable_in, is_differentiable, map_tensors
 from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
-from hf_clars.grad_norms.trees import differentiable_in, is_differentiable, map_tensors
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def capture(
     hooked: HookedModule,
-    current: ForwardPass,
+    forward_pass: ForwardPass,
     x: Tensor,
     call: Call,
     output: Any,
@@ -37,7 +36,7 @@ def capture(
 
     Args:
         hooked: The module.
-        current: The pass.
+        forward_pass: The pass.
         x: Its first tensor.
         call: Arguments and keyword arguments.
         output: What it returned.
@@ -49,38 +48,38 @@ def capture(
     """
     look = None
     if taint is None and not recomputed and isinstance(output, Tensor):
-        look = _look(hooked, current, x, output)
+        look = _look(hooked, forward_pass, x, output)
     if look is not None and look in hooked.plans:
         plan = hooked.plans[look]
     else:
-        plan = _decide(hooked, current, x, output, taint, recomputed=recomputed)
+        plan = _decide(hooked, forward_pass, x, output, taint, recomputed=recomputed)
         if look is None or not (plan is None or plan.lasts):
-            current.trace = None
+            forward_pass.trace = None
         else:
             hooked.keep_plan(look, plan)
     if plan is None:
-        current.note(hooked)
+        forward_pass.note(hooked)
         return None
-    _check_device(hooked, current, x)
-    measured = RuleCall(plan, current, proven=plan.proven or current.implicit or recomputed)
-    measured.on_given = current.was_given(x)
+    _check_device(hooked, forward_pass, x)
+    measured = RuleCall(plan, forward_pass, proven=plan.proven or forward_pass.implicit or recomputed)
+    measured.on_given = forward_pass.was_given(x)
     if not recomputed:
         for param in plan.wanted.values():
-            current.add_use(param)
-    current.rule_calls.append(measured)
+            forward_pass.add_use(param)
+    forward_pass.rule_calls.append(measured)
     replaced = _follow(measured, x, call, output)
-    if not current.implicit:
+    if not forward_pass.implicit:
         measured.place(output if replaced is None else replaced, x)
-        current.note(plan)
+        forward_pass.note(plan)
     return replaced
 
 
-def _look(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> tuple[Any, ...]:
+def _look(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor) -> tuple[Any, ...]:
     """What calls must have in common to be measured by one plan; weights that are made of others are no leaves."""
     module = hooked.module
     used = [getattr(module, name) for name in hooked.params]
     return (
-        (current.batch_size, current.kept, current.implicit, module.training),
+        (forward_pass.batch_size, forward_pass.measured, forward_pass.implicit, module.training),
         (x.shape, x.stride(), x.dtype, x.device),
         (output.shape, output.stride(), output.dtype, output.requires_grad),
         *[(t.requires_grad, t.is_leaf) for t in used],
@@ -88,7 +87,13 @@ def _look(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor)
 
 
 def _decide(
-    hooked: HookedModule, current: ForwardPass, x: Tensor, output: Any, taint: DataTaint | None, *, recomputed: bool
+    hooked: HookedModule,
+    forward_pass: ForwardPass,
+    x: Tensor,
+    output: Any,
+    taint: DataTaint | None,
+    *,
+    recomputed: bool,
 ) -> CallPlan | None:
     """How to measure a call, or None to leave it to the graph. Arguments as for `capture`."""
     wanted = hooked.trainable()
@@ -99,47 +104,47 @@ def _decide(
         return None
     if any(hooked.is_made(name) for name in wanted):
         return None
-    tainted = None if taint is None else taint.holds(x) or current.was_given(x)
-    if tainted is not None and current.batch_size > 1:
+    tainted = None if taint is None else taint.holds(x) or forward_pass.was_given(x)
+    if tainted is not None and forward_pass.batch_size > 1:
         (hooked.data_dims if tainted else hooked.own_dims).add(x.dim())
         hooked.plans.clear()
     axes = rule.batch_axes(hooked.module, results)
-    rows = _rows(hooked, current, x, results[0], axes[0])
+    rows = _rows(hooked, forward_pass, x, results[0], axes[0])
     unproven = (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed"
-    if recomputed and (unproven or hooked in current.moved_without_grad):
-        current.error = current.error or _unknown_rows(hooked, current, x, results[0])
+    if recomputed and (unproven or hooked in forward_pass.moved_without_grad):
+        forward_pass.error = forward_pass.error or _unknown_rows(hooked, forward_pass, x, results[0])
         return None
-    if rows is None or (x.dim() in hooked.own_dims and tainted is not True and current.batch_size > 1):
+    if rows is None or (x.dim() in hooked.own_dims and tainted is not True and forward_pass.batch_size > 1):
         return None
     key = _key(x, rows)
     known = hooked.calls.get(key)
     if known == "graph":
         return None
-    moved = 0 if taint is None or current.batch_size == 1 else taint.moved(x)
+    moved = 0 if taint is None or forward_pass.batch_size == 1 else taint.moved(x)
     if moved == MOVED:
         known = None
-    always = current.implicit or not hooked.path or current.batch_size == 1
-    simple = always or current.was_given(x)
-    sure = simple or (tainted is True and not moved and not _open(hooked, results[0], current))
+    always = forward_pass.implicit or not hooked.path or forward_pass.batch_size == 1
+    simple = always or forward_pass.was_given(x)
+    sure = simple or (tainted is True and not moved and not _open(hooked, results[0], forward_pass))
     lasts = known is not None or always
     if known is None and rows == 1 and sure:
         known = "certain"
-        if current.batch_size > 1 and tainted is not None:
+        if forward_pass.batch_size > 1 and tainted is not None:
             hooked.calls[key] = known
     plan = CallPlan(hooked, rule, wanted, rows, key=key, axes=axes, layout=Layout(axes[0]))
     plan.x_depends_on_data, plan.lasts = tainted is not False, lasts
-    plan.proven, plan.moved = known is not None or current.batch_size == 1, moved == MOVED
+    plan.proven, plan.moved = known is not None or forward_pass.batch_size == 1, moved == MOVED
     if known is not None and rows == 1 and not rule.several_results:
-        plan.way = _way(plan, x, output, all_measured=current.kept == current.batch_size)
+        plan.way = _way(plan, x, output, all_measured=forward_pass.measured == forward_pass.batch_size)
     return plan
 
 
-def _unknown_rows(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor) -> BatchAxisError:
+def _unknown_rows(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor) -> BatchAxisError:
     return BatchAxisError(
-        f"{hooked} takes {tuple(x.shape)} and returns {tuple(output.shape)}, but the batch has {current.batch_size} "
-        "samples, and nothing tells whose rows they are. It was called by reentrant activation checkpointing, which "
-        "hides the graph around it: checkpoint with use_reentrant=False (Trainer: gradient_checkpointing_kwargs="
-        "{'use_reentrant': False}), or freeze its parameters."
+        f"{hooked} takes {tuple(x.shape)} and returns {tuple(output.shape)}, but the batch has "
+        f"{forward_pass.batch_size} samples, and nothing tells whose rows they are. It was called by reentrant "
+        "activation checkpointing, which hides the graph around it: checkpoint with use_reentrant=False (Trainer: "
+        "gradient_checkpointing_kwargs={'use_reentrant': False}), or freeze its parameters."
     )
 
 
@@ -148,12 +153,12 @@ def _key(x: Tensor, rows: int) -> tuple[int, ...]:
     return (rows, x.dim()) if rows == 1 else (rows, *x.shape[1:])
 
 
-def repeat(hooked: HookedModule, current: ForwardPass, x: Tensor, call: Call, output: Any) -> Any:
+def repeat(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, call: Call, output: Any) -> Any:
     """Checkpointing makes a captured call again: save the same tensors in the same order, and measure nothing.
 
     Args:
         hooked: The module.
-        current: The pass.
+        forward_pass: The pass.
         x: Its first tensor.
         call: Arguments and keyword arguments.
         output: What it returned.
@@ -165,32 +170,32 @@ def repeat(hooked: HookedModule, current: ForwardPass, x: Tensor, call: Call, ou
     assert rule is not None
     if not hooked.trainable() or not results:
         return None
-    rows = _rows(hooked, current, x, results[0], rule.batch_axes(hooked.module, results)[0])
-    made = (c.plan for c in current.rule_calls if c.hooked is hooked)
+    rows = _rows(hooked, forward_pass, x, results[0], rule.batch_axes(hooked.module, results)[0])
+    made = (c.plan for c in forward_pass.rule_calls if c.hooked is hooked)
     plan = next((p for p in made if rows and p.key == _key(x, rows)), None)
-    return None if plan is None else _follow(RuleCall(plan, current, repeats=True), x, call, output)
+    return None if plan is None else _follow(RuleCall(plan, forward_pass, repeats=True), x, call, output)
 
 
-def _rows(hooked: HookedModule, current: ForwardPass, x: Tensor, output: Tensor, axis: int) -> int | None:
+def _rows(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor, axis: int) -> int | None:
     assert hooked.rule is not None
     if not hooked.rule.has_batch_axis(hooked.module, x):
         return None
     if axis:
-        return 1 if x.dim() > axis and x.shape[axis] == output.shape[axis] == current.batch_size else None
-    return folded_rows(x, output, current.batch_size)
+        return 1 if x.dim() > axis and x.shape[axis] == output.shape[axis] == forward_pass.batch_size else None
+    return folded_rows(x, output, forward_pass.batch_size)
 
 
-def _open(hooked: HookedModule, output: Tensor, current: ForwardPass) -> bool:
+def _open(hooked: HookedModule, output: Tensor, forward_pass: ForwardPass) -> bool:
     rule = hooked.rule
-    return rule is not None and rule.positions_in_the_middle and is_open(output.shape, current.batch_size)
+    return rule is not None and rule.weight_sharing_axes and is_open(output.shape, forward_pass.batch_size)
 
 
-def _check_device(hooked: HookedModule, current: ForwardPass, x: Tensor) -> None:
-    if current.device is None:
-        current.device = x.device
-    elif current.device != x.device:
+def _check_device(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor) -> None:
+    if forward_pass.device is None:
+        forward_pass.device = x.device
+    elif forward_pass.device != x.device:
         raise MixedDevicesError(
-            f"{hooked} runs on {x.device}, but layers before it on {current.device}: the norms of a model that is "
+            f"{hooked} runs on {x.device}, but layers before it on {forward_pass.device}: the norms of a model that is "
             f"split over devices are not supported. Move it to one device (no device_map), or freeze the part on "
             f"the other."
         )
@@ -199,9 +204,9 @@ def _check_device(hooked: HookedModule, current: ForwardPass, x: Tensor) -> None
 def _follow(call: RuleCall, x: Tensor, given: Call, output: Any) -> Any:
     """Take the weight gradient over, or watch the ordinary one."""
     plan, rule = call.plan, call.plan.rule
-    if plan.way is not None and not is_taken_over(output):
-        call.taken_over = True
-        if call.current.keeps_errors:
+    if plan.way is not None and not is_fused(output):
+        call.fused = True
+        if call.forward_pass.keeps_errors:
             note_call(call, x, given)
         return plan.way(call, x, output)
     args, kwargs = given
@@ -229,5 +234,5 @@ def _way(plan: CallPlan, x: Tensor, output: Tensor, *, all_measured: bool) -> Wa
     rule = plan.rule
     if rule.gives_whole_backward and rule.supplies_backward(plan.module, x, output):
         return replace_backward
-    taken = all_measured and rule.gives_input_grad and rule.takes_over(plan.module, x, output)
-    return take_over if taken else None
+    taken = all_measured and rule.gives_input_grad and rule.fuses_weight_grad(plan.module, x, output)
+    return fuse_weight_grad if taken else None

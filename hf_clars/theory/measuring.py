@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_clars.errors import DataError
-from hf_clars.grad_norms.trees import tensors_in
+from hf_clars.grad_norms.pytree import tensors_in
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

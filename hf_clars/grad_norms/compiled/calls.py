@@ -19,9 +19,9 @@ from hf_clars.grad_norms.compiled.tied import Linked, Tie, TiedLookup
 from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
+from hf_clars.grad_norms.pytree import tensor_given, tensors_in
 from hf_clars.grad_norms.registry import LayerRule
 from hf_clars.grad_norms.token_weights import label_counts
-from hf_clars.grad_norms.trees import tensor_given, tensors_in
 
 _LEARN = (
     "Run one forward and backward pass on a batch without torch.compile first (with the norms attached): the layout of "
@@ -230,10 +230,10 @@ class CompiledCall:
         if self.tie is not None or "weight" not in names or x.shape[0] != batch or is_split(self.module.weight):
             return None
         # Sums, as of normalisation layers, a compiler joins with what is around them; products it cannot.
-        products = type(self.rule).takes_over is not LayerRule.takes_over
+        products = type(self.rule).fuses_weight_grad is not LayerRule.fuses_weight_grad
         if products and self.rule.gives_whole_backward and self.rule.supplies_backward(self.module, x, output):
             return "kernels"
-        return "torch" if self.rule.gives_input_grad and self.rule.takes_over(self.module, x, output) else None
+        return "torch" if self.rule.gives_input_grad and self.rule.fuses_weight_grad(self.module, x, output) else None
 
     def _layout_is_known(self, x: Tensor, output: Tensor, batch: int) -> bool:
         """Whether the first axis is the batch, or folds it as an uncompiled pass has shown."""
@@ -279,7 +279,7 @@ class CompiledCall:
         rows = g.shape[0] // batch
         dtype = g.dtype
         saved, g = tuple(at_least_float32(t) for t in saved), at_least_float32(g)
-        if rows > 1 and rule.positions_in_the_middle:
+        if rows > 1 and rule.weight_sharing_axes:
             saved, g = tuple(t.unflatten(0, (batch, rows)) for t in saved), g.unflatten(0, (batch, rows))
             rows = 1
         if rows > 1 or not rule.squares_without_grads:

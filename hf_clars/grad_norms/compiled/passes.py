@@ -63,23 +63,23 @@ class CompiledPasses:
 
     # ---- the model is called outside compiled code -----------------------------------------------------------
 
-    def join(self, current: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def join(self, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass has begun outside compiled code: prepare rows for compiled code inside, if there may be any."""
         self.calls.forget()
         if self.calls.expected and self.calls.params:
-            self._joined = current
+            self._joined = forward_pass
             try:
                 self.calls.begin(args, kwargs)
             finally:
                 self._joined = None
 
-    def part(self, current: ForwardPass) -> list[CompiledCall]:
+    def part(self, forward_pass: ForwardPass) -> list[CompiledCall]:
         """The forward pass has ended: the calls that compiled code has made in it."""
         ran = self.calls.ran()
         if self.calls.measures:
             self.calls.expected = bool(ran)
         self.calls.end()
-        current.unchecked = current.unchecked and bool(ran)
+        forward_pass.unchecked = forward_pass.unchecked and bool(ran)
         return ran
 
     # ---- what compiled code calls ----------------------------------------------------------------------------
@@ -102,13 +102,13 @@ class CompiledPasses:
 
     def _begin_pass(self, batch: int, weights: Tensor | None, checked: bool) -> int:
         self._number += 1
-        current = self._joined or self._norms._open(batch)
-        current.unchecked = not checked
+        forward_pass = self._joined or self._norms._open(batch)
+        forward_pass.unchecked = not checked
         if self._joined is None:
-            current.begun_compiled = True
-            current.weights = weights
-            self._norms._choose_check(current)
-        self._open[self._number] = current
+            forward_pass.begun_compiled = True
+            forward_pass.weights = weights
+            self._norms._choose_check(forward_pass)
+        self._open[self._number] = forward_pass
         return self._number
 
     def compiled_norms_arrive(self, number: int, squares: Tensor, uses: Tensor) -> None:
@@ -117,29 +117,29 @@ class CompiledPasses:
             self._take_norms(number, squares, uses)
 
     def _take_norms(self, number: int, squares: Tensor, uses: Tensor) -> None:
-        current = self._open.get(number)
-        if current is None or differentiating():
+        forward_pass = self._open.get(number)
+        if forward_pass is None or differentiating():
             return
-        current.mark(current)
+        forward_pass.mark(forward_pass)
         if number in self._arrived:
             self._norms._stop_check()
             raise second_backward("the compiled model")
-        failed, self.calls.failed = self.calls.failed or self._used_twice(current, uses), ""
+        failed, self.calls.failed = self.calls.failed or self._used_twice(forward_pass, uses), ""
         if failed:
             self._norms._stop_check()
             raise UncoveredParameterError(failed)
         self._arrived = {n for n in self._arrived if n in self._open} | {number}
-        if current.begun_compiled:
+        if forward_pass.begun_compiled:
             self._norms._note_compiled(list(self.calls.calls.values()))
-        found = squares[:, : current.kept]
+        found = squares[:, : forward_pass.measured]
         of_layers = found.new_zeros(self._layers[-1] + 1, found.shape[1])
         of_layers.index_add_(0, on_device(self._layer_index, found.device), found)
         for layer in self._layers:
-            current.add_squares(layer, of_layers[layer])
+            forward_pass.add_squares(layer, of_layers[layer])
 
-    def _used_twice(self, current: ForwardPass, uses: Tensor) -> str:
+    def _used_twice(self, forward_pass: ForwardPass, uses: Tensor) -> str:
         """What is wrong with rows that were used twice; "" if none was. A GPU is asked in checked passes only."""
-        if uses.is_cuda and current.unchecked:
+        if uses.is_cuda and forward_pass.unchecked:
             return ""
         times = uses.tolist()
         allowed = {c: 1 if c.tie is None else 2 for c in self.calls.calls.values()}

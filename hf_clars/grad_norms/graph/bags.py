@@ -14,7 +14,7 @@ from hf_clars.grad_norms.torch_internals import saved
 _MEAN, _MAX = 1, 2
 
 
-def bag_grads(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+def bag_grads(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
     """Each sample's gradient of the table.
 
     Args:
@@ -23,10 +23,10 @@ def bag_grads(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kep
         g: Gradient of the bags [bags, width].
         layout: Whose bags are whose.
         batch: B.
-        kept: How many of the first samples are measured.
+        measured: How many of the first samples are measured.
 
     Returns:
-        [kept, rows, width]; None for what only the operation itself can tell: another operand, counts of the batch.
+        [measured, rows, width]; None for what only the operation itself can tell: another operand, counts of the batch.
     """
     if not _is_plain(node, index, layout):
         return None
@@ -35,20 +35,20 @@ def bag_grads(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kep
     if saved(node, "mode") == _MAX:
         columns = torch.arange(g.shape[1], device=g.device).expand_as(g)
         places = (owners[:, None].expand_as(g), saved(node, "result3").clamp(min=0), columns)
-        return grads.index_put_(places, _of_full_bags(node, g), accumulate=True)[:kept]
+        return grads.index_put_(places, _of_full_bags(node, g), accumulate=True)[:measured]
     bags, tokens, rows = _lookups(node, g)
-    return grads.index_put_((owners[bags], tokens), rows, accumulate=True)[:kept]
+    return grads.index_put_((owners[bags], tokens), rows, accumulate=True)[:measured]
 
 
-def bag_squares(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
-    """Each sample's squared gradient norm, [kept], without the tables. Arguments and None as for `bag_grads`."""
+def bag_squares(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
+    """Each sample's squared gradient norm, [measured], without the tables. Arguments and None as for `bag_grads`."""
     if not _is_plain(node, index, layout) or (saved(node, "mode") == _MAX and len(g) != batch):
         return None
     g, owners = at_least_float32(g), _owners(g, layout, batch)
     if saved(node, "mode") == _MAX:  # each column of a bag is one number of the table
-        return norm_math.squared_sum(_of_full_bags(node, g))[:kept]
+        return norm_math.squared_sum(_of_full_bags(node, g))[:measured]
     bags, tokens, rows = _lookups(node, g)
-    return norm_math.ragged_lookup_squared_norm(owners[bags], tokens, rows, batch)[:kept]
+    return norm_math.ragged_lookup_squared_norm(owners[bags], tokens, rows, batch)[:measured]
 
 
 def _is_plain(node: Node, index: int, layout: Layout) -> bool:

@@ -18,9 +18,9 @@ from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.one_product import OWN_NODES
+from hf_clars.grad_norms.pytree import differentiable_in
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import shape_at
-from hf_clars.grad_norms.trees import differentiable_in
 from hf_clars.grad_norms.undisturbed import undisturbed
 
 _BY_INDEX = ("IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0")
@@ -74,7 +74,7 @@ class GraphFinder:
 
     def find(
         self,
-        current: ForwardPass,
+        forward_pass: ForwardPass,
         outputs: Sequence[Tensor],
         taint: DataTaint | None,
         containers: Sequence[ContainerCall],
@@ -84,7 +84,7 @@ class GraphFinder:
         Calls by rules that prove wrong are cancelled.
 
         Args:
-            current: The pass; its forward has just ended.
+            forward_pass: The pass; its forward has just ended.
             outputs: What the model returned.
             taint: What depends on the data, if that was followed.
             containers: Calls that may be gates, inner ones first.
@@ -95,39 +95,39 @@ class GraphFinder:
         self._moves_rows |= taint is not None and taint.moves
         self._layouts_now.clear()
         for _ in range(4):
-            walk = self._walk(current, outputs, taint)
-            unproven = [c for c in current.rule_calls if not c.proven and not c.cancelled]
-            unknown = [use for use in walk.uses if self._known(use, current.batch_size) is None]
+            walk = self._walk(forward_pass, outputs, taint)
+            unproven = [c for c in forward_pass.rule_calls if not c.proven and not c.cancelled]
+            unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
             if not unproven and not unknown:
                 break
-            if not self._learn(current, outputs, walk, unproven, unknown):
+            if not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
         measured: list[MeasuredUse] = []
         gates: dict[ContainerCall, Gate] = {}
         for use in walk.uses:
-            at_node = self._at_node(use, current)
+            at_node = self._at_node(use, forward_pass)
             if at_node is not None:
                 measured.append(at_node)
                 continue
-            container = self._container_of(use, current, containers)
-            edges = container.batch_first(current.batch_size)
-            gates.setdefault(container, Gate(edges, str(container.hooked), current.packed)).uses.append(use)
+            container = self._container_of(use, forward_pass, containers)
+            edges = container.batch_first(forward_pass.batch_size)
+            gates.setdefault(container, Gate(edges, str(container.hooked), forward_pass.packed)).uses.append(use)
         self._layouts_now.clear()
         return measured, list(gates.values())
 
-    def _walk(self, current: ForwardPass, outputs: Sequence[Tensor], taint: DataTaint | None) -> GraphWalk:
+    def _walk(self, forward_pass: ForwardPass, outputs: Sequence[Tensor], taint: DataTaint | None) -> GraphWalk:
         regions = {
             edge.node: Region(set(c.wanted.values()), c.input_node)
-            for c in current.rule_calls
+            for c in forward_pass.rule_calls
             if not c.cancelled
             for edge in c.edges
         }
         walk = GraphWalk(
-            lambda leaf: None if (param := self.param_of(leaf)) in current.compiled else param,
+            lambda leaf: None if (param := self.param_of(leaf)) in forward_pass.compiled else param,
             regions,
-            lambda node, signature: self._is_data(node, signature, taint, current.batch_size),
+            lambda node, signature: self._is_data(node, signature, taint, forward_pass.batch_size),
             self._whole.__contains__,
-            current.batch_size,
+            forward_pass.batch_size,
             OWN_NODES,
             {} if taint is None else taint.moved_nodes,
         )
@@ -169,7 +169,7 @@ class GraphFinder:
 
     def _learn(
         self,
-        current: ForwardPass,
+        forward_pass: ForwardPass,
         outputs: Sequence[Tensor],
         walk: GraphWalk,
         unproven: Sequence[RuleCall],
@@ -180,28 +180,30 @@ class GraphFinder:
         for use in unknown:
             places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(use.result_shapes)]
         moved = any(c.plan.moved for c in unproven) or any(use.moved == MOVED for use in unknown)
-        samples = range(current.batch_size) if moved else (current.batch_size - 1, 0)
-        proven = self._prove(current, outputs, walk, places, samples)
+        samples = range(forward_pass.batch_size) if moved else (forward_pass.batch_size - 1, 0)
+        proven = self._prove(forward_pass, outputs, walk, places, samples)
         if proven is None:
-            self._take_as_they_look(unproven, current)
+            self._take_as_they_look(unproven, forward_pass)
             return False
         again = False
         for call, found in zip(unproven, proven, strict=False):
             call.proven = True
             layout = call.plan.layout
-            coupled = call.rows == 1 and call.plan.x_depends_on_data and found is not None and not found.layouts
+            coupled = (
+                call.rows_per_sample == 1 and call.plan.x_depends_on_data and found is not None and not found.layouts
+            )
             right = found is None or layout in found.layouts or (coupled and found.everywhere(layout.axis))
             if not right:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():
-                    current.forget_use(param)
+                    forward_pass.forget_use(param)
             if found is not None and not (right and call.plan.moved):
                 call.hooked.calls[call.plan.key] = "observed" if right else "graph"
         rest = iter(proven[len(unproven) :])
         for use in unknown:
             shapes = use.result_shapes
             found_of = [next(rest) for _ in shapes]
-            again |= self._learn_use(use, shapes, found_of, current.batch_size)
+            again |= self._learn_use(use, shapes, found_of, forward_pass.batch_size)
         return again
 
     def _learn_use(
@@ -229,14 +231,14 @@ class GraphFinder:
 
     def _prove(
         self,
-        current: ForwardPass,
+        forward_pass: ForwardPass,
         outputs: Sequence[Tensor],
         walk: GraphWalk,
         places: Sequence[tuple[GradientEdge, tuple[int, ...]]],
         samples: Sequence[int],
     ) -> list[Arrival | None] | None:
         """The layouts of some places, by some samples; None if the graph cannot be asked."""
-        batch = current.batch_size
+        batch = forward_pass.batch_size
         whole = [t for t in differentiable_in(outputs) if t.dim() and t.shape[0] == batch]
         if batch < 2 or walk.once or self.is_split() or any(t.is_meta for t in outputs):
             return None
@@ -246,13 +248,13 @@ class GraphFinder:
             roots = inner_roots(outputs, batch)
             checks = [
                 place_of(c.edges[0])
-                for c in current.rule_calls
+                for c in forward_pass.rule_calls
                 if c.edges and c.proven and not c.cancelled and c.on_given
             ]
             if not roots or not checks:
                 return None
         try:
-            with quietly(), undisturbed(current.params()):
+            with quietly(), undisturbed(forward_pass.params()):
                 found = prove(roots, [*places, *checks], batch, samples, walk.couplings)
         except torch.OutOfMemoryError:
             raise
@@ -261,42 +263,42 @@ class GraphFinder:
         wrong = [f for f in found[len(places) :] if f is not None and Layout() not in f.layouts]
         return None if wrong else found[: len(places)]
 
-    def _take_as_they_look(self, unproven: Sequence[RuleCall], current: ForwardPass) -> None:
+    def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
         for call in unproven:
-            if (call.rows != 1 or call.plan.moved) and not _is_meta(call):
-                raise _no_proof(call, current.batch_size)
+            if (call.rows_per_sample != 1 or call.plan.moved) and not _is_meta(call):
+                raise _no_proof(call, forward_pass.batch_size)
             call.proven = True
 
     # ---- gates -----------------------------------------------------------------------------------------------
 
-    def _at_node(self, use: Use, current: ForwardPass) -> MeasuredUse | None:
+    def _at_node(self, use: Use, forward_pass: ForwardPass) -> MeasuredUse | None:
         shapes = use.result_shapes
         name = self.name_of(next(iter(use.leaves.values())))
-        layouts = self._known(use, current.batch_size)
+        layouts = self._known(use, forward_pass.batch_size)
         if layouts is not None:
             known = any(la is not None for la in layouts)
-            return MeasuredUse(use, layouts, name, careful=current.packed) if known else None
-        if shapes[0] and shapes[0][0] == current.batch_size and use.moved != MOVED:
+            return MeasuredUse(use, layouts, name, careful=forward_pass.packed) if known else None
+        if shapes[0] and shapes[0][0] == forward_pass.batch_size and use.moved != MOVED:
             # Nothing could be learned: taken for what it looks like.
-            return MeasuredUse(use, [Layout(), *[None for _ in shapes[1:]]], name, careful=current.packed)
+            return MeasuredUse(use, [Layout(), *[None for _ in shapes[1:]]], name, careful=forward_pass.packed)
         return None
 
-    def _container_of(self, use: Use, current: ForwardPass, containers: Sequence[ContainerCall]) -> ContainerCall:
+    def _container_of(self, use: Use, forward_pass: ForwardPass, containers: Sequence[ContainerCall]) -> ContainerCall:
         """The innermost module around a use whose results have the batch first."""
         key = _key(use)
         wanted = self._gate_of.get(key)
         for container in containers:
             if wanted is not None and container.hooked is not wanted:
                 continue
-            starts = [edge.node for edge in container.batch_first(current.batch_size)]
+            starts = [edge.node for edge in container.batch_first(forward_pass.batch_size)]
             if starts and reaches(starts, use.node, container.inputs):
-                if key not in self._gate_of and current.kept > 1:
+                if key not in self._gate_of and forward_pass.measured > 1:
                     announce(container, [self.name_of(p) for p in use.leaves.values()])
                 self._gate_of[key] = container.hooked
                 self.gated.add(container.hooked)
                 return container
         self.unknown = True
-        raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), current.batch_size)
+        raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), forward_pass.batch_size)
 
 
 def _key(use: Use) -> tuple[object, ...]:
@@ -305,13 +307,13 @@ def _key(use: Use) -> tuple[object, ...]:
 
 def _is_meta(call: RuleCall) -> bool:
     """Whether a call was made on tensors without values."""
-    return call.current.device is not None and call.current.device.type == "meta"
+    return call.forward_pass.device is not None and call.forward_pass.device.type == "meta"
 
 
 def _no_proof(call: RuleCall, batch: int) -> BatchAxisError:
     """The error for rows that cannot be proven to be a sample's."""
     return BatchAxisError(
-        f"{call.hooked} is called on {call.rows} rows for each of the {batch} samples, and this model's graph does not "
-        "tell whose they are: let the model return its outputs beside the loss, put the batch first, freeze "
-        f"the parameters, or {WITHOUT_SAMPLES}."
+        f"{call.hooked} is called on {call.rows_per_sample} rows for each of the {batch} samples, and this model's "
+        "graph does not tell whose they are: let the model return its outputs beside the loss, put the batch first, "
+        f"freeze the parameters, or {WITHOUT_SAMPLES}."
     )

@@ -73,31 +73,31 @@ class KnownGraphs:
     def __init__(self) -> None:
         self._known: dict[Mark, list[_Place]] = {}
 
-    def begin(self, current: ForwardPass) -> None:
+    def begin(self, forward_pass: ForwardPass) -> None:
         """Follow how a pass's graph comes about."""
-        current.trace, current.begun_at = [], operations_recorded()
+        forward_pass.trace, forward_pass.begun_at = [], operations_recorded()
 
-    def end(self, current: ForwardPass, *, trained: int) -> Mark | None:
+    def end(self, forward_pass: ForwardPass, *, trained: int) -> Mark | None:
         """What the graph of a pass is known by, as its forward ends.
 
         Args:
-            current: The pass.
+            forward_pass: The pass.
             trained: How many measured parameters train.
 
         Returns:
             None if the graph must be walked.
         """
-        trace, current.trace = current.trace, None
-        if not trace or current.packed or current.without_grad or current.compiled:
+        trace, forward_pass.trace = forward_pass.trace, None
+        if not trace or forward_pass.packed or forward_pass.without_grad or forward_pass.compiled:
             return None
-        return (*trace, operations_recorded() - current.begun_at, trained)
+        return (*trace, operations_recorded() - forward_pass.begun_at, trained)
 
-    def find(self, mark: Mark | None, current: ForwardPass, outputs: Sequence[Tensor]) -> list[MeasuredUse] | None:
+    def find(self, mark: Mark | None, forward_pass: ForwardPass, outputs: Sequence[Tensor]) -> list[MeasuredUse] | None:
         """The uses that no rule measures, without a walk.
 
         Args:
             mark: See `end`.
-            current: The pass.
+            forward_pass: The pass.
             outputs: What the model returned.
 
         Returns:
@@ -106,23 +106,25 @@ class KnownGraphs:
         places = None if mark is None else self._known.get(mark)
         if places is None or mark is None:
             return None
-        starts = _starts(current, outputs) if places else []
+        starts = _starts(forward_pass, outputs) if places else []
         found = [place.find(starts) for place in places]
-        used = set(current.uses).union(*(m.use.leaves.values() for m in found if m is not None))
+        used = set(forward_pass.uses).union(*(m.use.leaves.values() for m in found if m is not None))
         return None if len(used) != mark[-1] or None in found else [m for m in found if m is not None]
 
-    def add(self, mark: Mark, current: ForwardPass, outputs: Sequence[Tensor], found: Sequence[MeasuredUse]) -> None:
+    def add(
+        self, mark: Mark, forward_pass: ForwardPass, outputs: Sequence[Tensor], found: Sequence[MeasuredUse]
+    ) -> None:
         """A graph was walked.
 
         Args:
             mark: See `end`.
-            current: The pass, whose uses are counted.
+            forward_pass: The pass, whose uses are counted.
             outputs: What the model returned.
             found: What no rule measures.
         """
-        if len(current.uses) != mark[-1]:
+        if len(forward_pass.uses) != mark[-1]:
             return
-        ways = _ways_down(current, outputs, {m.use.node for m in found}) if found else {}
+        ways = _ways_down(forward_pass, outputs, {m.use.node for m in found}) if found else {}
         if len(ways) < len({m.use.node for m in found}):
             return
         if len(self._known) >= _MOST:
@@ -136,25 +138,25 @@ class KnownGraphs:
 
 def _place(measured: MeasuredUse, start: int, above: Way) -> _Place:
     use = measured.use
-    nowhere: Any = None  # nothing of the graph is kept: of a use only what is the same in every pass
-    kept = Use(nowhere, use.index, (nowhere, 0), use.leaves, use.key)
+    nowhere: Any = None  # nothing of the graph is stored: of a use only what is the same in every pass
+    stored = Use(nowhere, use.index, (nowhere, 0), use.leaves, use.key)
     way = (*above, (use.node.name(), use.index))
     leaves = _leaves_below(use.child[0])
-    return _Place(start, way, leaves, use.result_shapes, MeasuredUse(kept, measured.layouts, measured.name))
+    return _Place(start, way, leaves, use.result_shapes, MeasuredUse(stored, measured.layouts, measured.name))
 
 
-def _starts(current: ForwardPass, outputs: Sequence[Tensor]) -> list[Node | None]:
+def _starts(forward_pass: ForwardPass, outputs: Sequence[Tensor]) -> list[Node | None]:
     """Where ways begin: the inputs of rules' calls, and what the model returned."""
-    return [*(call.input_node for call in current.rule_calls), *(t.grad_fn for t in outputs)]
+    return [*(call.input_node for call in forward_pass.rule_calls), *(t.grad_fn for t in outputs)]
 
 
-def _ways_down(current: ForwardPass, outputs: Sequence[Tensor], wanted: set[Node]) -> dict[Node, tuple[int, Way]]:
+def _ways_down(forward_pass: ForwardPass, outputs: Sequence[Tensor], wanted: set[Node]) -> dict[Node, tuple[int, Way]]:
     """The shortest way down to each node that can be reached without passing a rule's module."""
-    modules = {edge.node for call in current.rule_calls for edge in call.edges}
+    modules = {edge.node for call in forward_pass.rule_calls for edge in call.edges}
     found: dict[Node, tuple[int, Way]] = {}
     seen: set[Node] = set()
     level: list[tuple[Node, int, Way]] = [
-        (node, i, ()) for i, node in enumerate(_starts(current, outputs)) if node is not None
+        (node, i, ()) for i, node in enumerate(_starts(forward_pass, outputs)) if node is not None
     ]
     while level and len(found) < len(wanted):
         below = []

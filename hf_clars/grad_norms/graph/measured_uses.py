@@ -24,8 +24,8 @@ from hf_clars.grad_norms.torch_internals import dtype_at, no_autocast, results_o
 from hf_clars.grad_norms.undisturbed import undisturbed
 
 Deliver = Callable[[ForwardPass, nn.Parameter, Tensor, torch.dtype], None]
-"""Takes a pass, a parameter, each sample's gradient [kept, *shape], and the operation's precision. Where only norms are
-asked for, [kept, 1] with each sample's norm does as well."""
+"""Takes a pass, a parameter, each sample's gradient [measured, *shape], and the operation's precision. Where only norms
+are asked for, [measured, 1] with each sample's norm does as well."""
 
 
 @dataclass(eq=False)
@@ -51,30 +51,30 @@ class MeasuredUse:
         led = ", led back to it through operations on parameters" if self.use.child[0].next_functions else ""
         return f"in the graph, at {self.use.node.name()}{where}{led}"
 
-    def grads(self, grads: Sequence[Tensor | None], batch: int, kept: int, *, shared: bool = False) -> Tensor:
-        """Each sample's gradient of the operand, [kept, *shape]; `shared`: its parameters have other uses too."""
+    def grads(self, grads: Sequence[Tensor | None], batch: int, measured: int, *, shared: bool = False) -> Tensor:
+        """Each sample's gradient of the operand, [measured, *shape]; `shared`: its parameters have other uses too."""
         use = self.use
         own = shared and isinstance(use.node, BackwardCFunction)  # the engine would come to the other uses as well
         if self.careful and not own and not use.node.name().startswith(("Expand", "Add", "Sub")):
-            return self._by_engine(grads, batch, kept)
-        return operand_grads(use.node, use.index, grads, self.layouts, use.shape, batch, kept)
+            return self._by_engine(grads, batch, measured)
+        return operand_grads(use.node, use.index, grads, self.layouts, use.shape, batch, measured)
 
-    def norms(self, current: ForwardPass, grads: Sequence[Tensor | None]) -> Tensor | None:
-        """Each sample's norm alone, [kept], of the one parameter; None where its gradients must be made."""
+    def norms(self, forward_pass: ForwardPass, grads: Sequence[Tensor | None]) -> Tensor | None:
+        """Each sample's norm alone, [measured], of the one parameter; None where its gradients must be made."""
         param = next(iter(self.use.leaves.values()))
-        summed = current.check is not None and current.check.wants(param)
-        if self.careful or summed or param in current.several:
+        summed = forward_pass.check is not None and forward_pass.check.wants(param)
+        if self.careful or summed or param in forward_pass.several:
             return None
-        return norms_alone(self.use, grads, self.layouts, current.batch_size, current.kept)
+        return norms_alone(self.use, grads, self.layouts, forward_pass.batch_size, forward_pass.measured)
 
-    def _by_engine(self, grads: Sequence[Tensor | None], batch: int, kept: int) -> Tensor:
+    def _by_engine(self, grads: Sequence[Tensor | None], batch: int, measured: int) -> Tensor:
         """By a backward pass of its own, which unpacks what was saved once more."""
         use, parts = self.use, []
         present = [(i, g, layout) for i, (g, layout) in enumerate(zip(grads, self.layouts, strict=True))]
         known = [(i, g, layout) for i, g, layout in present if g is not None and layout]
         step = max(1, MAX_ELEMENTS // max(1, sum(g.numel() for _, g, _ in known)))
-        for start in range(0, kept, step):
-            samples = slice(start, min(start + step, kept))
+        for start in range(0, measured, step):
+            samples = slice(start, min(start + step, measured))
             parts.append(_grads_by_engine(use, [(i, la.one_sample_each(g, batch, samples)) for i, g, la in known]))
         return torch.cat(parts)
 
@@ -86,18 +86,18 @@ def _grads_by_engine(use: Use, stacks: Sequence[tuple[int, Tensor]]) -> Tensor:
     return given[0].new_zeros(len(given[0]), *use.shape) if found is None else found
 
 
-def watch(current: ForwardPass, measured: MeasuredUse, deliver: Deliver) -> None:
+def watch(forward_pass: ForwardPass, measured: MeasuredUse, deliver: Deliver) -> None:
     """Measure a use when its operation's gradient comes.
 
     Args:
-        current: The pass; it holds on to the use until then, or until the pass is dropped.
+        forward_pass: The pass; it holds on to the use until then, or until the pass is dropped.
         measured: The use.
-        deliver: Takes each parameter's per-sample gradients [kept, *shape], and the precision of the operation.
+        deliver: Takes each parameter's per-sample gradients [measured, *shape], and the precision of the operation.
     """
-    ticket = current.next_ticket()
-    current.open_uses[ticket] = measured
+    ticket = forward_pass.next_ticket()
+    forward_pass.open_uses[ticket] = measured
     # The hook must not hold on to the node that holds it.
-    measured.use.node.register_prehook(current.guarded(_Arrival(current, ticket, deliver)))
+    measured.use.node.register_prehook(forward_pass.guarded(_Arrival(forward_pass, ticket, deliver)))
 
 
 @dataclass(eq=False)
@@ -119,13 +119,13 @@ class Gate:
     careful: bool = False
     uses: list[Use] = field(default_factory=list)
 
-    def watch(self, current: ForwardPass, deliver: Deliver) -> None:
+    def watch(self, forward_pass: ForwardPass, deliver: Deliver) -> None:
         """Measure the uses when gradients of the module's results come: each result adds its part."""
         for edge in self.edges:
-            ticket = current.next_ticket()
-            current.open_uses[ticket] = edge
-            arrival = _GateArrival(current, ticket, self, edge.output_nr, deliver)
-            edge.node.register_prehook(current.guarded(arrival))
+            ticket = forward_pass.next_ticket()
+            forward_pass.open_uses[ticket] = edge
+            arrival = _GateArrival(forward_pass, ticket, self, edge.output_nr, deliver)
+            edge.node.register_prehook(forward_pass.guarded(arrival))
 
     def in_words(self) -> str:
         """How it is measured, for people."""
@@ -136,13 +136,13 @@ class Gate:
         self.edges.clear()
         self.uses.clear()
 
-    def parts(self, edge: GradientEdge, g: Tensor, batch: int, kept: int) -> list[tuple[Use, Tensor]]:
-        """What one result's gradient adds to each use, [kept, *shape of the operand]."""
+    def parts(self, edge: GradientEdge, g: Tensor, batch: int, measured: int) -> list[tuple[Use, Tensor]]:
+        """What one result's gradient adds to each use, [measured, *shape of the operand]."""
         places = [GradientEdge(use.node, i) for use in self.uses for i in range(results_of(use.node))]
         step = max(1, MAX_ELEMENTS // max(1, g.numel()))
         parts: list[list[Tensor]] = [[] for _ in self.uses]
-        for start in range(0, kept, step):
-            stack = Layout().one_sample_each(g, batch, slice(start, min(start + step, kept)))
+        for start in range(0, measured, step):
+            stack = Layout().one_sample_each(g, batch, slice(start, min(start + step, measured)))
             found = iter(batched_grads([edge], places, [stack], apart=self.careful))
             for use, part in zip(self.uses, parts, strict=True):
                 of_use = [next(found) for _ in range(results_of(use.node))]
@@ -157,7 +157,7 @@ class Gate:
 
 @dataclass(eq=False)
 class _GateArrival:
-    current: ForwardPass
+    forward_pass: ForwardPass
     ticket: int
     gate: Gate
     output: int
@@ -167,53 +167,53 @@ class _GateArrival:
         g = grads[self.output]
         if differentiating() or g is None:
             return
-        current = self.current
-        edge = current.open_uses.pop(self.ticket, None)
-        current.arrive(self.ticket, self.gate.name)
+        forward_pass = self.forward_pass
+        edge = forward_pass.open_uses.pop(self.ticket, None)
+        forward_pass.arrive(self.ticket, self.gate.name)
         if edge is None:
             return
         params = (p for use in self.gate.uses for p in use.leaves.values())
-        kept, time = undisturbed(current.params()), timed(current.times, params, g.device)
-        with torch.no_grad(), quietly(), kept, no_autocast(g.device.type), time:
-            for use, own in self.gate.parts(edge, g.detach(), current.batch_size, current.kept):
-                _deliver(self.deliver, current, use, at_least_float32(own), g.dtype)
+        intact, time = undisturbed(forward_pass.params()), timed(forward_pass.times, params, g.device)
+        with torch.no_grad(), quietly(), intact, no_autocast(g.device.type), time:
+            for use, own in self.gate.parts(edge, g.detach(), forward_pass.batch_size, forward_pass.measured):
+                _deliver(self.deliver, forward_pass, use, at_least_float32(own), g.dtype)
 
 
 @dataclass(eq=False)
 class _Arrival:
-    current: ForwardPass
+    forward_pass: ForwardPass
     ticket: int
     deliver: Deliver
 
     def __call__(self, grads: Sequence[Tensor | None]) -> None:
         if differentiating() or all(g is None for g in grads):
             return
-        current = self.current
-        measured: MeasuredUse | None = current.open_uses.pop(self.ticket, None)
-        current.arrive(self.ticket, measured.name if measured else "a parameter")
-        if measured is None or not current.kept:
+        forward_pass = self.forward_pass
+        measured: MeasuredUse | None = forward_pass.open_uses.pop(self.ticket, None)
+        forward_pass.arrive(self.ticket, measured.name if measured else "a parameter")
+        if measured is None or not forward_pass.measured:
             return
         given = [None if g is None else g.detach() for g in grads]
         some = next(g for g in given if g is not None)
         own_function = isinstance(measured.use.node, BackwardCFunction)
-        kept = undisturbed(current.params() if own_function else ())
-        time = timed(current.times, measured.use.leaves.values(), some.device)
-        with torch.no_grad(), quietly(), kept, no_autocast(some.device.type), time:
-            norms = measured.norms(current, given)
+        intact = undisturbed(forward_pass.params() if own_function else ())
+        time = timed(forward_pass.times, measured.use.leaves.values(), some.device)
+        with torch.no_grad(), quietly(), intact, no_autocast(some.device.type), time:
+            norms = measured.norms(forward_pass, given)
             if norms is not None:
-                self.deliver(current, next(iter(measured.use.leaves.values())), norms.unsqueeze(1), some.dtype)
+                self.deliver(forward_pass, next(iter(measured.use.leaves.values())), norms.unsqueeze(1), some.dtype)
                 return
-            shared = not current.several.isdisjoint(measured.use.leaves.values())
-            own = at_least_float32(measured.grads(given, current.batch_size, current.kept, shared=shared))
-            _deliver(self.deliver, current, measured.use, own, some.dtype)
+            shared = not forward_pass.several.isdisjoint(measured.use.leaves.values())
+            own = at_least_float32(measured.grads(given, forward_pass.batch_size, forward_pass.measured, shared=shared))
+            _deliver(self.deliver, forward_pass, measured.use, own, some.dtype)
 
 
-def _deliver(deliver: Deliver, current: ForwardPass, use: Use, own: Tensor, dtype: torch.dtype) -> None:
+def _deliver(deliver: Deliver, forward_pass: ForwardPass, use: Use, own: Tensor, dtype: torch.dtype) -> None:
     """Lead an operand's gradients back to its parameters, and deliver these."""
-    if current.check is not None:
+    if forward_pass.check is not None:
         dtype = use.coarsest(dtype)
-    for param, t in lead_back(use, own, apart=current.packed):
-        deliver(current, param, t, dtype)
+    for param, t in lead_back(use, own, apart=forward_pass.packed):
+        deliver(forward_pass, param, t, dtype)
 
 
 def lead_back(use: Use, grads: Tensor, *, apart: bool) -> list[tuple[nn.Parameter, Tensor]]:

@@ -19,14 +19,21 @@ from hf_clars.grad_norms import convolution_math, norm_math
 from hf_clars.grad_norms.graph.bags import bag_grads
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
-from hf_clars.grad_norms.torch_internals import affine_sums, dtype_at, saved, shape_at
+from hf_clars.grad_norms.torch_internals import dtype_at, saved, shape_at
+from hf_clars.grad_norms.torch_kernels import affine_sums
 
 Grads = Sequence[Tensor | None]
 Kind = Callable[[Node, int, Tensor, Layout, int, int], Tensor | None]
 
 
 def operand_grads(
-    node: Node, index: int, grads: Grads, layouts: Sequence[Layout | None], shape: Sequence[int], batch: int, kept: int
+    node: Node,
+    index: int,
+    grads: Grads,
+    layouts: Sequence[Layout | None],
+    shape: Sequence[int],
+    batch: int,
+    measured: int,
 ) -> Tensor:
     """Each sample's gradient of one operand of an operation.
 
@@ -37,24 +44,24 @@ def operand_grads(
         layouts: Which rows of each are whose.
         shape: Of the operand.
         batch: B.
-        kept: How many of the first samples are measured.
+        measured: How many of the first samples are measured.
 
     Returns:
-        [kept, *shape].
+        [measured, *shape].
     """
     g, layout = grads[0], layouts[0]
     if len([t for t in grads if t is not None]) == 1 and g is not None and layout is not None:
         kinds = () if g.is_complex() else _KINDS.items()
         kind = next((fn for name, fn in kinds if node.name().startswith(name)), None)
-        found = None if kind is None else kind(node, index, g, layout, batch, kept)
+        found = None if kind is None else kind(node, index, g, layout, batch, measured)
         if found is not None:
-            return found.reshape(kept, *shape)
+            return found.reshape(measured, *shape)
         unsummed = unsummed_grad(node, index, grads)
         if unsummed is not None and unsummed.shape == g.shape and tuple(g.shape) != tuple(shape):
             found = _summed_over_broadcast(unsummed, layout, shape, batch)
             if found is not None:
-                return found[:kept]
-    return _one_by_one(node, index, grads, layouts, shape, batch, kept)
+                return found[:measured]
+    return _one_by_one(node, index, grads, layouts, shape, batch, measured)
 
 
 def _call(node: Node, grads: Grads) -> tuple[Tensor | None, ...]:
@@ -96,13 +103,19 @@ def _summed_over_broadcast(t: Tensor, layout: Layout, shape: Sequence[int], batc
 
 
 def _one_by_one(
-    node: Node, index: int, grads: Grads, layouts: Sequence[Layout | None], shape: Sequence[int], batch: int, kept: int
+    node: Node,
+    index: int,
+    grads: Grads,
+    layouts: Sequence[Layout | None],
+    shape: Sequence[int],
+    batch: int,
+    measured: int,
 ) -> Tensor:
     elements = sum(g.numel() for g in grads if g is not None)
     step = max(1, MAX_ELEMENTS // max(1, elements))
     parts = []
-    for start in range(0, kept, step):
-        samples = slice(start, min(start + step, kept))
+    for start in range(0, measured, step):
+        samples = slice(start, min(start + step, measured))
         stacks = [
             None if g is None or layout is None else layout.one_sample_each(g, batch, samples)
             for g, layout in zip(grads, layouts, strict=True)
@@ -142,18 +155,20 @@ def call_for_each(node: Node, index: int, stacks: Grads, shape: Sequence[int]) -
 # ---- kinds ----------------------------------------------------------------------------------------------------------
 
 
-def _rows(t: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
-    """[kept, T, width] of a matrix [N, width] whose rows are laid out by samples."""
+def _rows(t: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
+    """[measured, T, width] of a matrix [N, width] whose rows are laid out by samples."""
     if layout.axis != 0 or t.dim() != 2 or layout.sizes(t.shape, batch) is None:
         return None
-    return at_least_float32(layout.samples_first(t, batch).flatten(1, 2)[:kept])
+    return at_least_float32(layout.samples_first(t, batch).flatten(1, 2)[:measured])
 
 
 #: What stands before w in x @ w and in b + x @ w, and w's place among the operands.
 _FACTORS = {"MmBackward": ("self", 1), "AddmmBackward": ("mat1", 2)}
 
 
-def factors(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> tuple[Tensor, Tensor] | None:
+def factors(
+    node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int
+) -> tuple[Tensor, Tensor] | None:
     """What w's gradients are made of, where w is the operand of x @ w or b + x @ w.
 
     Args:
@@ -162,16 +177,16 @@ def factors(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept:
         g: Gradient of the result [N, out].
         layout: Whose rows are whose.
         batch: B.
-        kept: How many of the first samples are measured.
+        measured: How many of the first samples are measured.
 
     Returns:
-        x [kept, T, in] and g [kept, T, out]; None for another operand, or one that is scaled.
+        x [measured, T, in] and g [measured, T, out]; None for another operand, or one that is scaled.
     """
     name, place = _FACTORS[node.name().rstrip("0123456789")]
     x = saved(node, name)
     if index != place or x is None or _is_scaled(node):
         return None
-    xs, rows = _rows(x, layout, batch, kept), _rows(g, layout, batch, kept)
+    xs, rows = _rows(x, layout, batch, measured), _rows(g, layout, batch, measured)
     return None if xs is None or rows is None else (xs, rows)
 
 
@@ -179,25 +194,25 @@ def _is_scaled(node: Node) -> bool:
     return saved(node, "beta") not in (1, None) or saved(node, "alpha") not in (1, None)
 
 
-def _mm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+def _mm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
     """Result = x @ w."""
-    found = factors(node, index, g, layout, batch, kept)
+    found = factors(node, index, g, layout, batch, measured)
     return None if found is None else found[0].mT @ found[1]
 
 
-def _addmm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+def _addmm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
     """Result = b + x @ w."""
     if index != 0 or _is_scaled(node):
-        return _mm(node, index, g, layout, batch, kept)
-    rows = _rows(g, layout, batch, kept)
+        return _mm(node, index, g, layout, batch, measured)
+    rows = _rows(g, layout, batch, measured)
     return None if rows is None else rows.sum(1)
 
 
-def _convolution(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+def _convolution(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
     x, weight = saved(node, "input"), saved(node, "weight")
     if layout != Layout() or g.shape[0] != batch or saved(node, "transposed") or x is None or weight is None:
         return None
-    g = at_least_float32(g[:kept])
+    g = at_least_float32(g[:measured])
     if index == 2:
         return g.flatten(2).sum(2)
     if index != 1:
@@ -208,7 +223,7 @@ def _convolution(node: Node, index: int, g: Tensor, layout: Layout, batch: int, 
         for name in ("stride", "padding", "dilation")
     }
     return convolution_math.convolution_weight_grads(
-        at_least_float32(x[:kept]), g, kernel_shape=tuple(weight.shape), groups=saved(node, "groups"), **settings
+        at_least_float32(x[:measured]), g, kernel_shape=tuple(weight.shape), groups=saved(node, "groups"), **settings
     )
 
 
@@ -217,8 +232,10 @@ def unsummed_grad(node: Node, index: int, grads: Grads) -> Tensor | None:
     return grads[0] if node.name().startswith("Expand") else _call(node, grads)[index]
 
 
-def lookups(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> tuple[Tensor, Tensor] | None:
-    """What a table's gradients are made of: tokens [kept, T], and what each adds to its row [kept, T, width].
+def lookups(
+    node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int
+) -> tuple[Tensor, Tensor] | None:
+    """What a table's gradients are made of: tokens [measured, T], and what each adds to its row [measured, T, width].
 
     Arguments and None as for `factors`.
     """
@@ -227,8 +244,8 @@ def lookups(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept:
         return None
     if g.shape[0] % batch or tokens.shape[0] != g.shape[0]:
         return None
-    tokens = tokens.reshape(batch, -1)[:kept]
-    return tokens, without_padding(node, tokens, at_least_float32(g.reshape(batch, -1, g.shape[-1])[:kept]))
+    tokens = tokens.reshape(batch, -1)[:measured]
+    return tokens, without_padding(node, tokens, at_least_float32(g.reshape(batch, -1, g.shape[-1])[:measured]))
 
 
 def without_padding(node: Node, tokens: Tensor, g: Tensor) -> Tensor:
@@ -239,13 +256,13 @@ def without_padding(node: Node, tokens: Tensor, g: Tensor) -> Tensor:
     return g
 
 
-def _embedding(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
-    found = lookups(node, index, g, layout, batch, kept)
+def _embedding(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
+    found = lookups(node, index, g, layout, batch, measured)
     rows = int(saved(node, "weight_sym_argsize_0"))
     return None if found is None else norm_math.embedding_weight_grads(*found, rows)
 
 
-def _layer_norm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+def _layer_norm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
     x, mean, rstd = saved(node, "input"), saved(node, "result1"), saved(node, "result2")
     if index not in (1, 2) or x is None or mean is None or rstd is None or layout.axis != 0:
         return None
@@ -255,16 +272,16 @@ def _layer_norm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, k
     t = at_least_float32(g)
     if index == 1:
         t = t * (at_least_float32(x) - mean) * rstd
-    first = layout.samples_first(t, batch)[:kept]
+    first = layout.samples_first(t, batch)[:measured]
     return first.flatten(1, first.dim() - 1 - width).sum(1)
 
 
-def _channel_norm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+def _channel_norm(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
     """Result = x_hat * w + b, channels on axis 1: batch or group normalisation called as a function."""
     x = saved(node, "input")
     if index not in (1, 2) or layout != Layout() or x is None or g.dim() < 2 or len(g) != batch:
         return None
-    g = at_least_float32(g[:kept])
+    g = at_least_float32(g[:measured])
     if index == 2:
         return g.flatten(2).sum(2) if g.dim() > 2 else g
     mean, rstd = saved(node, "result1"), saved(node, "result2")
@@ -272,8 +289,8 @@ def _channel_norm(node: Node, index: int, g: Tensor, layout: Layout, batch: int,
         mean, rstd = saved(node, "running_mean"), (saved(node, "running_var") + saved(node, "eps")).rsqrt()
     if mean is None or not mean.numel():
         return None
-    mean, rstd = (t[:kept] if t.dim() > 1 else t for t in (mean, rstd))
-    return affine_sums(at_least_float32(x[:kept]), g, at_least_float32(mean), at_least_float32(rstd))[0]
+    mean, rstd = (t[:measured] if t.dim() > 1 else t for t in (mean, rstd))
+    return affine_sums(at_least_float32(x[:measured]), g, at_least_float32(mean), at_least_float32(rstd))[0]
 
 
 _KINDS: dict[str, Kind] = {

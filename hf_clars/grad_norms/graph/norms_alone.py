@@ -36,7 +36,7 @@ _KEEP_NORMS = ("TBackward", "TransposeBackward", "PermuteBackward", "ViewBackwar
 
 
 def norms_alone(
-    use: Use, grads: Sequence[Tensor | None], layouts: Sequence[Layout | None], batch: int, kept: int
+    use: Use, grads: Sequence[Tensor | None], layouts: Sequence[Layout | None], batch: int, measured: int
 ) -> Tensor | None:
     """Each sample's gradient norm of the one parameter that reaches a use.
 
@@ -45,35 +45,35 @@ def norms_alone(
         grads: Gradients of the operation's results; None where there is none.
         layouts: Which rows of each are whose.
         batch: B.
-        kept: How many of the first samples are measured.
+        measured: How many of the first samples are measured.
 
     Returns:
-        [kept]; None where the gradients must be made.
+        [measured]; None where the gradients must be made.
     """
     if any(t is not None and t.is_complex() for t in grads):
         return None
     if isinstance(use.node, BackwardCFunction):
-        return _one_after_the_other(use, grads, layouts, batch, kept) if _is_parameter(use) else None
+        return _one_after_the_other(use, grads, layouts, batch, measured) if _is_parameter(use) else None
     g, layout = grads[0], layouts[0]
     if g is None or layout is None or any(t is not None for t in grads[1:]) or len(use.leaves) != 1:
         return None
     squares = next((fn for name, fn in _KINDS.items() if use.node.name().startswith(name)), None)
     if squares is None:
-        found = _added_rows(use, g, layout, batch, kept)
+        found = _added_rows(use, g, layout, batch, measured)
     else:
-        found = squares(use.node, use.index, g, layout, batch, kept) if _is_parameter(use) else None
+        found = squares(use.node, use.index, g, layout, batch, measured) if _is_parameter(use) else None
     return None if found is None else found.clamp(min=0).sqrt()
 
 
 def _one_after_the_other(
-    use: Use, grads: Sequence[Tensor | None], layouts: Sequence[Layout | None], batch: int, kept: int
+    use: Use, grads: Sequence[Tensor | None], layouts: Sequence[Layout | None], batch: int, measured: int
 ) -> Tensor | None:
     """Somebody's own function runs once for every sample: a head's gradients [B, vocabulary, width] are never together.
 
     Arguments as above.
     """
     norms = []
-    for i in range(kept):
+    for i in range(measured):
         stacks = [
             None if g is None or layout is None else layout.one_sample_each(g, batch, slice(i, i + 1))
             for g, layout in zip(grads, layouts, strict=True)
@@ -92,7 +92,7 @@ def _is_parameter(use: Use) -> bool:
     return True
 
 
-def _added_rows(use: Use, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
+def _added_rows(use: Use, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
     """Of a table whose rows are looked up by no data, as positions are, and added to what is.
 
     Each sample's gradient of the looked-up rows is summed for equal tokens, as where a rule looks up.
@@ -108,21 +108,21 @@ def _added_rows(use: Use, g: Tensor, layout: Layout, batch: int, kept: int) -> T
     tokens, rows = saved(table, "indices"), unsummed_grad(use.node, use.index, [g])
     if rows is None or rows.shape != g.shape or tuple(tokens.shape) != use.shape[:-1]:
         return None
-    tokens = tokens.expand(g.shape[:-1]).reshape(batch, -1)[:kept]
-    rows = without_padding(table, tokens, at_least_float32(rows.reshape(batch, -1, g.shape[-1])[:kept]))
+    tokens = tokens.expand(g.shape[:-1]).reshape(batch, -1)[:measured]
+    rows = without_padding(table, tokens, at_least_float32(rows.reshape(batch, -1, g.shape[-1])[:measured]))
     return norm_math.embedding_weight_squared_norm(tokens, rows)
 
 
-def _product(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
-    found = factors(node, index, g, layout, batch, kept)
+def _product(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
+    found = factors(node, index, g, layout, batch, measured)
     if found is None:
         return None
     form = cheapest_form(linear_use(*found), g.device.type, replaces_weight_grad=False)
     return linear_squared_norm(*found, form)
 
 
-def _lookup(node: Node, index: int, g: Tensor, layout: Layout, batch: int, kept: int) -> Tensor | None:
-    found = lookups(node, index, g, layout, batch, kept)
+def _lookup(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
+    found = lookups(node, index, g, layout, batch, measured)
     return None if found is None else norm_math.embedding_weight_squared_norm(*found)
 
 

@@ -13,8 +13,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule
+from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import dtype_at, shape_at
-from hf_clars.grad_norms.trees import tensors_in
 
 
 @dataclass(eq=False)

@@ -15,8 +15,8 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from hf_clars.grad_norms.graph.rows import SCATTERS, moves_rows
+from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unwrapped
-from hf_clars.grad_norms.trees import tensors_in
 
 BROUGHT_BACK, MOVED = 1, 2
 """Rows that were given other places: and were written back since, so that one look tells; or that may be anywhere."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.registry import LayerRule, register_rule
 from hf_clars.grad_norms.rules.linear import positions
-from hf_clars.grad_norms.trees import tensors_in
 
 
 @register_rule(nn.Bilinear)
@@ -18,7 +18,7 @@ class BilinearRule(LayerRule):
     """Saved: both inputs [B, ..., in1] and [B, ..., in2]."""
 
     parameters = frozenset({"weight", "bias"})
-    positions_in_the_middle = True
+    weight_sharing_axes = True
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
         """See `LayerRule`."""

@@ -22,7 +22,8 @@ from hf_clars.grad_norms.rules.kernel_forms import (
     kernels_fit,
 )
 from hf_clars.grad_norms.rules.linear import linear_squared_norm
-from hf_clars.grad_norms.torch_internals import convolution_input_grad, weight_of
+from hf_clars.grad_norms.torch_internals import weight_of
+from hf_clars.grad_norms.torch_kernels import convolution_input_grad
 
 # Up to so many inputs an output (an RGB image's first 3x3 convolution has 27) patches are cheap to write out.
 _THIN = 32
@@ -110,7 +111,7 @@ class ConvolutionRule(LayerRule):
             squares["bias"] = norm_math.squared_sum(g.flatten(2).sum(2))
         return squares
 
-    def takes_over(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+    def fuses_weight_grad(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """Where the per-sample product is the cheapest form, and the padding is plain."""
         assert isinstance(module, _Conv)
         use = convolution_use(module, x, output)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
+from hf_clars.grad_norms.pytree import first_tensor
 from hf_clars.grad_norms.registry import LayerRule, register_rule
-from hf_clars.grad_norms.trees import first_tensor
 
 
 @register_rule(nn.Embedding)
@@ -17,7 +17,7 @@ class EmbeddingRule(LayerRule):
     """A table lookup: a row's gradient is the sum of g over the places where its token stands."""
 
     parameters = frozenset({"weight"})
-    positions_in_the_middle = True
+    weight_sharing_axes = True
 
     def save(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, wanted: Collection[str]

@@ -32,7 +32,7 @@ class LinearRule(LayerRule):
 
     parameters = frozenset({"weight", "bias"})
 
-    positions_in_the_middle = True
+    weight_sharing_axes = True
     is_dense_weight = True
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
@@ -67,7 +67,7 @@ class LinearRule(LayerRule):
             squares["bias"] = norm_math.squared_sum(g.sum(1))
         return squares
 
-    def takes_over(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+    def fuses_weight_grad(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """Where the per-sample product is the cheapest form."""
         return cheapest_form(linear_use(positions(x), positions(output)), x.device.type) == "product"
 

@@ -19,6 +19,7 @@ from hf_clars.distributed import world_size
 from hf_clars.grad_norms.errors import SharedStatisticsError
 from hf_clars.grad_norms.kernels import runs_kernels
 from hf_clars.grad_norms.kernels.operations import channel_sums, row_sums
+from hf_clars.grad_norms.pytree import first_tensor
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.kernel_forms import (
     channel_norm_backward,
@@ -26,13 +27,8 @@ from hf_clars.grad_norms.rules.kernel_forms import (
     kernels_fit,
     layer_norm_backward,
 )
-from hf_clars.grad_norms.torch_internals import (
-    affine_sums,
-    batch_statistics,
-    group_statistics,
-    layer_statistics,
-)
-from hf_clars.grad_norms.trees import first_tensor
+from hf_clars.grad_norms.torch_internals import batch_statistics, group_statistics, layer_statistics
+from hf_clars.grad_norms.torch_kernels import affine_sums
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 _InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
@@ -197,7 +193,7 @@ class LayerNormRule(LayerRule):
 
     parameters = frozenset({"weight", "bias"})
 
-    positions_in_the_middle = True
+    weight_sharing_axes = True
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
         """See `LayerRule`."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_clars.grad_norms.norm_math import linear_weight_grads
+from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.registry import LayerRule, register_rule
-from hf_clars.grad_norms.trees import tensors_in
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, Tensor, State], State]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.norm_math import at_least_float32, linear_weight_grads
+from hf_clars.grad_norms.pytree import first_tensor
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.linear import LinearRule, positions
 from hf_clars.grad_norms.rules.normalization import weighted_rows
 from hf_clars.grad_norms.torch_internals import weight_of
-from hf_clars.grad_norms.trees import first_tensor
 
 
 @register_rule("transformers.pytorch_utils.Conv1D")
@@ -69,7 +69,7 @@ class RootMeanSquareRule(LayerRule):
     """
 
     parameters = frozenset({"weight"})
-    positions_in_the_middle = True
+    weight_sharing_axes = True
 
     def applies(self, module: nn.Module) -> bool:
         """Where a trial with random weights gives what the formula says."""
