@@ -124,6 +124,7 @@ class HookedNorms(NormAccumulator):
             self._graphs.begin(forward_pass)
         self._compiled.join(forward_pass, args, kwargs)
 
+    @Following.unfollowed
     def _on_container_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -151,6 +152,7 @@ class HookedNorms(NormAccumulator):
             forward_pass.recomputed[hooked] -= 1
             self._watch_uses(forward_pass, [t for t in tensors_in(output) if t.requires_grad], None, [], again=True)
 
+    @Following.unfollowed
     def _on_call(
         self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:

@@ -7,6 +7,7 @@ cannot be told from shapes: such a table may be as long as the batch by chance. 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class DataTaint(TorchFunctionMode):
         nodes: Operations of the graph that took marked tensors.
         moved_nodes: Those whose rows were given other places: `BROUGHT_BACK` or `MOVED`.
         moves: Whether there were any.
+        rests: Whether what happens now is not the model's doing.
     """
 
     def __init__(self, batch: int) -> None:
@@ -39,7 +41,7 @@ class DataTaint(TorchFunctionMode):
         self.batch = batch
         self.nodes: set[Node] = set()
         self.moved_nodes: dict[Node, int] = {}
-        self.moves = False
+        self.moves = self.rests = False
         self._moved: dict[int, int] = {}
         self._visited: set[Node] = set()
         # The references keep the keys from being given to other memory; they do not keep the memory.
@@ -89,7 +91,7 @@ class DataTaint(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, and mark its results if one of its arguments is marked."""
-        if torch.compiler.is_compiling():
+        if self.rests or torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         taken = list(tensors_in((args, kwargs)))
         # Where the function begins in the graph; looked at before, as an in-place function moves its argument there.
@@ -148,6 +150,23 @@ class Following:
         if taint is not None:
             taint.__exit__(None, None, None)
         return taint
+
+    @staticmethod
+    def unfollowed(hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook method of an object with `_following`: its own operations are none of the model's."""
+
+        @wraps(hook)
+        def run(owner: Any, *args: Any) -> Any:
+            taint = owner._following.taint
+            if taint is None:
+                return hook(owner, *args)
+            before, taint.rests = taint.rests, True
+            try:
+                return hook(owner, *args)
+            finally:
+                taint.rests = before
+
+        return run
 
     def on_model_end(self, *_: Any) -> None:
         """A hook for when the model returns, or fails."""
