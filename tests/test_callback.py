@@ -57,7 +57,7 @@ def test_between_measured_steps_the_engine_is_paused_and_at_the_end_no_hook_is_o
 
 def test_what_is_learned_of_the_model_is_learned_once(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("hf_clars.grad_norms.graph.taint.DataTaint", lambda: made.append(1) or DataTaint())
+    monkeypatch.setattr("hf_clars.grad_norms.graph.taint.DataTaint", lambda batch: made.append(1) or DataTaint(batch))
     train(tmp_path, PerSampleNormsCallback(every=1, strict=True), max_steps=4)
     assert len(made) == 1
 
