@@ -25,7 +25,7 @@ PACKAGES = {"opacus ghost": "opacus", "opacus hooks": "opacus", "backpack": "bac
 SIZES = {"resnet-50-gn": (224, 64), "vit-b16": (224, 64), "gpt2": (512, 8)}
 """{network of `hf_clars.bench.networks`: (side of the images, or tokens; samples a step)}."""
 
-SECONDS, MOST_ROUNDS = 6.0, 15
+SECONDS, MOST_ROUNDS = 4.0, 15
 """How long the ways of one network are timed, and how often at most."""
 
 Data = tuple[nn.Module, Tensor, Tensor]
