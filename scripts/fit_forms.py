@@ -26,6 +26,9 @@ KINDS: tuple[Kind, ...] = ("linear", "convolution", "pointwise", "torch", "torch
 KERNELS_OF: dict[Kind, tuple[Kind, ...]] = dict.fromkeys(("convolution", "pointwise"), ("convolution", "pointwise"))
 """These share their kernels, and are fitted together."""
 
+CAPABILITY = "9.0"
+"""Compute capability of the study's card, an H100: its JSON does not tell. Cards of the same one may take its times."""
+
 FEW_CHANNELS = 16
 """Below this a convolution has one kernel only: nothing to choose."""
 
@@ -58,10 +61,11 @@ def shipped(study: dict[str, Any], kit: dict[str, Any] | None = None) -> dict[st
     for kind, by_use in (kit["stages"].get("forms", {}).get("times", {}) if kit else {}).items():
         times[kind] |= by_use
     about = {name: study[name] for name in ("card", "torch", "triton")}
+    card = {"machine": about, "capability": CAPABILITY}
     speeds = {name: study[name] for name in ("bf16 TFLOP/s", "copy TB/s")}
-    return {"machine": about, "speeds": speeds, "float32": float32_ratio(study), "model": model_of(times, speeds)} | {
-        "times": times
-    }
+    return (
+        card | {"speeds": speeds, "float32": float32_ratio(study), "model": model_of(times, speeds)} | {"times": times}
+    )
 
 
 def model_of(times: Times, speeds: dict[str, float]) -> dict[str, Any]:

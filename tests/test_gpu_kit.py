@@ -8,10 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_clars.bench.gpu import run as kit
 from hf_clars.bench.gpu.networks import NETWORKS
+from hf_clars.bench.gpu.peers import measure as measure_peers
+from hf_clars.bench.gpu.report import table_of_rows
 from hf_clars.bench.gpu.stages import STAGES
+from hf_clars.bench.gpu.trainer import TURNS
+from hf_clars.bench.gpu.trainer import trainer as trainer_stage
+from hf_clars.bench.networks import NETWORKS as PEERS_NETWORKS
+from hf_clars.bench.peers import WAYS, VmapGrad
 from hf_clars.cli.commands import main as command_line
 from tests.test_imports import run as run_hiding
 
@@ -42,10 +49,24 @@ def check(folder, stages):
     for name in set(NETWORKS) & set(stages):
         assert results["stages"][name]["gradients differ by"] < 1e-4, name
         assert results["stages"][name]["ratio"] > 0
+    check_rows(results["stages"])
     report = (folder / "gpu.md").read_text()
     assert "measures nothing" in report
     assert all(name in report for name in stages)
     assert (folder / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def check_rows(stages):
+    """What measures several things on each network."""
+    for network, rows in stages.get("peers", {}).items():
+        if network != "seconds":
+            assert set(rows) == set(WAYS), network
+            for name in ("plain", "hf_clars", "vmap(grad)"):
+                assert rows[name]["ratio"] > 0, (network, name, rows[name])
+            assert all(row.keys() & {"ratio", "skipped", "error"} for row in rows.values()), rows
+    for network, rows in stages.get("trainer", {}).items():
+        if network != "seconds":
+            assert {name for name, row in rows.items() if row.get("of Trainer's", 0) > 0} == set(TURNS), rows
 
 
 def test_every_stage_writes_its_rows_and_the_report_can_be_made_again(in_this_process, tmp_path):
@@ -92,6 +113,49 @@ def test_a_stage_needs_no_images_no_pictures_and_no_trainer():
     code = "from hf_clars.bench.gpu.run import main; main(['--stage', 'optimizer step', '--tiny'])"
     done = run_hiding(code, hidden=ELSEWHERE)
     assert json.loads(done.stdout)["LARS"]["ms"] > 0, done.stderr
+
+
+def test_the_trainers_need_no_images_and_are_skipped_by_name_where_a_package_lacks(monkeypatch):
+    code = "from hf_clars.bench.gpu.run import main; main(['--stage', 'trainer', '--tiny'])"
+    done = run_hiding(code, hidden={*ELSEWHERE, "timm", "opacus"} - {"accelerate"})
+    check_rows({"trainer": json.loads(done.stdout.splitlines()[-1])})
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert STAGES["trainer"][1](True) == {"skipped": "needs the package accelerate"}
+
+
+def test_a_peer_that_finds_no_memory_is_a_row_and_the_others_go_on(monkeypatch):
+    steps = iter([None] * 4)  # the check, and those before the first round
+
+    def step(self, honest=VmapGrad.step):
+        if next(steps, "later") == "later":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(self)
+
+    monkeypatch.setattr(VmapGrad, "step", step)
+    rows, said = {}, []
+    measure_peers(PEERS_NETWORKS["resnet20-gn"].quick(), rows, lambda: said.append(str(rows)), seconds=0.01)
+    assert "out of memory" in rows["vmap(grad)"]["error"]
+    assert rows["hf_clars"]["rounds"] >= 1
+    assert "out of memory" in said[-1]
+    steps = iter([])
+    measure_peers(PEERS_NETWORKS["resnet20-gn"].quick(), rows, lambda: None, seconds=0.01)
+    assert "out of memory" in rows["vmap(grad)"]["error"]
+    assert "ratio" not in rows["vmap(grad)"]
+    assert rows["hf_clars"]["rounds"] >= 1
+    table = table_of_rows({"resnet20-gn": rows, "seconds": 1.0})
+    assert sum("out of memory" in line for line in table) == 1
+
+
+def test_a_trainer_that_fails_is_a_row_and_the_others_go_on(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("refuses")
+
+    monkeypatch.setitem(TURNS, "ClarsTrainer, lars", fails)
+    for name in ("Trainer, SGD", "ClarsTrainer, nag", "ClarsTrainer, clars (512 samples)"):
+        monkeypatch.setitem(TURNS, name, lambda *_: 2.0)
+    rows = trainer_stage(True)["resnet8 B2048"]
+    assert "refuses" in rows["ClarsTrainer, lars"]["error"]
+    assert rows["ClarsTrainer, nag"]["of Trainer's"] == 1.0
 
 
 @pytest.mark.slow

@@ -136,7 +136,33 @@ def test_the_shipped_times_hold_for_their_card_only(monkeypatch):
     use = WeightUse.named(next(iter(SHIPPED["times"]["linear"])))
     assert choice_of(FormChoices(), use=use).why == "shipped"
     monkeypatch.setattr(tables, "machine", lambda: {**H100, "card": "NVIDIA A100"})
+    monkeypatch.setattr(tables, "capability", lambda: "8.0")
     assert choice_of(FormChoices(), use=use).why == "model"
+
+
+def test_a_card_of_the_same_capability_takes_the_shipped_times_where_only_the_model_is_left(monkeypatch):
+    monkeypatch.setattr(tables, "machine", lambda: {**H100, "card": "NVIDIA H200"})
+    monkeypatch.setattr(tables, "capability", lambda: "9.0")
+    monkeypatch.setattr(timing, "_clock", lambda run: run())
+    name, times = next((n, t) for n, t in SHIPPED["times"]["linear"].items() if t["gram"] < 0.8 * t["product"])
+    use = WeightUse.named(name)
+    like = choice_of(FormChoices(), use=use)
+    assert (like.why, like.form, like.measured) == ("shipped, like card", "gram", times)
+    assert choice_of(FormChoices(), use=USE).why == "model"
+    anew = FormChoices()
+    anew.measure_anew(0.0)
+    assert choice_of(anew, use=use).why == "model"
+    own = choice_of(FormChoices(60), use=use, runs=clock_of(gram=2.0, product=1.0))
+    assert (own.why, own.form) == ("measured", "product")
+    on_disk = choice_of(FormChoices(), use=use)
+    assert (on_disk.why, on_disk.form, on_disk.measured) == ("disk", "product", {"gram": 2.0, "product": 1.0})
+
+
+def test_a_machine_without_a_card_has_no_capability(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tables.capability.cache_clear()
+    assert tables.capability() == "none"
+    tables.capability.cache_clear()
 
 
 # ---- for people, from run to run, from process to process --------------------------------------------------------

@@ -7,6 +7,15 @@ from typing import Any
 
 from hf_clars.bench.gpu.networks import NETWORKS
 
+_WORDS = ("skipped", "error", "note")
+NOTES = {
+    "peers": "Weights and inputs in bf16, without autocast, images in channels_last; ratio: to the plain step of the "
+    "same round, wall time; GiB: what a step holds beyond what was held before it.",
+    "trainer": "Steady state on tensors that are on the device, the rows in turn; gradients are clipped in none. "
+    "Trainer has torch's SGD with Nesterov momentum; `nag` is the same update through ClarsTrainer.",
+}
+"""Stages with a table of rows for each network, and what the table says of itself."""
+
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
     """Write `gpu.md`, and `gpu.png` where matplotlib is installed.
@@ -25,7 +34,8 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     lines += ["every sample of every layer; a step is forward and backward pass.", "", *network_table(stages), ""]
     for name, figures in stages.items():
         if name not in NETWORKS:
-            lines += [f"## {name}", "", *_entries(figures), ""]
+            lines += [f"## {name}", "", *(table_of_rows(figures) if name in NOTES else _entries(figures)), ""]
+            lines += [NOTES[name], ""] if name in NOTES else []
     (folder / "gpu.md").write_text("\n".join(lines), encoding="utf-8")
     _draw(stages, folder / "gpu.png", about["card"])
 
@@ -54,8 +64,29 @@ def network_table(stages: dict[str, Any]) -> list[str]:
     return lines
 
 
+def table_of_rows(figures: dict[str, Any]) -> list[str]:
+    """A table of a stage that measures several things on each of several networks, as markdown lines.
+
+    Args:
+        figures: {network: {row: figures, or why there are none}}, and what concerns the whole stage.
+    """
+    networks = {name: rows for name, rows in figures.items() if isinstance(rows, dict)}
+    columns = list(dict.fromkeys(key for rows in networks.values() for row in rows.values() for key in row))
+    columns = [key for key in columns if key not in _WORDS]
+    lines = [f"| network | way | {' | '.join([*columns, 'note'])} |", "|---" * (len(columns) + 3) + "|"]
+    for network, rows in networks.items():
+        for way, row in rows.items():
+            note = "; ".join(str(row[key]).replace("|", "/") for key in _WORDS if key in row)
+            cells = [_number(row.get(key)) for key in columns]
+            lines.append(f"| {network} | {way} | {' | '.join([*cells, note])} |")
+    about = {name: value for name, value in figures.items() if name not in networks}
+    return ([*lines, ""] if networks else []) + _entries(about)
+
+
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) and value < 1000 else f"{value:.0f}"
 
 
 def _entries(figures: dict[str, Any]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import statistics
 import subprocess
 import sys
@@ -16,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from hf_clars.bench.gpu.networks import NETWORKS, GpuNetwork
+from hf_clars.bench.gpu.measuring import Figures, Step, busy, device, in_turn, peak, so_far, sync, wall_ms
+from hf_clars.bench.gpu.networks import NETWORKS, GpuNetwork, Loss
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.choice import form_choices
 
-Figures = dict[str, Any]
-Step = Callable[[], object]
 ROOT = Path(__file__).parents[3]
 EVERY = 9
 """Of so many kernels' cases one is compared."""
@@ -46,27 +43,13 @@ def machine() -> Figures:
     }
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _sync() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def so_far(figures: Figures) -> None:
-    """Say what a stage has found by now: it is kept if the stage's time is up before it ends."""
-    print(json.dumps(figures), flush=True)
-
-
 def exactness(tiny: bool) -> Figures:
     """The project's GPU tests, where its tests are at hand, and beside them some kernels against their references."""
     if not (ROOT / "tests" / "kernels").is_dir():
         return {"skipped": "the tests are not beside the package"}
     figures: Figures = {}
     compare = None
-    if _device().type == "cuda":
+    if device().type == "cuda":
         # Each shape is compiled for anew: all of them would take longer than all other stages.
         command = [sys.executable, "-m", "tests.kernels.compare", "cuda", "0", str(EVERY)]
         compare = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -88,8 +71,7 @@ def exactness(tiny: bool) -> Figures:
 def network(name: str, tiny: bool, *, seconds: float = 25.0) -> Figures:
     """Plain and measured steps of one network in turn: wall time, busy GPU, processor time, memory, dearest kernels."""
     spec: GpuNetwork = NETWORKS[name]
-    device = _device()
-    model, loss = spec.prepare(device, tiny=tiny)
+    model, loss = spec.prepare(device(), tiny=tiny)
     measured = copy.deepcopy(model)
     norms = PerSampleGradNorms(measured)
 
@@ -104,72 +86,25 @@ def network(name: str, tiny: bool, *, seconds: float = 25.0) -> Figures:
         norms.totals()
 
     plain_step()
-    _sync()
+    sync()
     start = time.perf_counter()
     norms_step()
-    _sync()
+    sync()
     figures: Figures = {"first ms": 1e3 * (time.perf_counter() - start), "layers": len(norms.layers)}
     for step in (plain_step, norms_step):
         step()
         step()
-    figures |= _in_turn(plain_step, norms_step, seconds=0.5 if tiny else seconds)
+    figures |= in_turn(plain_step, norms_step, seconds=0.5 if tiny else seconds)
     so_far(figures)
     for key, step in (("plain", plain_step), ("norms", norms_step)):
-        figures |= {f"{key} {k}": v for k, v in _busy(step).items()}
-        figures[f"{key} GiB"] = _peak(step)
+        figures |= {f"{key} {k}": v for k, v in busy(step).items()}
+        figures[f"{key} GiB"] = peak(step)
     if figures["plain busy ms"]:
         figures["busy ratio"] = figures["norms busy ms"] / figures["plain busy ms"]
     for step in (plain_step, norms_step):
         torch.manual_seed(0)  # the same dropout
         step()
     return figures | {"gradients differ by": _difference(model, measured)}
-
-
-def _in_turn(plain: Step, norms: Step, *, seconds: float) -> Figures:
-    times: dict[str, list[float]] = {"plain": [], "norms": []}
-    cpu: dict[str, list[float]] = {"plain": [], "norms": []}
-    end = time.perf_counter() + seconds
-    while len(times["plain"]) < 3 or (time.perf_counter() < end and len(times["plain"]) < 25):
-        for name, step in (("plain", plain), ("norms", norms)):
-            _sync()
-            start = time.perf_counter()
-            for _ in range(3):
-                step()
-            issued = time.perf_counter()
-            _sync()
-            times[name].append((time.perf_counter() - start) / 3)
-            cpu[name].append((issued - start) / 3)
-    ratios = [n / p for p, n in zip(times["plain"], times["norms"], strict=True)]
-    figures: Figures = {"ratio": statistics.median(ratios), "rounds": len(ratios)}
-    figures |= {"ratio low": min(ratios), "ratio high": max(ratios)}
-    for name in times:
-        figures[f"{name} ms"] = 1e3 * statistics.median(times[name])
-        figures[f"{name} issue ms"] = 1e3 * statistics.median(cpu[name])
-    return figures
-
-
-def _busy(step: Step) -> Figures:
-    """Milliseconds that the GPU works in a step, by the profiler, and the dearest kernels; nothing on a CPU."""
-    if not torch.cuda.is_available():
-        return {"busy ms": None, "kernels": []}
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in range(2):
-            step()
-        _sync()
-    rows = [(e.key, e.self_device_time_total / 2e3, e.count / 2) for e in trace.key_averages()]
-    rows.sort(key=lambda row: -row[1])
-    dearest = [{"kernel": key[:90], "ms": round(ms, 3), "calls": count} for key, ms, count in rows[:10]]
-    return {"busy ms": sum(ms for _, ms, _ in rows), "kernels": dearest}
-
-
-def _peak(step: Step) -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    _sync()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def _difference(model: nn.Module, measured: nn.Module) -> float:
@@ -200,7 +135,7 @@ def captured(name: str, tiny: bool) -> Figures:
         return {"skipped": "needs a CUDA device"}
     figures: Figures = {}
     for key in ("plain", "norms"):
-        model, loss = NETWORKS[name].prepare(_device(), tiny=tiny)
+        model, loss = NETWORKS[name].prepare(device(), tiny=tiny)
         # The sum check reads values, which a graph cannot; the model is learned in the steps before it.
         norms = PerSampleGradNorms(model, check=False) if key == "norms" else None
 
@@ -214,10 +149,10 @@ def captured(name: str, tiny: bool) -> Figures:
         graph = capture(step)
         times = []
         for _ in range(10):
-            _sync()
+            sync()
             start = time.perf_counter()
             graph.replay()
-            _sync()
+            sync()
             times.append(time.perf_counter() - start)
         figures[f"{key} ms"] = 1e3 * statistics.median(times)
         del model, norms, graph
@@ -229,8 +164,7 @@ def captured(name: str, tiny: bool) -> Figures:
 def subset(tiny: bool) -> Figures:
     """512 of 16,384 samples by accumulation, ResNet-8: the whole update's time over the plain one's."""
     passes, batch = (4, 4) if tiny else (32, 512)
-    device = _device()
-    model, loss = NETWORKS["resnet8 B2048"].prepare(device, tiny=tiny, batch=batch)
+    model, loss = NETWORKS["resnet8 B2048"].prepare(device(), tiny=tiny, batch=batch)
     measured = copy.deepcopy(model)
     norms = PerSampleGradNorms(measured, samples=batch, keep_per_sample=False)
 
@@ -246,14 +180,14 @@ def subset(tiny: bool) -> Figures:
     plain, with_norms = partial(update, model, False), partial(update, measured, True)
     plain()
     with_norms()
-    return _in_turn(plain, with_norms, seconds=0.5 if tiny else 10.0)
+    return in_turn(plain, with_norms, seconds=0.5 if tiny else 10.0)
 
 
 def forms(tiny: bool) -> Figures:
     """Which form each layer of the networks takes, measured anew: for `scripts/fit_forms.py`, and kept on disk."""
     form_choices.measure_anew(seconds=45.0)
     for spec in NETWORKS.values():
-        model, loss = spec.prepare(_device(), tiny=tiny)
+        model, loss = spec.prepare(device(), tiny=tiny)
         with PerSampleGradNorms(model, keep_per_sample=False):
             loss(model).backward()
         del model, loss
@@ -271,42 +205,75 @@ def _measured_forms() -> Figures:
 
 
 def optimizer_step(tiny: bool) -> Figures:
-    """`step()` alone on ResNet-50's 161 tensors, against torch's own and timm's."""
-    from hf_clars.optim import LARS, NAG
+    """`step()` alone on ResNet-50's 161 tensors, against torch's own, timm's and pytorch_optimizer's.
 
-    def sgd(params: Any, **how: bool) -> torch.optim.Optimizer:
-        return torch.optim.SGD(params, 1e-4, momentum=0.9, nesterov=True, **how)
+    CLARS measures its norms in a backward pass, and steps once for each: it has one before each step, which is not
+    timed. The others step with the same gradients again.
+    """
+    from hf_clars.bench.check import refusal
 
-    ways: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-        "SGD foreach": lambda m: sgd(m.parameters(), foreach=True),
-        "LARS": lambda m: LARS(m, 1e-4),
-        "NAG": lambda m: NAG(m, 1e-4),
-    }
-    if torch.cuda.is_available():
-        ways["SGD fused"] = lambda m: sgd(m.parameters(), fused=True)
-    try:
-        from timm.optim import Lars
-
-        ways["timm Lars"] = lambda m: Lars(m.parameters(), 1e-4, momentum=0.9, nesterov=True, always_adapt=True)
-    except ImportError:
-        pass
-    steps: dict[str, Callable[[], object]] = {}
-    for name, make in ways.items():
-        model, _ = NETWORKS["resnet50 B64"].prepare(_device(), tiny=tiny, batch=1)
-        for p in model.parameters():
-            p.grad = torch.randn_like(p) * 1e-3
-        steps[name] = make(model).step
-        steps[name]()
+    figures: Figures = {}
+    steps: dict[str, Step] = {}
+    passes: dict[str, Step] = {}
+    for name, make in _optimizers().items():
+        try:
+            model, loss = NETWORKS["resnet50 B64"].prepare(device(), tiny=tiny, batch=2)
+            optimizer = make(model)
+            backward = partial(_backward, model, loss)
+            backward()
+            optimizer.step()
+        except Exception as error:  # another library that lacks, or refuses
+            figures[name] = {"skipped": refusal(error)}
+            continue
+        steps[name] = optimizer.step
+        if name == "CLARS":
+            passes[name] = backward
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(3 if tiny else 30):
         for name, step in steps.items():
-            _sync()
-            start = time.perf_counter()
-            step()
-            _sync()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            passes.get(name, sync)()
+            times[name].append(wall_ms(step))
     middle = {name: statistics.median(t) for name, t in times.items()}
-    return {name: {"ms": ms, "of SGD foreach": ms / middle["SGD foreach"]} for name, ms in middle.items()}
+    return figures | {name: {"ms": ms, "of SGD foreach": ms / middle["SGD foreach"]} for name, ms in middle.items()}
+
+
+def _backward(model: nn.Module, loss: Loss) -> None:
+    model.zero_grad(set_to_none=True)
+    loss(model).backward()
+
+
+def _optimizers() -> dict[str, Callable[[nn.Module], torch.optim.Optimizer]]:
+    """All with Nesterov's momentum; torch's foreach SGD is what the others are compared with."""
+    from hf_clars.bench.optimizer_step import LEARNING_RATE, MOMENTUM, OPTIMIZERS
+    from hf_clars.optim import NAG
+
+    def sgd(model: nn.Module, **how: bool) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM, nesterov=True, **how)
+
+    ways: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {"SGD foreach": partial(sgd, foreach=True)}
+    if torch.cuda.is_available():
+        ways["SGD fused"] = partial(sgd, fused=True)
+    ways["NAG"] = lambda model: NAG(model, LEARNING_RATE, momentum=MOMENTUM)
+    ways |= {"LARS": OPTIMIZERS["hf_clars LARS"], "CLARS": OPTIMIZERS["hf_clars CLARS"]}
+    return ways | {name: OPTIMIZERS[name] for name in ("timm Lars", "pytorch_optimizer LARS")}
+
+
+def peers(tiny: bool) -> Figures:
+    """Other libraries beside ours, see `hf_clars.bench.gpu.peers`."""
+    from hf_clars.bench.gpu.peers import peers as run  # it imports what other stages would wait for
+
+    return run(tiny)
+
+
+def trainer(tiny: bool) -> Figures:
+    """`ClarsTrainer` beside Trainer, see `hf_clars.bench.gpu.trainer`; skipped where a package of theirs lacks."""
+    try:
+        import accelerate  # noqa: F401 - transformers asks for it only when a Trainer is made
+
+        from hf_clars.bench.gpu.trainer import trainer as run
+    except ImportError as error:
+        return {"skipped": f"needs the package {error.name}"}
+    return run(tiny)
 
 
 STAGES: dict[str, tuple[float, Callable[[bool], Figures]]] = {
@@ -317,5 +284,8 @@ STAGES: dict[str, tuple[float, Callable[[bool], Figures]]] = {
     "512 of 16,384 samples": (0.4, subset),
     "captured: resnet50 B64": (0.5, partial(captured, "resnet50 B64")),
     "captured: vit-b B128": (0.5, partial(captured, "vit-b B128")),
+    "captured: resnet8 B2048": (0.4, partial(captured, "resnet8 B2048")),
+    "peers": (0.8, peers),
+    "trainer": (1.0, trainer),
 }
 """In order of importance: (share of the time, what measures)."""

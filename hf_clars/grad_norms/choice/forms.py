@@ -1,4 +1,7 @@
-"""The decision, once for each shape and process: memory, disk, the shipped file, a measurement, the cost model."""
+"""The decision, once for each shape and process: memory, disk, the shipped file, a measurement, the cost model.
+
+The file shipped for another card of the same compute capability is asked between the last two.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from hf_clars.grad_norms.choice.timing import milliseconds
 from hf_clars.grad_norms.rules import costs
 from hf_clars.grad_norms.rules.costs import SHIPPED, Form, Kind, WeightUse, fastest, forms_of, predicted
 
-Why = Literal["memory", "disk", "shipped", "measured", "model"]
+Why = Literal["memory", "disk", "shipped", "measured", "shipped, like card", "model"]
+LIKE_CARD: Why = "shipped, like card"
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,10 @@ class Choice:
 
     Attributes:
         form: What is taken.
-        why: Who said so: "memory" is an earlier run's checkpoint, or rank 0.
+        why: Who said so: "memory" is an earlier run's checkpoint, or rank 0; "shipped, like card" is the file that was
+            shipped for another card of the same compute capability.
         predicted: Milliseconds of each form by the cost model.
-        measured: Milliseconds of each form that was ever measured on such a machine.
+        measured: Milliseconds of each form that was ever measured on such a machine, or on that other card.
     """
 
     form: Form
@@ -87,12 +92,15 @@ class FormChoices:
         measured = next(iter(found.values()), {})
         if form := self._before.get(kind, {}).get(name):
             return Choice(form, "memory", guess, measured)
-        for why, times in found.items():
-            if guess.keys() <= times.keys():  # a time of one form alone says nothing
-                return Choice(fastest(times), why, guess, times)
+        whole = {why: times for why, times in found.items() if guess.keys() <= times.keys()}  # one form says nothing
+        of_like_card = whole.pop(LIKE_CARD, {})
+        for why, times in whole.items():
+            return Choice(fastest(times), why, guess, times)
         times = self._measure(kind, name, runs) if runs else {}
         if times:
             return Choice(fastest(times), "measured", guess, times)
+        if of_like_card:
+            return Choice(fastest(of_like_card), LIKE_CARD, guess, of_like_card)
         return Choice(fastest(guess), "model", guess, measured)
 
     def _tables(self) -> dict[Why, Times]:
@@ -100,6 +108,8 @@ class FormChoices:
             self._known = {"disk": tables.read()}
             if tables.machine()["card"] == SHIPPED["machine"]["card"]:
                 self._known["shipped"] = SHIPPED["times"]
+            elif tables.capability() == SHIPPED["capability"]:
+                self._known[LIKE_CARD] = SHIPPED["times"]
         return self._known
 
     def _measure(self, kind: Kind, name: str, runs: Mapping[Form, Callable[[], object]]) -> dict[Form, float]:

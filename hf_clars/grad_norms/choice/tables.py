@@ -43,6 +43,14 @@ def machine() -> dict[str, str]:
     return {"torch": torch.__version__, "triton": triton, "driver": driver, "card": card}
 
 
+@cache
+def capability() -> str:
+    """The card's compute capability, as "9.0"; "none" without a CUDA card."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:  # ROCm's numbers are another thing
+        return "none"
+    return "{}.{}".format(*torch.cuda.get_device_capability())
+
+
 def seconds_allowed() -> float:
     """What the environment allows to measure, in seconds; default 0.
 
