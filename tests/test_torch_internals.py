@@ -222,3 +222,21 @@ def test_a_weight_that_the_graph_does_not_hold_stays_what_it_is():
     layer, x = nn.Linear(6, 4), torch.randn(3, 6)
     with torch.autocast("cpu", torch.bfloat16):
         assert internals.weight_of(layer(x), layer.weight, transposed=True) is layer.weight  # no gradient for x
+
+
+def test_a_mode_does_not_see_what_is_called_where_modes_are_shut_out():
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2)
+    with Mode():
+        x + 1
+        with internals.unseen_by_modes():
+            x + 1
+            assert x.shape == (2,)
+        x + 1
+    assert len(seen) == 2

@@ -96,6 +96,11 @@ COMPILED = "CompiledFunction"
 """How the name of compiled code's place in the graph begins."""
 
 
+def unseen_by_modes() -> AbstractContextManager[Any]:
+    """No mode, and no class of tensors, sees the functions that are called inside; without it each call is Python's."""
+    return torch._C.DisableTorchFunction()
+
+
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

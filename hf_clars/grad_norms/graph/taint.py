@@ -17,7 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from hf_clars.grad_norms.graph.rows import SCATTERS, moves_rows
 from hf_clars.grad_norms.pytree import tensors_in
-from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unwrapped
+from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unseen_by_modes, unwrapped
+
+_GIVES_NO_TENSOR = frozenset(
+    {"dim", "size", "numel", "stride", "is_floating_point", "is_contiguous", "untyped_storage"}
+)
 
 BROUGHT_BACK, MOVED = 1, 2
 """Rows that were given other places: and were written back since, so that one look tells; or that may be anywhere."""
@@ -33,7 +37,6 @@ class DataTaint(TorchFunctionMode):
         nodes: Operations of the graph that took marked tensors.
         moved_nodes: Those whose rows were given other places: `BROUGHT_BACK` or `MOVED`.
         moves: Whether there were any.
-        rests: Whether what happens now is not the model's doing.
     """
 
     def __init__(self, batch: int) -> None:
@@ -41,7 +44,7 @@ class DataTaint(TorchFunctionMode):
         self.batch = batch
         self.nodes: set[Node] = set()
         self.moved_nodes: dict[Node, int] = {}
-        self.moves = self.rests = False
+        self.moves = False
         self._moved: dict[int, int] = {}
         self._visited: set[Node] = set()
         # The references keep the keys from being given to other memory; they do not keep the memory.
@@ -91,14 +94,18 @@ class DataTaint(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, and mark its results if one of its arguments is marked."""
-        if self.rests or torch.compiler.is_compiling():
+        name = getattr(func, "__name__", "")
+        if torch.compiler.is_compiling() or name in _GIVES_NO_TENSOR:
             return func(*args, **(kwargs or {}))
+        if name == "__get__":  # an attribute, as `shape` or `mT`
+            found = func(*args, **(kwargs or {}))
+            if not isinstance(found, Tensor):
+                return found
         taken = list(tensors_in((args, kwargs)))
         # Where the function begins in the graph; looked at before, as an in-place function moves its argument there.
         self._visited.update(node for t in taken if (node := node_of(t)) is not None)
         result = func(*args, **(kwargs or {}))
         if any(self.holds(t) for t in taken):
-            name = getattr(func, "__name__", "")
             changed = [args[0]] if name == "__setitem__" else []
             self.mark(tensors_in((result, changed)), self._rows_after(name, args, kwargs or {}, taken))
         return result
@@ -157,14 +164,10 @@ class Following:
 
         @wraps(hook)
         def run(owner: Any, *args: Any) -> Any:
-            taint = owner._following.taint
-            if taint is None:
+            if owner._following.taint is None:
                 return hook(owner, *args)
-            before, taint.rests = taint.rests, True
-            try:
+            with unseen_by_modes():
                 return hook(owner, *args)
-            finally:
-                taint.rests = before
 
         return run
 
