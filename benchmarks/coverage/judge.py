@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 import traceback
 import warnings
@@ -28,7 +29,7 @@ RTOL = {"float32": 2e-3, "bf16": 5e-2, "float64": 1e-9}
 # And in parts of the sample's largest norm: a bias before a softmax has a gradient of rounding error alone.
 FLOOR = {"float32": 1e-5, "bf16": 3e-3, "float64": 1e-12}
 SLOW = 4.0
-TIMED = 8  # more passes after the first ones, of which the fastest counts, as of as many plain ones in between
+TIMED = 8  # more passes after the first ones, of which the median counts, as of as many plain ones in between
 
 
 def autocast(precision: str) -> AbstractContextManager[Any]:
@@ -196,9 +197,9 @@ def judge(subject: Subject, precision: str, right: dict[str, Any]) -> dict[str, 
         row |= {"verdict": "exact", "ways": ways_of(norms, [str(w.message) for w in seen])}
         norms.remove()
     del row["pass"]
-    fastest = max(min(plain.seconds[1:]), 1e-6)
-    row["cost"] = round(min(seconds[PASSES:]) / fastest, 2)
-    row["first"] = round(seconds[0] / fastest, 1)
+    plain_seconds = max(statistics.median(plain.seconds[PASSES:]), 1e-6)
+    row["cost"] = round(statistics.median(seconds[PASSES:]) / plain_seconds, 2)
+    row["first"] = round(seconds[0] / plain_seconds, 1)
     return row
 
 
