@@ -218,8 +218,16 @@ def _follow(call: RuleCall, x: Tensor, given: Call, output: Any) -> Any:
         return observe(call, saved, output)
     if torch.is_autocast_enabled(x.device.type):
         call.autocast = torch.get_autocast_dtype(x.device.type)
-    placed = map_tensors(lambda t: own_place(t) if is_differentiable(t) else t, output)
-    observe_several(call, saved, differentiable_in(placed), plan.axes)
+    watched: list[Tensor] = []
+
+    def place(t: Any) -> Any:
+        if not is_differentiable(t):
+            return t
+        watched.append(own_place(t))
+        return own_place(watched[-1])  # a hook of the user's on it comes first
+
+    placed = map_tensors(place, output)
+    observe_several(call, saved, watched, plan.axes)
     return placed
 
 
