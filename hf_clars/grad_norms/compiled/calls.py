@@ -58,6 +58,7 @@ class CompiledCalls:
         self.measures = self.within = False
         self.number: Tensor | None = None
         self.given_axes: tuple[int, ...] = ()
+        self.given: tuple[Tensor, ...] = ()
         self.expected = self.checked = True
         self.forgiving = False
         self.failed = ""
@@ -99,10 +100,12 @@ class CompiledCalls:
         self.within = torch.compiler.is_compiling()
         self.number = number
         self.given_axes = tuple(given[0].shape[1:])
+        self.given = tuple(given) if self.within else ()
 
     def end(self) -> None:
         """The model returns. In compiled code and outside."""
         self.measures = False
+        self.given = ()
         for call in self.calls.values():
             call.rows = call.uses = ()
         for tie in self.ties.values():
@@ -248,7 +251,7 @@ class CompiledCall:
             # Nothing is known. What comes from no parameter may be a table as long as the batch by chance, as T5's
             # position buckets [T, T] are.
             chance = not x.requires_grad and x.dim() == 2 and x.shape[1] == batch and batch in self.state.given_axes
-            return batch == 1 or not chance
+            return batch == 1 or not chance or any(x is t for t in self.state.given)
         if x.shape[0] == 1:
             return True
         rows = x.shape[0] // batch
