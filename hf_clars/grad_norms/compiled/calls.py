@@ -243,6 +243,8 @@ class CompiledCall:
         hooked = self.hooked
         if not self.rule.has_batch_axis(self.module, x) or output.shape[0] != x.shape[0]:
             return False
+        if x.shape[0] == 1:
+            return True
         if x.shape[0] == batch:
             if hooked.calls.get((1, x.dim())) == "graph":
                 return False  # rows were given other places
@@ -251,9 +253,7 @@ class CompiledCall:
             # Nothing is known. What comes from no parameter may be a table as long as the batch by chance, as T5's
             # position buckets [T, T] are.
             chance = not x.requires_grad and x.dim() == 2 and x.shape[1] == batch and batch in self.state.given_axes
-            return batch == 1 or not chance or any(x is t for t in self.state.given)
-        if x.shape[0] == 1:
-            return True
+            return not chance or any(x is t for t in self.state.given)
         rows = x.shape[0] // batch
         known = hooked.calls.get((rows, *x.shape[1:])) if rows * batch == x.shape[0] else None
         return known in ("certain", "observed")
@@ -271,7 +271,8 @@ class CompiledCall:
     def _unknown_rows(self, x: Tensor, batch: int) -> str:
         return (
             f"{self.name} is called on {len(x)} rows in compiled code, and the batch has {batch} samples: which rows "
-            f"are whose is not known. {_LEARN}"
+            f"are whose is not known. {_LEARN} A table of positions can be looked up at [1, T] in place of [T]: "
+            "that is every sample's, and can be compiled."
         )
 
     # ---- arithmetic of the backward pass ---------------------------------------------------------------------
