@@ -322,3 +322,12 @@ def test_samples_and_means_over_tokens(settings, checkpointed):
             torch.testing.assert_close(values, right[name], rtol=1e-4, atol=1e-6)
     norms.remove()
     expected.remove()
+
+
+@pytest.mark.parametrize("first", [nn.Linear(6, 6), nn.Embedding(9, 6)], ids=["linear", "embedding"])
+def test_what_the_model_is_called_with_is_no_table_though_it_is_as_wide_as_the_batch(first):
+    def inputs(batch):
+        return (torch.randint(9, (batch, 6)) if isinstance(first, nn.Embedding) else torch.randn(batch, 6),)
+
+    torch.manual_seed(0)
+    compare(nn.Sequential(first, nn.Linear(6, 6)), whole, inputs, (6, 6, 3))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_clars.distributed import keeps_gradients_elsewhere
-from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals, differentiating
+from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals, differentiating, note_caller
 from hf_clars.grad_norms.gradient_watch import GradientWatch
 from hf_clars.grad_norms.hooks import ModelReturns, PassBegins
 from hf_clars.grad_norms.pytree import tensors_in
@@ -116,6 +116,7 @@ class NormAccumulator:
                 self._passes.append(forward_pass)
 
     def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
+        note_caller()
         self._free_dropped()
         self._close()
         self._drop_if_cleared()

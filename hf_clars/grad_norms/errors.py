@@ -27,5 +27,9 @@ class MixedDevicesError(HfClarsError, ValueError):
     """The model's layers are on different devices."""
 
 
+class LayerRuleError(HfClarsError, TypeError):
+    """A layer rule gives something else than it is asked for."""
+
+
 class SumCheckError(HfClarsError, RuntimeError):
     """The samples' gradients of a parameter do not add up to its batch gradient."""

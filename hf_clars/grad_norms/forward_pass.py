@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SecondBackwardError
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SecondBackwardError, UncoveredParameterError
 from hf_clars.grad_norms.norm_math import SMALL, squared_sum
 from hf_clars.grad_norms.pytree import memory_of
-from hf_clars.grad_norms.torch_internals import operations_recorded
+from hf_clars.grad_norms.torch_internals import inside_backward, operations_recorded
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.explanation import CallTimes
@@ -23,13 +24,35 @@ if TYPE_CHECKING:
     from hf_clars.grad_norms.sum_check import SumCheck
     from hf_clars.grad_norms.tied_tables import TiedTable
 
-_differentiating = 0
-"""How many of our own differentiations are under way: hooks of all trackers must do nothing then."""
+_under_way: set[quietly] = set()
+"""Our own differentiations, in all threads: hooks of all trackers must do nothing in these."""
+
+
+class _Thread(threading.local):
+    """What is known of a thread.
+
+    Attributes:
+        calls_models: Whether it is a user's. Those of the autograd engine call no model, and work for any thread.
+        differentiations: How many of our own it has under way.
+    """
+
+    calls_models = False
+    differentiations = 0
+
+
+_thread = _Thread()
+
+
+def note_caller() -> None:
+    """A model is called in this thread: what other threads differentiate is none of its business."""
+    _thread.calls_models = True
 
 
 def differentiating() -> bool:
     """Whether the graph is differentiated for the norms' sake, and not by the user."""
-    return _differentiating > 0
+    if not _under_way or _thread.differentiations:
+        return bool(_under_way)
+    return inside_backward() and not _thread.calls_models
 
 
 class quietly:
@@ -38,12 +61,12 @@ class quietly:
     __slots__ = ()
 
     def __enter__(self) -> None:
-        global _differentiating
-        _differentiating += 1
+        _under_way.add(self)
+        _thread.differentiations += 1
 
     def __exit__(self, *_: object) -> None:
-        global _differentiating
-        _differentiating -= 1
+        _thread.differentiations -= 1
+        _under_way.discard(self)
 
 
 @dataclass(eq=False)
@@ -124,6 +147,8 @@ class ForwardPass:
 
     def free_graph(self) -> None:
         """Drop what no gradient came through, so that the graph and its hooks do not keep each other."""
+        if self.open_uses and not self.backward_seen:
+            self.error = self.error or _came_too_late()
         self.open_uses.clear()
         for gate in self.gates:
             gate.free_graph()
@@ -256,6 +281,15 @@ class _Guarded:
         except Exception as error:
             if not self.forward_pass.takes(error):
                 raise
+
+
+def _came_too_late() -> UncoveredParameterError:
+    """The error for a backward pass through what was let go before."""
+    return UncoveredParameterError(
+        "A backward pass went through a forward pass that was let go before: the norms were removed in between, or the "
+        "gradients were cleared and other passes begun. Call backward() before remove(), inside the with block, and "
+        "before the passes of the next batch."
+    )
 
 
 def second_backward(what: object) -> SecondBackwardError:

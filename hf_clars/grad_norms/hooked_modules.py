@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
+from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.registry import LayerRule, find_rule
 
 if TYPE_CHECKING:
@@ -88,6 +89,21 @@ class HookedModule:
         """Know parameters by those that an engine has put in their place: {old: new}."""
         self.params = {n: swapped.get(p, p) for n, p in self.params.items()}
         self.plans.clear()
+
+
+def refuse_replaced(model: nn.Module, hooked: Iterable[HookedModule]) -> None:
+    """Raise if a module whose parameters are measured is no part of the model any more.
+
+    Raises:
+        UncoveredParameterError: Naming it.
+    """
+    present = set(model.modules())
+    gone = [str(h) for h in hooked if h.params and h.module not in present]
+    if gone:
+        raise UncoveredParameterError(
+            f"{', '.join(gone)}: was taken out of the model, or replaced, after the norms were attached. Attach them "
+            "once the model is complete: norms.remove(), and PerSampleGradNorms or the optimizer anew."
+        )
 
 
 class LeavesInUse:

@@ -21,7 +21,7 @@ from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, watch
 from hf_clars.grad_norms.graph.places import ContainerCall
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
-from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_hooked_modules
+from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_hooked_modules, refuse_replaced
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds
 from hf_clars.grad_norms.pytree import tensor_given, tensors_in
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
@@ -51,6 +51,7 @@ class HookedNorms(NormAccumulator):
         self._containers: list[ContainerCall] = []
         self._learned = False
         self._trained: list[bool] = []
+        self._unused = 0
         self._ways = LearnedWays(self._name_of)
         self._times: CallTimes | None = None
         self._module_handles: list[RemovableHandle] = []
@@ -239,6 +240,7 @@ class HookedNorms(NormAccumulator):
         finally:
             for call in forward_pass.rule_calls:
                 call.leave_graph()
+        self._look_for_unused(sum(self._trained) - len(forward_pass.uses))
         if taint is not None and forward_pass.batch_size > 1:
             self._learned, self._finder.unknown = True, False
 
@@ -289,6 +291,12 @@ class HookedNorms(NormAccumulator):
             self._ever_captured.add(param)
         for measured in found:
             watch(forward_pass, measured, self._deliver)
+
+    def _look_for_unused(self, unused: int) -> None:
+        """Parameters that train and are not used may belong to a module that was replaced."""
+        if unused != self._unused:
+            refuse_replaced(self.model, self._hooked)
+            self._unused = unused
 
     # ---- compiled code ---------------------------------------------------------------------------------------
 

@@ -30,19 +30,25 @@ def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> Tensor
             # Let go at once, as autograd does with what it saved, and not when the whole graph goes.
             call.measure(held.pop()(), g.detach())
 
-    if not is_view(output):
-        output.register_hook(call.forward_pass.guarded(on_gradient))
-        return None
-    product = product_before_view(output) if call.plan.lasts and not call.on_given else None
-    if product is None:
-        watched = own_place(output)
-        watched.register_hook(call.forward_pass.guarded(on_gradient))
-        return watched
-    # A function of our own in Python takes longer than the layer's other hooks together.
-    call.places = [(product, 0)]
-    shape = output.shape
-    product.register_prehook(call.forward_pass.guarded(lambda grads: on_gradient(grads[0].view(shape))))
-    return None
+    watched, place, shape = None, output.output_nr, output.shape
+    node = output.grad_fn
+    if is_view(output):
+        node = product_before_view(output) if call.plan.lasts and not call.on_given else None
+        if node is None:
+            watched = own_place(output)
+            node, place = watched.grad_fn, 0
+        else:  # a function of our own in Python takes longer than the layer's other hooks together
+            call.places, place = [(node, 0)], 0
+
+    def on_gradients(grads: Sequence[Tensor | None]) -> None:
+        g = grads[place]
+        if g is not None:
+            on_gradient(g.view(shape))
+
+    # At the operation, and not at the tensor: after all that hooks of the user's make of the gradient.
+    assert node is not None
+    node.register_prehook(call.forward_pass.guarded(on_gradients))
+    return watched
 
 
 def observe_several(call: RuleCall, saved: tuple[Tensor, ...], results: Sequence[Tensor], axes: Sequence[int]) -> None:

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_clars.grad_norms.errors import LayerRuleError
 from hf_clars.grad_norms.explanation import timed
 from hf_clars.grad_norms.forward_pass import differentiating
 from hf_clars.grad_norms.plain_backward import plain_backward
+from hf_clars.grad_norms.registry import is_shipped
 from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.sum_check import close
 from hf_clars.grad_norms.torch_internals import no_autocast
 
 
@@ -76,6 +79,7 @@ class _OneProduct(torch.autograd.Function):
                 if wanted:
                     x_grad = call.rule.input_grad(call.module, x, _as(weight, ctx.dtype), g)
                 _check_shapes(call, sums, x.shape, x_grad)
+                x_grad, sums = _compared(call, ctx.names, x, g, x_grad, sums, wanted)
             except Exception as error:
                 if not call.forward_pass.takes(error):
                     raise
@@ -114,6 +118,7 @@ class _WholeBackward(torch.autograd.Function):
             try:
                 x_grad, sums = _by_rule(call, tuple(saved), weight, g, wanted)
                 _check_shapes(call, sums, ctx.x_shape, x_grad)
+                x_grad, sums = _compared(call, ctx.names, saved[0], g, x_grad, sums, wanted)
             except Exception as error:
                 if not call.forward_pass.takes(error):
                     raise
@@ -145,6 +150,31 @@ def _by_rule(
     done = rule.whole_backward(module, saved, weight, g, input_wanted=input_wanted, measured=call.forward_pass.measured)
     call.add_squares(done.squares, done.grads, g.dtype)
     return done.input_grad, done.grads
+
+
+def _compared(
+    call: RuleCall,
+    names: list[str],
+    x: Tensor,
+    g: Tensor,
+    x_grad: Tensor | None,
+    sums: dict[str, Tensor],
+    wanted: bool,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """In a checked pass, autograd's gradients in place of those of a rule of the user's: sums are compared with them.
+
+    Raises:
+        LayerRuleError: If the input's gradient is not the rule's.
+    """
+    if not sums or call.forward_pass.check is None or is_shipped(call.rule):
+        return x_grad, sums
+    plain_x, plain = plain_backward(call, names, x, g, input_wanted=wanted)
+    if plain_x is not None and not (x_grad is not None and close(x_grad, plain_x)):
+        raise LayerRuleError(
+            f"{type(call.rule).__name__} of {call.hooked}: input_grad gives another gradient of the module's input "
+            "than autograd. Mend it, or leave out fuses_weight_grad and input_grad."
+        )
+    return x_grad, plain
 
 
 def _check_shapes(call: RuleCall, sums: dict[str, Tensor], shape: torch.Size, x_grad: Tensor | None) -> None:

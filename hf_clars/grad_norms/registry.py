@@ -246,6 +246,11 @@ class WholeBackward:
     squares: dict[str, Tensor]
 
 
+def is_shipped(rule: LayerRule) -> bool:
+    """Whether a rule is this package's, whose gradients tests compare with autograd's."""
+    return type(rule).__module__.startswith(__name__.rpartition(".")[0])
+
+
 _RULES: dict[type[nn.Module] | str, LayerRule] = {}
 """By class, or by the full name of a class that may not be installed, or that is defined again."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
 from hf_clars.grad_norms.pytree import tensors_in
-from hf_clars.grad_norms.registry import LayerRule
+from hf_clars.grad_norms.registry import LayerRule, is_shipped
+from hf_clars.grad_norms.rule_results import compare_squares, given_by
 from hf_clars.grad_norms.tied_tables import TiedTable, tied_table
 from hf_clars.grad_norms.torch_internals import no_autocast, no_grad
 
@@ -214,15 +215,26 @@ class RuleCall:
         if not folded and plan.rule.squares_without_grads:
             by_grads = self.shared.intersection(names)
             single = names - by_grads if by_grads else names
-            for name, squares in plan.rule.squared_norms(plan.module, saved, g, single).items() if single else ():
+            for name, squares in self._ask("squared_norms", saved, g, single).items() if single else ():
                 forward_pass.add_squares(plan.hooked.layers[name], squares)
                 self._check_by_sum(name, saved, g, squares, dtype)
-        grads = plan.rule.per_sample_grads(plan.module, saved, g, by_grads) if by_grads else {}
+        grads = self._ask("per_sample_grads", saved, g, by_grads) if by_grads else {}
         for name, t in grads.items():
             t = t.unflatten(0, (forward_pass.measured, plan.rows_per_sample)).sum(1) if folded else t
             if forward_pass.check is not None:
                 forward_pass.check.add_grads(plan.wanted[name], t, dtype)
             self._add_grads(name, t)
+
+    def _ask(
+        self, method: Literal["per_sample_grads", "squared_norms"], saved: tuple[Tensor, ...], g: Any, names: Set[str]
+    ) -> dict[str, Tensor]:
+        """What the rule's method gives for some parameters."""
+        rows = len(next(iter(tensors_in(g))))
+        found = getattr(self.rule, method)(self.module, saved, g, names)
+        found = given_by(self.rule, method, found, self.hooked, names, rows)
+        if method == "squared_norms" and self.forward_pass.check is not None and not is_shipped(self.rule):
+            compare_squares(self.rule, self.hooked, found, self._ask("per_sample_grads", saved, g, names))
+        return found
 
     def _check_by_sum(
         self, name: str, saved: tuple[Tensor, ...], g: Tensor, squares: Tensor | None, dtype: torch.dtype
@@ -269,7 +281,7 @@ class RuleCall:
         size = sum(p.numel() for p in self.wanted.values())
         left = self.forward_pass.measured if measured else 0
         for x_part, g_part in slices_of(x, g, elements_per_sample=size):
-            grads = self.rule.per_sample_grads(self.module, (x_part,), g_part, self.wanted.keys())
+            grads = self._ask("per_sample_grads", (x_part,), g_part, self.wanted.keys())
             for name, t in grads.items():
                 t = at_least_float32(t)
                 sums[name] = sums[name] + t.sum(0) if name in sums else t.sum(0)

@@ -22,6 +22,12 @@ _TOLERANCE = {torch.float64: (1e-6, 1e-9), torch.float32: (2e-3, 1e-5), torch.fl
 _COARSE = (2e-1, 3e-2)
 
 
+def close(t: Tensor, right: Tensor) -> bool:
+    """Whether a gradient is another up to rounding, and to the latter's shape; this reads a value from the device."""
+    relative, _ = _TOLERANCE.get(t.dtype, _COARSE)
+    return t.shape == right.shape and not bool((t - right).norm() > relative * right.norm())
+
+
 class SumCheck:
     """Compares both sums over a batch of one or more passes.
 
@@ -125,7 +131,8 @@ class SumCheck:
                 raise SumCheckError(
                     f"{self._names.get(param, 'a parameter')}: the samples' gradients do not add up to the batch "
                     f"gradient. They differ from it by {difference:.3g}, and its norm is {norm:.3g}. A use of the "
-                    "parameter was missed, or counted twice: please report this model, and until then freeze the "
+                    "parameter was missed, or counted twice, or a layer rule of yours is wrong. If not, please report "
+                    "this model, and until then freeze the "
                     f"parameter, or {WITHOUT_SAMPLES}. Or the loss has a part that is no sample's, as a penalty on "
                     "weights: use weight_decay for it, or set check_every = 0 on the norms (CLARS: optimizer.norms)."
                 )

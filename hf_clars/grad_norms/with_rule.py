@@ -17,7 +17,9 @@ from hf_clars.grad_norms.observation import observe, observe_several, own_place
 from hf_clars.grad_norms.one_product import Way, fuse_weight_grad, is_fused, replace_backward
 from hf_clars.grad_norms.plain_backward import note_call
 from hf_clars.grad_norms.pytree import differentiable_in, is_differentiable, map_tensors
+from hf_clars.grad_norms.registry import is_shipped
 from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
+from hf_clars.grad_norms.rule_results import saved_by
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -206,20 +208,28 @@ def _follow(call: RuleCall, x: Tensor, given: Call, output: Any) -> Any:
     plan, rule = call.plan, call.plan.rule
     if plan.way is not None and not is_fused(output):
         call.fused = True
-        if call.forward_pass.keeps_errors:
+        if call.forward_pass.keeps_errors or not is_shipped(rule):
             note_call(call, x, given)
         return plan.way(call, x, output)
     args, kwargs = given
     plain = isinstance(args, tuple) and len(args) == 1 and args[0] is x and not kwargs
     args, kwargs = ((x.detach(),), {}) if plain else map_tensors(lambda t: t.detach(), given)
-    saved = rule.save(plan.module, args, kwargs, output, plan.wanted.keys())
+    saved = saved_by(rule, call.hooked, rule.save(plan.module, args, kwargs, output, plan.wanted.keys()))
     call.tokens = rule.lookup_tokens(saved)
     if not rule.several_results:
         return observe(call, saved, output)
     if torch.is_autocast_enabled(x.device.type):
         call.autocast = torch.get_autocast_dtype(x.device.type)
-    placed = map_tensors(lambda t: own_place(t) if is_differentiable(t) else t, output)
-    observe_several(call, saved, differentiable_in(placed), plan.axes)
+    watched: list[Tensor] = []
+
+    def place(t: Any) -> Any:
+        if not is_differentiable(t):
+            return t
+        watched.append(own_place(t))
+        return own_place(watched[-1])  # a hook of the user's on it comes first
+
+    placed = map_tensors(place, output)
+    observe_several(call, saved, watched, plan.axes)
     return placed
 
 

@@ -58,6 +58,7 @@ class CompiledCalls:
         self.measures = self.within = False
         self.number: Tensor | None = None
         self.given_axes: tuple[int, ...] = ()
+        self.given: tuple[Tensor, ...] = ()
         self.expected = self.checked = True
         self.forgiving = False
         self.failed = ""
@@ -99,10 +100,12 @@ class CompiledCalls:
         self.within = torch.compiler.is_compiling()
         self.number = number
         self.given_axes = tuple(given[0].shape[1:])
+        self.given = tuple(given) if self.within else ()
 
     def end(self) -> None:
         """The model returns. In compiled code and outside."""
         self.measures = False
+        self.given = ()
         for call in self.calls.values():
             call.rows = call.uses = ()
         for tie in self.ties.values():
@@ -240,6 +243,8 @@ class CompiledCall:
         hooked = self.hooked
         if not self.rule.has_batch_axis(self.module, x) or output.shape[0] != x.shape[0]:
             return False
+        if x.shape[0] == 1:
+            return True
         if x.shape[0] == batch:
             if hooked.calls.get((1, x.dim())) == "graph":
                 return False  # rows were given other places
@@ -248,9 +253,7 @@ class CompiledCall:
             # Nothing is known. What comes from no parameter may be a table as long as the batch by chance, as T5's
             # position buckets [T, T] are.
             chance = not x.requires_grad and x.dim() == 2 and x.shape[1] == batch and batch in self.state.given_axes
-            return batch == 1 or not chance
-        if x.shape[0] == 1:
-            return True
+            return not chance or any(x is t for t in self.state.given)
         rows = x.shape[0] // batch
         known = hooked.calls.get((rows, *x.shape[1:])) if rows * batch == x.shape[0] else None
         return known in ("certain", "observed")
@@ -268,7 +271,8 @@ class CompiledCall:
     def _unknown_rows(self, x: Tensor, batch: int) -> str:
         return (
             f"{self.name} is called on {len(x)} rows in compiled code, and the batch has {batch} samples: which rows "
-            f"are whose is not known. {_LEARN}"
+            f"are whose is not known. {_LEARN} A table of positions can be looked up at [1, T] in place of [T]: "
+            "that is every sample's, and can be compiled."
         )
 
     # ---- arithmetic of the backward pass ---------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""What a rule gives is looked at, so that a mistake in a rule of the user's is named where it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hf_clars.distributed import whole_shape
+from hf_clars.grad_norms.errors import LayerRuleError
+from hf_clars.grad_norms.hooked_modules import HookedModule
+from hf_clars.grad_norms.norm_math import squared_sum
+from hf_clars.grad_norms.registry import LayerRule
+from hf_clars.grad_norms.sum_check import close
+
+
+def given_by(
+    rule: LayerRule, method: str, found: Any, hooked: HookedModule, names: Collection[str], rows: int
+) -> dict[str, Tensor]:
+    """What was asked of a rule, out of what it gave.
+
+    Args:
+        rule: The rule.
+        method: "per_sample_grads" or "squared_norms".
+        found: What the method returned.
+        hooked: The module.
+        names: Local names of the parameters that were asked for.
+        rows: Length of the first axis.
+
+    Raises:
+        LayerRuleError: Naming rule, module and parameter.
+    """
+    who = f"{type(rule).__name__} of {hooked}: {method}"
+    if not isinstance(found, Mapping):
+        raise LayerRuleError(f"{who} returned {type(found).__name__}. Return {{parameter name: tensor}}.")
+    for name in names:
+        t = found.get(name)
+        shape = whole_shape(hooked.in_use(name)) if method == "per_sample_grads" else ()
+        if not isinstance(t, Tensor):
+            said = f"{type(t).__name__} for" if name in found else "nothing for"
+        elif t.dim() and len(t) == rows and t.numel() == rows * math.prod(shape):
+            continue
+        else:
+            said = f"shape {tuple(t.shape)} for"
+        raise LayerRuleError(f"{who} returned {said} {name!r}. Return a tensor of shape {(rows, *shape)}.")
+    return {name: found[name] for name in names}
+
+
+def compare_squares(
+    rule: LayerRule, hooked: HookedModule, squares: Mapping[str, Tensor], grads: Mapping[str, Tensor]
+) -> None:
+    """Compare what both methods of a rule give, {local parameter name: tensor} each.
+
+    Raises:
+        LayerRuleError: Naming rule, module and parameter.
+    """
+    for name, found in squares.items():
+        if not close(found, squared_sum(grads[name])):
+            raise LayerRuleError(
+                f"{type(rule).__name__} of {hooked}: squared_norms of {name!r} are not the squared norms of its "
+                "per_sample_grads. Leave out squared_norms, or mend it."
+            )
+
+
+def saved_by(rule: LayerRule, hooked: HookedModule, saved: Any) -> tuple[Tensor, ...]:
+    """What a rule's `save` returned.
+
+    Raises:
+        LayerRuleError: If that is not a tuple of tensors.
+    """
+    if isinstance(saved, tuple) and all(isinstance(t, Tensor) for t in saved):
+        return saved
+    raise LayerRuleError(f"{type(rule).__name__} of {hooked}: save returned no tuple of tensors. Return (x,), or more.")
