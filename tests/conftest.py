@@ -38,12 +38,15 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
-    groups = {item: item.get_closest_marker("xdist_group").args[0] for item in items}
-    items.sort(key=lambda item: LONG.index(groups[item]) if groups[item] in LONG else len(LONG))
+    items.sort(key=lambda item: LONG.index(group_of(item)) if group_of(item) in LONG else len(LONG))
     yield
     if config.getoption("loadgroup", False):
         for item in items:
-            name_group(item, groups[item])
+            name_group(item, group_of(item))
+
+
+def group_of(item):
+    return item.get_closest_marker("xdist_group").args[0]
 
 
 def name_group(item, group):

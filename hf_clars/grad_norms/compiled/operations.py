@@ -39,7 +39,7 @@ def enlist(receiver: Any) -> int:
 
 
 #: For a compiler that captures graphs: these run in Python each time, and must stay outside.
-_OUTSIDE: dict[str, Any] = {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+_OUTSIDE: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 @torch.library.custom_op("hf_clars::tell", mutates_args=(), **_OUTSIDE)
