@@ -30,6 +30,9 @@ _THIN = 32
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+# The same for isinstance: the compiler of torch 2.8 knows no unions there.
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _same_padding(module: _Conv) -> list[int]:
@@ -83,14 +86,14 @@ class ConvolutionRule(LayerRule):
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
         """See `LayerRule`."""
-        assert isinstance(module, _Conv)
+        assert isinstance(module, _CONVS)
         return x.dim() == 2 + len(module.kernel_size)
 
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
-        assert isinstance(module, _Conv)
+        assert isinstance(module, _CONVS)
         grads = {}
         if "weight" in wanted:
             grads["weight"] = _weight_grads(module, *_padded_input(module, saved[0]), g)
@@ -102,7 +105,7 @@ class ConvolutionRule(LayerRule):
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
-        assert isinstance(module, _Conv)
+        assert isinstance(module, _CONVS)
         squares = {}
         if "weight" in wanted:
             form = cheapest_form(convolution_use(module, saved[0], g), g.device.type, replaces_weight_grad=False)
@@ -113,7 +116,7 @@ class ConvolutionRule(LayerRule):
 
     def fuses_weight_grad(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """Where the per-sample product is the cheapest form, and the padding is plain."""
-        assert isinstance(module, _Conv)
+        assert isinstance(module, _CONVS)
         use = convolution_use(module, x, output)
         return _zeros_only(module) and cheapest_form(use, x.device.type) != "gram"
 
@@ -124,7 +127,7 @@ class ConvolutionRule(LayerRule):
         own way takes for 3x3 kernels (0.07 of 0.5 ms for 64 channels of 56 x 56 pixels, B = 128, beside 0.1 ms of the
         kernel), and at more than all of it for 1x1 kernels.
         """
-        assert isinstance(module, _Conv)
+        assert isinstance(module, _CONVS)
         if not isinstance(module, nn.Conv2d) or output.shape[2] * output.shape[3] <= 1:
             return False
         last = in_channels_last(x) and in_channels_last(output)
@@ -141,7 +144,7 @@ class ConvolutionRule(LayerRule):
         measured: int | None = None,
     ) -> WholeBackward:
         """See `LayerRule`."""
-        assert isinstance(module, _Conv)
+        assert isinstance(module, _CONVS)
         return convolution_backward(
             saved[0],
             weight,
@@ -158,7 +161,7 @@ class ConvolutionRule(LayerRule):
 
     def choice(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[WeightUse, Choice]:
         """The shapes of a call, and the form of its weight's norms."""
-        assert isinstance(module, _Conv)
+        assert isinstance(module, _CONVS)
         if self.supplies_backward(module, x, output):
             kind, use = convolution_shapes(x, module.weight, output, _settings(module, module.padding))
             few = use.width_in < FEW_CHANNELS  # as `convolution_backward` does: of a group
@@ -168,7 +171,7 @@ class ConvolutionRule(LayerRule):
 
     def input_grad(self, module: nn.Module, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """See `LayerRule`."""
-        assert isinstance(module, _Conv)
+        assert isinstance(module, _CONVS)
         return convolution_input_grad(g, x, weight, **_settings(module, module.padding))
 
 
@@ -239,14 +242,14 @@ class TransposedConvolutionRule(LayerRule):
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
         """See `LayerRule`."""
-        assert isinstance(module, _Transposed)
+        assert isinstance(module, _TRANSPOSED)
         return x.dim() == 2 + len(module.kernel_size)
 
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
-        assert isinstance(module, _Transposed)
+        assert isinstance(module, _TRANSPOSED)
         grads = {}
         if "weight" in wanted:
             shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)

@@ -32,6 +32,10 @@ from hf_clars.grad_norms.torch_kernels import affine_sums
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 _InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+# The same for isinstance: the compiler of torch 2.8 knows no unions there.
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 class _ChannelRule(LayerRule):
@@ -110,12 +114,12 @@ class BatchNormRule(_ChannelRule):
 
     def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """[C] each."""
-        assert isinstance(module, _BatchNorm)
+        assert isinstance(module, _BATCH_NORMS)
         return _running_statistics(module) or batch_statistics(x, output, module.eps)
 
     def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """On a GPU, for positions that the batch's own statistics are taken over."""
-        assert isinstance(module, _BatchNorm)
+        assert isinstance(module, _BATCH_NORMS)
         own = module.training or module.running_mean is None
         return own and self._kernels_fit(module, x, output)
 
@@ -164,7 +168,7 @@ class InstanceNormRule(_ChannelRule):
 
     def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C] or [C] each."""
-        assert isinstance(module, _InstanceNorm)
+        assert isinstance(module, _INSTANCE_NORMS)
         return _running_statistics(module) or group_statistics(x, output, x.shape[1], module.eps)
 
 
@@ -197,14 +201,14 @@ class LayerNormRule(LayerRule):
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
         """See `LayerRule`."""
-        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        assert isinstance(module, _LAYER_NORMS)
         return x.dim() > len(module.normalized_shape)
 
     def save(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, wanted: Collection[str]
     ) -> tuple[Tensor, ...]:
         """The input, its mean unless that stays, and 1 / its scale; nothing for the bias alone."""
-        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        assert isinstance(module, _LAYER_NORMS)
         if "weight" not in wanted:
             return ()
         x = first_tensor(args, kwargs)
@@ -215,7 +219,7 @@ class LayerNormRule(LayerRule):
 
     def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """On a GPU, over the last axis and with all parameters."""
-        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        assert isinstance(module, _LAYER_NORMS)
         plain = type(self) is LayerNormRule and len(module.normalized_shape) == 1
         plain = plain and (isinstance(module, nn.RMSNorm) or module.bias is not None)
         same = x.dtype == output.dtype and x.is_contiguous()
@@ -254,7 +258,7 @@ class LayerNormRule(LayerRule):
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
-        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        assert isinstance(module, _LAYER_NORMS)
         shape = tuple(module.normalized_shape)
         g = _positions(g, len(shape))
         grads = {}
