@@ -27,7 +27,9 @@ test: setup-test
 # Where a library's older version would show: its interfaces, private names, files, and the loops of Trainer.
 LOWEST_TESTS := tests/test_torch_internals.py tests/test_three_ways_in.py tests/test_norms_exact.py \
                 tests/test_safe_checkpoints.py tests/test_hub_push.py tests/test_hub_push_ways.py \
-                tests/test_live_view.py tests/test_data.py tests/test_own_losses.py tests/test_settings_refused.py
+                tests/test_live_view.py tests/test_data.py tests/test_own_losses.py tests/test_settings_refused.py \
+                tests/test_norms_in_use.py tests/test_norms_in_the_graph.py tests/test_norms_known_graphs.py \
+                tests/test_norms_compiled.py
 
 test-lowest: setup-lowest
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup $(LOWEST_TESTS) $(PYTEST_ARGS)

@@ -80,8 +80,10 @@ def hold(tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
         A function that gives them back.
     """
     if saved_tensors_are_packed():
-        node = _Holder.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
-        return lambda: node.saved_tensors
+        kept = _Holder.apply(
+            torch.empty(0, requires_grad=True), *tensors
+        )  # torch 2.8 frees what a node saved with this
+        return lambda: kept.grad_fn.saved_tensors
     versions = [t._version for t in tensors]
 
     def unchanged() -> tuple[Tensor, ...]:
