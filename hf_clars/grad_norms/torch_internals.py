@@ -7,6 +7,7 @@ changes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -201,18 +202,9 @@ def operand_of(output: Tensor, x: Tensor) -> Tensor:
     """
     if x.dtype == output.dtype:
         return x
-    node = None if torch.compiler.is_compiling() or saved_tensors_are_packed() else output.grad_fn
-    for _ in range(3):
-        if node is None:
-            break
-        name = _OPERANDS.get(node.name())
-        if name is not None:
-            held = getattr(node, name, None)
-            if held is not None and held.numel() == x.numel() and held.dtype == output.dtype:
-                return held.detach().view(x.shape)
-            break
-        node = node.next_functions[0][0] if node.next_functions else None
-    return x.detach().to(output.dtype)
+    held = _saved_by_product(output, _OPERANDS)
+    fits = held is not None and held.numel() == x.numel()
+    return held.detach().view(x.shape) if held is not None and fits else x.detach().to(output.dtype)
 
 
 _WEIGHTS = {"AddmmBackward0": "_saved_mat2", "MmBackward0": "_saved_mat2", "ConvolutionBackward0": "_saved_weight"}
@@ -229,20 +221,23 @@ def weight_of(output: Tensor, weight: Tensor, *, transposed: bool = False) -> Te
     Returns:
         The shape of `weight`; `weight` itself where the graph holds no such copy.
     """
-    if weight.dtype == output.dtype or torch.compiler.is_compiling() or saved_tensors_are_packed():
-        return weight
-    node = output.grad_fn
+    held = None if weight.dtype == output.dtype else _saved_by_product(output, _WEIGHTS)
+    held = held.mT if held is not None and transposed else held
+    return held.detach() if held is not None and held.shape == weight.shape else weight
+
+
+def _saved_by_product(output: Tensor, names: Mapping[str, str]) -> Tensor | None:
+    """What the product behind an output saved under one of these names, in the type of the output."""
+    node = None if torch.compiler.is_compiling() or saved_tensors_are_packed() else output.grad_fn
     for _ in range(3):
         if node is None:
-            break
-        name = _WEIGHTS.get(node.name())
+            return None
+        name = names.get(node.name())
         if name is not None:
-            held = getattr(node, name, None)
-            held = held.mT if held is not None and transposed else held
-            fits = held is not None and held.shape == weight.shape and held.dtype == output.dtype
-            return held.detach() if held is not None and fits else weight
+            held: Tensor | None = getattr(node, name, None)
+            return held if held is not None and held.dtype == output.dtype else None
         node = node.next_functions[0][0] if node.next_functions else None
-    return weight
+    return None
 
 
 def product_before_view(output: Tensor) -> torch.autograd.graph.Node | None:
