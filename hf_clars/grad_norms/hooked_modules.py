@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.registry import LayerRule, find_rule
+from hf_clars.grad_norms.torch_internals import leaves_below
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.rule_call import CallPlan
@@ -67,13 +68,7 @@ class HookedModule:
     def is_made(self, name: str) -> bool:
         """Whether the tensor that the module computes with now is made of parameters, as `functional_call` gives it."""
         used = self.in_use(name)
-        stack = [] if used is self.params[name] or used.grad_fn is None else [used.grad_fn]
-        while stack:
-            node = stack.pop()
-            if getattr(node, "variable", None) is self.params[name]:
-                return True
-            stack += [child for child, _ in node.next_functions if child is not None]
-        return False
+        return used.grad_fn is not None and self.params[name] in leaves_below(used.grad_fn)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Its own measured parameters that are not frozen now, by local name."""

@@ -226,9 +226,7 @@ class HookedNorms(NormAccumulator):
             forward_pass.recomputed[hooked] += times
             for param in list(hooked.trainable().values()) * times:
                 forward_pass.add_use(param)
-        mark = (
-            None if containers else self._graphs.end(forward_pass, trained=sum(p.requires_grad for p in self._layer_of))
-        )
+        mark = None if containers else self._graphs.end(forward_pass, trained=sum(self._trained))
         try:
             known = self._graphs.find(mark, forward_pass, outputs)
             if known is not None:

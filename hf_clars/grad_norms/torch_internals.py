@@ -259,6 +259,22 @@ def saved(node: torch.autograd.graph.Node, name: str) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+def leaves_below(node: torch.autograd.graph.Node) -> set[Tensor]:
+    """The leaves from which a value is made."""
+    stack, seen = [node], {node}
+    leaves: set[Tensor] = set()
+    while stack:
+        here = stack.pop()
+        variable = getattr(here, "variable", None)
+        if variable is not None:
+            leaves.add(variable)
+        for child, _ in here.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return leaves
+
+
 def shape_at(node: torch.autograd.graph.Node, output: int = 0) -> tuple[int, ...] | None:
     """Shape of what an operation of the graph returned; None where the node does not say.
 

@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.measured_uses import MeasuredUse
 from hf_clars.grad_norms.graph.walk import Use
-from hf_clars.grad_norms.torch_internals import operations_recorded
+from hf_clars.grad_norms.torch_internals import leaves_below, operations_recorded
 
 Mark = tuple[Any, ...]
 Way = tuple[tuple[str, int], ...]
@@ -59,7 +59,7 @@ class _Place:
             return None
         old = self.measured.use
         child, k = node.next_functions[index]
-        if child is None or _leaves_below(child) != self.made_of:
+        if child is None or leaves_below(child) != self.made_of:
             return None
         use = Use(node, index, (child, k), old.leaves, old.key)
         if use.result_shapes != self.shapes:
@@ -141,7 +141,7 @@ def _place(measured: MeasuredUse, start: int, above: Way) -> _Place:
     nowhere: Any = None  # nothing of the graph is stored: of a use only what is the same in every pass
     stored = Use(nowhere, use.index, (nowhere, 0), use.leaves, use.key)
     way = (*above, (use.node.name(), use.index))
-    leaves = _leaves_below(use.child[0])
+    leaves = leaves_below(use.child[0])
     return _Place(start, way, leaves, use.result_shapes, MeasuredUse(stored, measured.layouts, measured.name))
 
 
@@ -170,19 +170,3 @@ def _ways_down(forward_pass: ForwardPass, outputs: Sequence[Tensor], wanted: set
             below += [(c, start, (*way, (name, k))) for k, (c, _) in enumerate(node.next_functions) if c is not None]
         level = below
     return found
-
-
-def _leaves_below(node: Node) -> set[Tensor]:
-    """The leaves from which a value is made."""
-    stack, seen = [node], {node}
-    leaves: set[Tensor] = set()
-    while stack:
-        here = stack.pop()
-        variable = getattr(here, "variable", None)
-        if variable is not None:
-            leaves.add(variable)
-        for child, _ in here.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return leaves
