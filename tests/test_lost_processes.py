@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_clars.trainer import outside_failures
+from hf_clars.trainer.outside_failures import ProcessLostError, outside_failures_explained
 from tests.image_files import picture
 from tests.killed_runs import COMMON, run, save_images, start
 from tests.processes import GROUP
@@ -79,3 +81,26 @@ def test_a_rank_that_dies_or_hangs(tmp_path, data, name, timeout):
     assert message.startswith(
         f"Another process of this run has ended, or did not answer for {timeout} s (--ddp_timeout)"
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Application timeout caused pair closure",
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4242",
+        "Connection closed by peer [127.0.0.1]:4242",
+        "Read error [127.0.0.1]:4242: Connection reset by peer",
+        "Write error: Broken pipe",
+        "Wait timeout",
+    ],
+)
+def test_each_way_in_which_gloo_says_that_a_rank_is_gone(monkeypatch, words):
+    monkeypatch.setattr(outside_failures, "world_size", lambda: 2)
+    with pytest.raises(ProcessLostError, match="did not answer for 5 s"), outside_failures_explained(5):
+        raise RuntimeError(words)
+
+
+def test_an_error_of_this_process_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(outside_failures, "world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), outside_failures_explained(5):
+        raise RuntimeError("shapes differ")

@@ -59,6 +59,19 @@ def _worker_died(error: Exception) -> DataError:
     )
 
 
+# What gloo says where it does not name its source file: which message a rank gets depends on which of its pairs
+# notices first that the other side is gone.
+_OF_GLOO = (
+    "gloo",
+    "pair closure",
+    "wait timeout",
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+)
+
+
 def _is_of_a_collective(error: RuntimeError) -> bool:
-    """NCCL has exceptions of its own; gloo raises plain RuntimeError that names its source file."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """NCCL has exceptions of its own; gloo raises plain RuntimeError, which is known by its words only."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(words in text for words in _OF_GLOO)
