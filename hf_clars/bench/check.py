@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.bench.networks import Network, has_batch_norm
+from hf_clars.bench.timing import time_of
 from hf_clars.bench.ways import HfClars, OneByOne, Plain, SquaredNorms, Way
 
 TOLERANCE = 1e-3
@@ -44,7 +45,7 @@ def try_way(make: Callable[[], Way]) -> tuple[Way | None, str]:
     """
     try:
         way = make()
-        way.step()
+        way.first_seconds = time_of(way.step)
     except Exception as error:
         return None, refusal(error)
     return way, ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,7 @@ class CostRow:
         seconds: Of each timed step; empty if it was not timed.
         ratio: To the plain step; None if it was not timed.
         note: Why it was not timed, or what it does not cover.
+        first: Its first step, as a multiple of a usual plain one; None if it was not timed.
     """
 
     network: str
@@ -38,6 +40,7 @@ class CostRow:
     seconds: list[float] = field(default_factory=list)
     ratio: Ratio | None = None
     note: str = ""
+    first: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,9 @@ def measure_cost(network: Network, rounds: int, ways: Iterable[type[Way]] = tupl
     for way in running.values():
         way.close()
     shape = network.batch, network.image_size
-    return [
-        CostRow(network.name, name, *shape, seconds.get(name, []), found.get(name), notes[name]) for name in classes
-    ]
+    usual = statistics.median(seconds[Plain.name])
+    first = {name: way.first_seconds / usual for name, way in running.items()}
+    return [CostRow(network.name, n, *shape, seconds.get(n, []), found.get(n), notes[n], first.get(n)) for n in classes]
 
 
 def measure_memory(network: Network, threads: int, ways: Iterable[type[Way]] = tuple(WAYS.values())) -> list[MemoryRow]:

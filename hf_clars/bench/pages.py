@@ -49,16 +49,31 @@ class Settings:
         names = self.networks or tuple(usual)
         return [NETWORKS[name].quick() if self.quick else NETWORKS[name] for name in names]
 
+    def rows_of(self, page: str, usual: Iterable[str], measure: Callable[[Network], Rows]) -> list[Any]:
+        """Measure each network; what there is stands in the JSON after each, so that an end before the last loses one.
+
+        Args:
+            page: Its name.
+            usual: The networks if none was named.
+            measure: The rows of one network.
+        """
+        rows: list[Any] = []
+        for network in self.chosen(usual):
+            rows += measure(network)
+            save_json(self.output, page, rows)
+        return rows
+
 
 def run_cost(settings: Settings) -> None:
     """Time of every way."""
-    rows = [row for network in settings.chosen(USUAL) for row in measure_cost(network, settings.rounds)]
+    rows = settings.rows_of("cost", USUAL, lambda network: measure_cost(network, settings.rounds))
     columns: Columns = {
         "network": lambda row: row.network,
         "batch": lambda row: row.batch,
         "pixels or tokens": lambda row: row.image_size,
         "way": lambda row: row.way,
         "ms a step": lambda row: milliseconds(row.seconds),
+        "first step": lambda row: row.first,
         "times the plain step (quartiles)": lambda row: ratio_or_note(row.ratio, row.note),
     }
     _finish(settings, "cost", "Time of gradient and per-sample norms", rows, columns)
@@ -67,7 +82,7 @@ def run_cost(settings: Settings) -> None:
 
 def run_memory(settings: Settings) -> None:
     """Peak memory of every way."""
-    rows = [row for network in settings.chosen(USUAL) for row in measure_memory(network, settings.threads)]
+    rows = settings.rows_of("memory", USUAL, lambda network: measure_memory(network, settings.threads))
     columns: Columns = {
         "network": lambda row: row.network,
         "batch": lambda row: row.batch,
@@ -129,8 +144,8 @@ def run_growth(settings: Settings) -> None:
 
 def run_layers(settings: Settings) -> None:
     """The cost model against the clock."""
-    networks = settings.chosen(name for name in USUAL if not name.endswith(GROUP_NORM_SUFFIX))
-    rows = [row for network in networks for row in measure_layers(network, settings.rounds)]
+    usual = tuple(name for name in USUAL if not name.endswith(GROUP_NORM_SUFFIX))
+    rows = settings.rows_of("layers", usual, lambda network: measure_layers(network, settings.rounds))
 
     def milliseconds_of(seconds: Callable[[LayerRow], dict[str, float]], form: str) -> Callable[[Any], object]:
         return lambda row: seconds(row).get(form, float("nan")) * 1e3
@@ -157,7 +172,7 @@ def run_layers(settings: Settings) -> None:
 
 def run_compiled(settings: Settings) -> None:
     """Cost in models that are compiled as a whole."""
-    rows = [measure_compiled(network, settings.rounds) for network in settings.chosen(COMPILED)]
+    rows = settings.rows_of("compiled", COMPILED, lambda network: [measure_compiled(network, settings.rounds)])
     columns: Columns = {
         "network": lambda row: row.network,
         "input": lambda row: " x ".join(map(str, row.shape)),
