@@ -20,6 +20,7 @@ from hf_clars.grad_norms.forward_pass import differentiating
 from hf_clars.grad_norms.plain_backward import plain_backward
 from hf_clars.grad_norms.registry import is_shipped
 from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.rule_results import check_backward
 from hf_clars.grad_norms.sum_check import close
 from hf_clars.grad_norms.torch_internals import no_autocast
 
@@ -78,7 +79,8 @@ class _OneProduct(torch.autograd.Function):
                 sums = {} if differentiating() else call.summed_grads(x, g)
                 if wanted:
                     x_grad = call.rule.input_grad(call.module, x, _as(weight, ctx.dtype), g)
-                _check_shapes(call, sums, x.shape, x_grad)
+                asked = (x_grad, x.shape) if wanted else None
+                check_backward(call.rule, "input_grad", call.hooked, sums, call.wanted, asked)
                 x_grad, sums = _compared(call, ctx.names, x, g, x_grad, sums, wanted)
             except Exception as error:
                 if not call.forward_pass.takes(error):
@@ -117,7 +119,8 @@ class _WholeBackward(torch.autograd.Function):
         with no_autocast(g.device.type), timed(call.forward_pass.times, call.wanted.values(), g.device):
             try:
                 x_grad, sums = _by_rule(call, tuple(saved), weight, g, wanted)
-                _check_shapes(call, sums, ctx.x_shape, x_grad)
+                asked = (x_grad, ctx.x_shape) if wanted else None
+                check_backward(call.rule, "whole_backward", call.hooked, sums, call.wanted, asked)
                 x_grad, sums = _compared(call, ctx.names, saved[0], g, x_grad, sums, wanted)
             except Exception as error:
                 if not call.forward_pass.takes(error):
@@ -175,21 +178,6 @@ def _compared(
             "than autograd. Mend it, or leave out fuses_weight_grad and input_grad."
         )
     return x_grad, plain
-
-
-def _check_shapes(call: RuleCall, sums: dict[str, Tensor], shape: torch.Size, x_grad: Tensor | None) -> None:
-    """Raise where a rule's gradients do not fit, if there is another way to have them. `shape`: the input's."""
-    if not call.forward_pass.keeps_errors:
-        return
-    wrong = [n for n, t in sums.items() if n in call.wanted and t.shape != call.hooked.in_use(n).shape]
-    missing = [n for n in call.wanted if sums and n not in sums]
-    if x_grad is not None and x_grad.shape != shape:
-        wrong.append("its input")
-    if wrong or missing:
-        raise RuntimeError(
-            f"{type(call.rule).__name__} of {call.hooked}: its backward pass gave no gradient, or one of another "
-            f"shape, for {', '.join(wrong + missing)}."
-        )
 
 
 Way = Callable[[RuleCall, Tensor, Tensor], Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,14 +38,44 @@ def given_by(
     for name in names:
         t = found.get(name)
         shape = whole_shape(hooked.in_use(name)) if method == "per_sample_grads" else ()
-        if not isinstance(t, Tensor):
-            said = f"{type(t).__name__} for" if name in found else "nothing for"
-        elif t.dim() and len(t) == rows and t.numel() == rows * math.prod(shape):
-            continue
-        else:
-            said = f"shape {tuple(t.shape)} for"
-        raise LayerRuleError(f"{who} returned {said} {name!r}. Return a tensor of shape {(rows, *shape)}.")
+        if not (isinstance(t, Tensor) and t.dim() and len(t) == rows and t.numel() == rows * math.prod(shape)):
+            raise _unfit(who, repr(name), t, (rows, *shape))
     return {name: found[name] for name in names}
+
+
+def check_backward(
+    rule: LayerRule,
+    method: str,
+    hooked: HookedModule,
+    grads: Mapping[str, Tensor],
+    names: Collection[str],
+    x: tuple[Any, Sequence[int]] | None,
+) -> None:
+    """Look at the gradients that a rule puts in the place of autograd's.
+
+    Args:
+        rule: The rule.
+        method: "input_grad" or "whole_backward".
+        hooked: The module.
+        grads: By local parameter name; empty where none was asked for.
+        names: Those that were asked for.
+        x: What it gave for the module's input, and the shape of that; None where it was not asked.
+
+    Raises:
+        LayerRuleError: Naming rule, module and what does not fit.
+    """
+    expected = {repr(n): (grads.get(n), hooked.in_use(n).shape) for n in names} if grads else {}
+    if x is not None:
+        expected["the input"] = x
+    for what, (t, shape) in expected.items():
+        if not isinstance(t, Tensor) or t.shape != shape:
+            raise _unfit(f"{type(rule).__name__} of {hooked}: {method}", what, t, shape)
+
+
+def _unfit(who: str, what: str, given: Any, shape: Sequence[int]) -> LayerRuleError:
+    said = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+    said = "nothing" if given is None else said
+    return LayerRuleError(f"{who} returned {said} for {what}. Return a tensor of shape {tuple(shape)}.")
 
 
 def compare_squares(
