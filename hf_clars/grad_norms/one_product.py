@@ -79,8 +79,9 @@ class _OneProduct(torch.autograd.Function):
                 sums = {} if differentiating() else call.summed_grads(x, g)
                 if wanted:
                     x_grad = call.rule.input_grad(call.module, x, _as(weight, ctx.dtype), g)
-                asked = (x_grad, x.shape) if wanted else None
-                check_backward(call.rule, "input_grad", call.hooked, sums, call.wanted, asked)
+                if call.is_looked_at:
+                    asked = (x_grad, x.shape) if wanted else None
+                    check_backward(call.rule, "input_grad", call.hooked, sums, call.wanted, asked)
                 x_grad, sums = _compared(call, ctx.names, x, g, x_grad, sums, wanted)
             except Exception as error:
                 if not call.forward_pass.takes(error):
@@ -119,8 +120,9 @@ class _WholeBackward(torch.autograd.Function):
         with no_autocast(g.device.type), timed(call.forward_pass.times, call.wanted.values(), g.device):
             try:
                 x_grad, sums = _by_rule(call, tuple(saved), weight, g, wanted)
-                asked = (x_grad, ctx.x_shape) if wanted else None
-                check_backward(call.rule, "whole_backward", call.hooked, sums, call.wanted, asked)
+                if call.is_looked_at:
+                    asked = (x_grad, ctx.x_shape) if wanted else None
+                    check_backward(call.rule, "whole_backward", call.hooked, sums, call.wanted, asked)
                 x_grad, sums = _compared(call, ctx.names, saved[0], g, x_grad, sums, wanted)
             except Exception as error:
                 if not call.forward_pass.takes(error):

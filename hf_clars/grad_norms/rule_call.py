@@ -168,6 +168,12 @@ class RuleCall:
         return True
 
     @property
+    def is_looked_at(self) -> bool:
+        """Whether the form of what the rule gives is looked at: always that of a user's rule."""
+        forward_pass = self.forward_pass
+        return forward_pass.check is not None or forward_pass.keeps_errors or not is_shipped(self.rule)
+
+    @property
     def shared(self) -> set[str]:
         """Parameters with several uses in the pass: those add up before they are squared."""
         several = self.forward_pass.several
@@ -229,9 +235,10 @@ class RuleCall:
         self, method: Literal["per_sample_grads", "squared_norms"], saved: tuple[Tensor, ...], g: Any, names: Set[str]
     ) -> dict[str, Tensor]:
         """What the rule's method gives for some parameters."""
-        rows = len(next(iter(tensors_in(g))))
         found = getattr(self.rule, method)(self.module, saved, g, names)
-        found = given_by(self.rule, method, found, self.hooked, names, rows)
+        if not self.is_looked_at:
+            return found if found.keys() == names else {name: found[name] for name in names}
+        found = given_by(self.rule, method, found, self.hooked, names, len(next(iter(tensors_in(g)))))
         if method == "squared_norms" and self.forward_pass.check is not None and not is_shipped(self.rule):
             compare_squares(self.rule, self.hooked, found, self._ask("per_sample_grads", saved, g, names))
         return found

@@ -6,6 +6,7 @@ changes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -102,9 +103,12 @@ def unseen_by_modes() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunction()
 
 
+_has_autocast = functools.cache(torch.amp.is_autocast_available)  # takes as long as a small product
+
+
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = _has_autocast(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else _NOTHING
 
 
