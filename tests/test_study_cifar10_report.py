@@ -143,8 +143,16 @@ def by_batch_size(s):
 def test_repeated_runs_stand_side_by_side():
     mine = kept_row(Settings("lars", 0.064), 70.0)
     theirs = {**kept_row(Settings("lars", 0.064), 71.0), "made_by": "prototype"}
-    assert "| LARS | resnet8 | 2,048 | 0.064 | 71.0 | 70.0 |" in agreement([mine, theirs])
-    assert "yet" in agreement([theirs, kept_row(Settings("lars", 0.064), 70.0, device="cpu")])
+    start = "| LARS | resnet8 | 2,048 | 0.064 |"
+    assert f"{start} a GPU | 71.0 | 70.0 | - | too few seeds |" in agreement([mine, theirs])
+    seeds = [{**theirs, "seed": seed, "accuracy": accuracy} for seed, accuracy in enumerate((70.0, 71.0, 72.0))]
+    for device, where, accuracy, words in (
+        ("cpu", "a CPU", 68.5, "68.5 | -2.5 | yes"),
+        ("cuda", "a GPU", 74.5, "74.5 | +3.5 | no"),
+    ):
+        repeated = kept_row(Settings("lars", 0.064), accuracy, device=device)
+        assert f"{start} {where} | 71.0 (70.0-72.0; 3) | {words} |" in agreement([*seeds, repeated])
+    assert "yet" in agreement([theirs, kept_row(Settings("lars", 0.064, width=8), 70.0)])
 
 
 @pytest.mark.parametrize(("gap", "word"), [(0.8, "is better"), (-2.0, "open")])
