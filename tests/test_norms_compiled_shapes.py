@@ -109,7 +109,7 @@ def test_a_bias_may_have_another_owner_who_does_not_use_it():
     compare(Head(), whole, lambda batch: (torch.randn(batch, 6),), (4, 4, 4))
     norms = PerSampleGradNorms(model := HeadAndBias())
     assert norms.why_not_compiled() == "bias, head.weight"
-    with pytest.raises(UncoveredParameterError, match="bias, head.weight: no layer rule"):
+    with pytest.raises(UncoveredParameterError, match=r"bias, head\.weight: no layer rule"):
         whole(model)(torch.randn(4, 6))
     norms.remove()
 
