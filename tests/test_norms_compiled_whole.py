@@ -177,7 +177,7 @@ def test_a_parameter_without_a_rule_is_named():
     model = Scaled()
     with PerSampleGradNorms(model) as norms:
         assert norms.why_not_compiled() == "scale"
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="no layer rule"):
+        with pytest.raises(UncoveredParameterError, match="scale: no layer rule"):
             whole(model)(torch.randn(3, 4))
 
 
@@ -210,7 +210,7 @@ def test_rows_that_are_folded_into_the_batch_are_refused_until_an_uncompiled_pas
 
     model, x = Windows(), torch.randn(3, 2, 4)
     norms = PerSampleGradNorms(model)
-    with pytest.raises((torch._dynamo.exc.Unsupported, BatchAxisError), match="whose"):
+    with pytest.raises(BatchAxisError, match="whose"):
         whole(model)(x)
     norms.remove()
     torch.compiler.reset()

@@ -53,6 +53,11 @@ class HookedModule:
     def __str__(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__})"
 
+    @property
+    def was_seen(self) -> bool:
+        """Whether an uncompiled pass has shown what it is called on."""
+        return bool(self.calls or self.data_dims or self.own_dims)
+
     def full_name(self, name: str) -> str:
         """A parameter's name in the model."""
         return f"{self.path}.{name}" if self.path else name

@@ -117,13 +117,13 @@ class HookedNorms(NormAccumulator):
         forward_pass.times = self._times
         self._following.end()
         self._containers.clear()
+        self._compiled.join(forward_pass, args, kwargs)  # first: its operations are none of the graph's
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
         before, self._trained = self._trained, [p.requires_grad for p in self._layer_of]
         if not self._learned or before != self._trained or self._finder.asks_for_data or mixed:
             self._following.begin(tensors_in((args, kwargs)), forward_pass.batch_size)
         else:
             self._graphs.begin(forward_pass)
-        self._compiled.join(forward_pass, args, kwargs)
 
     @Following.unfollowed
     def _on_container_call(

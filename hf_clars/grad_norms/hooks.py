@@ -31,9 +31,6 @@ class TracedHook(Protocol):
     def ready(self, *args: Any) -> bool:
         """Whether it can do the hook's work."""
 
-    def refuse(self) -> None:
-        """Raise, where the hook's work cannot be done beside compiled code either."""
-
     def __call__(self, *args: Any) -> Any:
         """Do it."""
 
@@ -70,16 +67,17 @@ class BoundHook:
         if torch.compiler.is_compiling():
             if self.traced is not None and self.traced.ready(*args):
                 return self.traced(*args, **kwargs)
-            return self._outside(args, kwargs, compiled=True)
+            return self._outside(args, kwargs)
         method = self.method()
         if method is None or _idle(method.__self__):  # type: ignore[attr-defined]
             return None  # before all else: so it is in most steps of a run that is measured now and then
         return self._outside(args, kwargs)
 
     @torch.compiler.disable(
-        reason="hf_clars: a parameter has no layer rule that works in compiled code (norms.why_not_compiled() names it)"
+        reason="hf_clars: the model that is measured was not called as a whole, or a hook here cannot be compiled: "
+        "call the model, or compile without fullgraph=True"
     )
-    def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool = False) -> Any:
+    def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Outside compiled code, or between two pieces of it."""
         method = self.method()
         if method is None:
@@ -88,8 +86,6 @@ class BoundHook:
         if _idle(owner):
             return None
         try:
-            if compiled and self.traced is not None:
-                self.traced.refuse()
             return method(*self.first, *args, **kwargs)
         except Exception as error:
             take_error = getattr(owner, "take_error", None)

@@ -152,7 +152,8 @@ class LayerRule(ABC):
         """Whether the weight gradient should come from the per-sample gradients of this call. Default: no.
 
         A rule that says yes is asked for `per_sample_grads` with the module's input alone as `saved`, and for
-        `input_grad`. It is not asked at all if it inherits that, and has `per_sample_grads` of its own.
+        `input_grad`. It is not asked at all if it inherits that, and has `per_sample_grads` of its own; nor in compiled
+        code, where nothing would compare what a rule of yours gives with autograd's gradients.
         """
         return False
 

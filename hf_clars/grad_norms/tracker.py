@@ -127,7 +127,9 @@ class PerSampleGradNorms(HookedNorms):
 
     def _choose_check(self, forward_pass: ForwardPass) -> None:
         """Check this batch, if it is due and can be."""
-        whole = forward_pass.measured == forward_pass.batch_size and not forward_pass.implicit
+        # Compiled code hands over the sums of all samples, also where only some are measured.
+        summed = forward_pass.begun_compiled or forward_pass.measured == forward_pass.batch_size
+        whole = summed and not forward_pass.implicit
         if not whole or not self.check_every or forward_pass.unchecked:
             self._passes_since += forward_pass.unchecked
             self._stop_check()

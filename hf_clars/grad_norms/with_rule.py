@@ -116,6 +116,8 @@ def _decide(
     if recomputed and (unproven or hooked in forward_pass.moved_without_grad):
         forward_pass.error = forward_pass.error or _unknown_rows(hooked, forward_pass, x, results[0])
         return None
+    if rows is None and tainted:
+        hooked.calls[0, x.dim()] = "graph"  # compiled code must not take its first axis for the batch either
     if rows is None or (x.dim() in hooked.own_dims and tainted is not True and forward_pass.batch_size > 1):
         return None
     key = _key(x, rows)

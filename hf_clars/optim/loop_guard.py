@@ -54,9 +54,6 @@ class _WithoutItems:
         """Whether there is nothing to look at."""
         return kwargs.get("num_items_in_batch") is None
 
-    def refuse(self) -> None:
-        """Never."""
-
     def __call__(self, *args: Any) -> None:
         """Do nothing."""
 

@@ -12,21 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
-from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms.compiled.functions import OneProduct, Watched, Way
-from hf_clars.grad_norms.compiled.operations import begin_pass, check_sum
-from hf_clars.grad_norms.compiled.tied import Linked, Tie, TiedLookup
-from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
+from hf_clars.grad_norms.compiled.operations import begin_pass, check_sum, refuse
+from hf_clars.grad_norms.compiled.tied import Linked, Tie, TiedLookup, has_one_user, is_tied_head
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
 from hf_clars.grad_norms.pytree import tensor_given, tensors_in
-from hf_clars.grad_norms.registry import LayerRule
+from hf_clars.grad_norms.registry import LayerRule, is_shipped
 from hf_clars.grad_norms.token_weights import label_counts
 
 _LEARN = (
     "Run one forward and backward pass on a batch without torch.compile first (with the norms attached): the layout of "
-    "the batch is learned there."
+    "the batch is learned there. A table of positions can be looked up at [1, T] in place of [T]: that is every "
+    "sample's, and can be compiled."
 )
+_LEFT_OUT = "Passes without torch.compile have shown no way to tell: compile only parts of the model without it."
+
+
+#: A model may be compiled in parts after some passes that were not: code that finds no rows must be left.
+_PATIENCE = 3
 
 
 class CompiledCalls:
@@ -38,16 +42,15 @@ class CompiledCalls:
 
     Attributes:
         calls: One for each module with a rule, by its path.
-        within: Whether compiled code has begun the pass.
+        within: Whether compiled code has begun the pass, or refused it.
         measures: Whether the model is being called, and its calls have rows.
         number: Of the last pass. Kept so that a compiler lets a pass begin in the forward pass: what only the backward
             pass needs, it would put there.
         whole: Whether every measured parameter can be measured in a compiled graph, so that the model may be compiled
             as a whole.
-        expected: Whether calls outside compiled code should prepare rows for compiled code inside.
+        expected: In how many more calls outside compiled code to prepare rows, though none inside has used them.
         checked: Whether sums are checked in this batch.
         paused: As the tracker's.
-        forgiving: Whether errors are kept in `failed`, and not raised where the model is called.
         by_tokens: Whether the loss is a mean over tokens.
         reason: Which parameters stand in the way of `whole`, in words.
     """
@@ -59,17 +62,17 @@ class CompiledCalls:
         self.number: Tensor | None = None
         self.given_axes: tuple[int, ...] = ()
         self.given: tuple[Tensor, ...] = ()
-        self.expected = self.checked = True
-        self.forgiving = False
-        self.failed = ""
+        self.checked = True
+        self.expected = _PATIENCE
         self.paused = self.by_tokens = False
+        self.modules = [h.module for h in hooked]
         self.calls: dict[str, CompiledCall] = {}
         owners: dict[nn.Parameter, list[HookedModule]] = {}
         for h in hooked:
             for p in h.params.values():
                 owners.setdefault(p, []).append(h)
-        self.ties = {p: Tie() for p, of in owners.items() if _is_tied_head(of)}
-        alone = {p for p, of in owners.items() if len(of) == 1} | self.ties.keys()
+        self.ties = {p: Tie() for p, of in owners.items() if is_tied_head(of)}
+        alone = {p for p, of in owners.items() if has_one_user(p, of)} | self.ties.keys()
         calls = [h for h in hooked if h.rule and _can_be_compiled(h.rule) and alone.issuperset(h.params.values())]
         self.params = list(dict.fromkeys(p for h in calls for p in h.params.values()))
         rows = {p: i for i, p in enumerate(self.params)}
@@ -83,6 +86,7 @@ class CompiledCalls:
         self.reason = ", ".join(missing)
         wide = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
         self.leaf = torch.zeros((), dtype=wide, requires_grad=True)
+        self.place = torch.zeros(())
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called: make rows. In compiled code and outside."""
@@ -102,9 +106,21 @@ class CompiledCalls:
         self.given_axes = tuple(given[0].shape[1:])
         self.given = tuple(given) if self.within else ()
 
+    def expects_code(self) -> bool:
+        """Whether compiled code may be met in a call outside of it."""
+        return self.expected > 0 or any(m._compiled_call_impl is not None for m in self.modules)
+
+    def met_code(self, met: bool) -> None:
+        """Whether a call outside compiled code has met some."""
+        self.expected = _PATIENCE if met else max(0, self.expected - 1)
+
+    def ready(self) -> bool:
+        """Whether modules can do their work in compiled code, as far as it depends on the pass."""
+        return self.measures or self.within or self.paused or not torch.is_grad_enabled()
+
     def end(self) -> None:
         """The model returns. In compiled code and outside."""
-        self.measures = False
+        self.measures = self.within = False
         self.given = ()
         for call in self.calls.values():
             call.rows = call.uses = ()
@@ -123,14 +139,6 @@ class CompiledCalls:
 
 def _can_be_compiled(rule: LayerRule) -> bool:
     return not rule.several_results and type(rule).batch_axes is LayerRule.batch_axes
-
-
-def _is_tied_head(owners: list[HookedModule]) -> bool:
-    """Whether a parameter is a table that is looked up, and a Linear layer's weight."""
-    rules = [h.rule for h in owners]
-    looked_up = [r for r in rules if r is not None and type(r).lookup_tokens is not LayerRule.lookup_tokens]
-    dense = [r for r in rules if r is not None and r.is_dense_weight]
-    return len(owners) == 2 and len(looked_up) == len(dense) == 1
 
 
 class CompiledCall:
@@ -168,13 +176,10 @@ class CompiledCall:
         """How it is measured, for people."""
         return f"{type(self.rule).__name__} of {self.hooked}: in the compiled graph"
 
-    def refuse(self) -> None:
-        """It can do its work outside too."""
-
     def ready(self, *args: Any) -> bool:
         """Whether it can do its work in compiled code."""
-        if not (self.state.measures or self.state.paused) and torch.is_grad_enabled():
-            self.state.expected = True
+        if not self.state.ready():
+            self.state.expected = _PATIENCE
             return False
         return True
 
@@ -186,8 +191,7 @@ class CompiledCall:
         if not any(getattr(module, n).requires_grad for n in self.names):
             return None
         if not self.rows:
-            self._refuse(UncoveredParameterError, used_twice(self.name))
-            return None
+            return refuse(output, self.state.receiver, used_twice(self.name), False)
         wanted = [i for i, n in enumerate(self.names) if getattr(module, n).requires_grad]
         names = tuple(self.names[i] for i in wanted)
         rows = [self.rows[i] for i in wanted] + [self.uses[i] for i in wanted]
@@ -199,8 +203,7 @@ class CompiledCall:
         y = output
         spread = output.shape[0] == 1 and batch != 1
         if not self._layout_is_known(x, output, batch):
-            self._refuse(BatchAxisError, self._unknown_rows(x, batch))
-            return None
+            return refuse(output, self.state.receiver, self._unknown_rows(x, batch), True)
         if spread:  # what is made of parameters, and added to every sample
             y = output.expand(batch, *output.shape[1:])
         elif way := self._way(names, x, output, batch):
@@ -229,9 +232,11 @@ class CompiledCall:
         return Watched.apply(y, self, names, *rows, *saved)
 
     def _way(self, names: tuple[str, ...], x: Tensor, output: Tensor, batch: int) -> Way | None:
-        """How the weight gradient comes from this engine; None: from autograd."""
+        """How the weight gradient comes from this engine; None: from autograd, as always with a rule of the user's."""
         if self.tie is not None or "weight" not in names or x.shape[0] != batch or is_split(self.module.weight):
             return None
+        if not is_shipped(self.rule):
+            return None  # the sum check would compare what it gives with itself, and its input_grad with nothing
         # Sums, as of normalisation layers, a compiler joins with what is around them; products it cannot.
         products = type(self.rule).fuses_weight_grad is not LayerRule.fuses_weight_grad
         if products and self.rule.gives_whole_backward and self.rule.supplies_backward(self.module, x, output):
@@ -243,36 +248,32 @@ class CompiledCall:
         hooked = self.hooked
         if not self.rule.has_batch_axis(self.module, x) or output.shape[0] != x.shape[0]:
             return False
-        if x.shape[0] == 1:
-            return True
+        if x.shape[0] == 1 != batch:
+            if hooked.was_seen:
+                return x.dim() in hooked.own_dims and x.dim() not in hooked.data_dims
+            # What is looked up is every sample's; but the batch may be in another place.
+            return not x.is_floating_point() and (batch not in x.shape[1:] or batch in self.state.given_axes)
         if x.shape[0] == batch:
-            if hooked.calls.get((1, x.dim())) == "graph":
-                return False  # rows were given other places
-            if hooked.calls or hooked.data_dims or hooked.own_dims:
+            if "graph" in (hooked.calls.get((1, x.dim())), hooked.calls.get((0, x.dim()))):
+                return False  # rows were given other places, or the batch was on another axis
+            if hooked.was_seen:
                 return x.dim() not in hooked.own_dims or x.dim() in hooked.data_dims
-            # Nothing is known. What comes from no parameter may be a table as long as the batch by chance, as T5's
-            # position buckets [T, T] are.
-            chance = not x.requires_grad and x.dim() == 2 and x.shape[1] == batch and batch in self.state.given_axes
-            return not chance or any(x is t for t in self.state.given)
+            return not self._may_be_table(x, batch)
         rows = x.shape[0] // batch
         known = hooked.calls.get((rows, *x.shape[1:])) if rows * batch == x.shape[0] else None
         return known in ("certain", "observed")
 
-    def _refuse(self, kind: type[HfClarsError], message: str) -> None:
-        """Raise an error, or keep its words until the norms arrive, where the model's caller shall not see it.
-
-        Raises:
-            HfClarsError: Of this kind.
-        """
-        if not self.state.forgiving:
-            raise kind(message)
-        self.state.failed = message
+    def _may_be_table(self, x: Tensor, batch: int) -> bool:
+        """Whether an input may be as long as the batch by chance: tokens of positions, T5's buckets [T, T], a table."""
+        given = self.state.given
+        if x.requires_grad or batch not in self.state.given_axes or any(x is t for t in given):
+            return False
+        return not x.is_floating_point() or (bool(given) and x.numel() < given[0].numel())
 
     def _unknown_rows(self, x: Tensor, batch: int) -> str:
         return (
-            f"{self.name} is called on {len(x)} rows in compiled code, and the batch has {batch} samples: which rows "
-            f"are whose is not known. {_LEARN} A table of positions can be looked up at [1, T] in place of [T]: "
-            "that is every sample's, and can be compiled."
+            f"{self.name} is called on {tuple(x.shape)} in compiled code, and the batch has {batch} samples: which "
+            f"rows are whose is not known. {_LEFT_OUT if self.hooked.was_seen else _LEARN}"
         )
 
     # ---- arithmetic of the backward pass ---------------------------------------------------------------------

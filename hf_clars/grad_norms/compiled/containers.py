@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_clars.grad_norms.compiled.calls import CompiledCalls
+from hf_clars.grad_norms.compiled.operations import refuse
 from hf_clars.grad_norms.errors import UncoveredParameterError
 
 
@@ -24,17 +25,14 @@ class CompiledContainer:
         self.missing = missing
 
     def ready(self, *args: Any) -> bool:
-        """Whether the modules inside can do their work."""
-        idle = self.state.paused or not torch.is_grad_enabled()
-        return idle or (self.state.measures and not self.missing)
-
-    def refuse(self) -> None:
-        """See `TracedHook`."""
-        if self.missing:
-            raise not_compiled(self.missing)
+        """Whether the modules inside can do their work, or it can be said that they cannot."""
+        return bool(self.missing) or self.state.ready()
 
     def __call__(self, *args: Any) -> None:
-        """Do nothing."""
+        """Say what cannot be measured, where something is to be."""
+        state = self.state
+        if self.missing and not (state.within or state.paused) and torch.is_grad_enabled():
+            state.number = refuse(state.place, state.receiver, not_compiled(self.missing), False)
 
 
 class CompiledModel:
@@ -50,25 +48,24 @@ class CompiledModel:
         self.begins = begins
 
     def ready(self, *args: Any) -> bool:
-        """Whether the model may be compiled as a whole."""
-        return self.state.whole or self.state.paused or not torch.is_grad_enabled()
-
-    def refuse(self) -> None:
-        """See `TracedHook`."""
-        if self.begins and not self.state.whole:
-            raise not_compiled(self.state.reason)
+        """It can always do its work, or say that it cannot."""
+        return True
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], rest: Any, *output: Any) -> None:
         """A pass begins, or ends."""
-        if self.begins:
-            self.state.begin(args, rest)
+        state = self.state
+        if not self.begins:
+            state.end()
+        elif state.whole or state.paused or not torch.is_grad_enabled():
+            state.begin(args, rest)
         else:
-            self.state.end()
+            state.number = refuse(state.place, state.receiver, not_compiled(state.reason), False)
+            state.measures, state.within = False, True
 
 
-def not_compiled(names: str) -> UncoveredParameterError:
-    """The error for parameters that cannot be measured in compiled code."""
-    return UncoveredParameterError(
+def not_compiled(names: str) -> str:
+    """What is wrong with parameters that cannot be measured in compiled code."""
+    return (
         f"{names}: no layer rule measures this in compiled code. Compile only the parts of the model whose parameters "
         "all have rules (as model.layers[0].compile()), register a rule (README of grad_norms), freeze these "
         "parameters, or run the model without torch.compile."

@@ -26,6 +26,9 @@ class Receiver(Protocol):
     def compiled_sum_arrives(self, row: int, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         """The sum of the samples' gradients of the parameter in a row, the sum of their norms, and the precision."""
 
+    def compiled_code_refuses(self, words: str, *, rows: bool) -> None:
+        """What cannot be measured has run: say it. `rows`: because nobody knows whose rows are whose."""
+
 
 _receivers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
@@ -71,13 +74,31 @@ class Told:
         """It can always do its work."""
         return True
 
-    def refuse(self) -> None:
-        """Never."""
-
     def __call__(self, *args: Any) -> None:
         """Tell, if there may be a backward pass. The result is kept, or a compiler would leave the operation out."""
         if torch.is_grad_enabled():
             self.place = tell(self.place, self.receiver)
+
+
+@torch.library.custom_op("hf_clars::refuse", mutates_args=(), **_OUTSIDE)
+def refuse(place: Tensor, receiver: int, words: str, rows: bool) -> Tensor:
+    """Say what cannot be measured when the code runs: what is raised while it is compiled is hidden by the compiler.
+
+    Returns:
+        A copy of `place`, which goes on: a receiver may do no more than take note.
+    """
+    found = _receivers.get(receiver)
+    if found is not None:
+        found.compiled_code_refuses(words, rows=rows)
+    return place.clone()
+
+
+@refuse.register_fake
+def _(place: Tensor, receiver: int, words: str, rows: bool) -> Tensor:
+    return torch.empty_like(place)
+
+
+refuse.register_autograd(lambda ctx, g: (g, None, None, None))
 
 
 @torch.library.custom_op("hf_clars::begin_pass", mutates_args=(), **_OUTSIDE)

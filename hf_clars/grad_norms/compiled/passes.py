@@ -14,7 +14,7 @@ from hf_clars.distributed import on_device
 from hf_clars.grad_norms.compiled.calls import CompiledCall, CompiledCalls, used_twice
 from hf_clars.grad_norms.compiled.containers import CompiledContainer, CompiledModel
 from hf_clars.grad_norms.compiled.operations import enlist
-from hf_clars.grad_norms.errors import UncoveredParameterError
+from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, second_backward
 from hf_clars.grad_norms.hooked_modules import refuse_replaced
 
@@ -42,7 +42,6 @@ class CompiledPasses:
         self._arrived: set[int] = set()
         self.calls = CompiledCalls(norms.model, enlist(self), hooked)
         self.calls.by_tokens = getattr(norms, "loss_reduction", "") == "mean_tokens"
-        self.calls.forgiving = norms.take_error is not None
         layers = [norms._layer_of[p] for p in self.calls.params]
         self._layers, self._layer_index = sorted(set(layers)), tuple(layers)
 
@@ -67,7 +66,7 @@ class CompiledPasses:
     def join(self, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass has begun outside compiled code: prepare rows for compiled code inside, if there may be any."""
         self.calls.forget()
-        if self.calls.expected and self.calls.params:
+        if self.calls.params and self.calls.expects_code():
             self._joined = forward_pass
             try:
                 self.calls.begin(args, kwargs)
@@ -78,7 +77,7 @@ class CompiledPasses:
         """The forward pass has ended: the calls that compiled code has made in it."""
         ran = self.calls.ran()
         if self.calls.measures:
-            self.calls.expected = bool(ran)
+            self.calls.met_code(bool(ran))
         self.calls.end()
         forward_pass.unchecked = forward_pass.unchecked and bool(ran)
         return ran
@@ -125,8 +124,7 @@ class CompiledPasses:
         if number in self._arrived:
             self._norms._stop_check()
             raise second_backward("the compiled model")
-        failed, self.calls.failed = self.calls.failed or self._used_twice(forward_pass, uses), ""
-        if failed:
+        if failed := self._used_twice(forward_pass, uses):
             self._norms._stop_check()
             raise UncoveredParameterError(failed)
         self._arrived = {n for n in self._arrived if n in self._open} | {number}
@@ -148,6 +146,12 @@ class CompiledPasses:
         allowed = {c: 1 if c.tie is None else 2 for c in self.calls.calls.values()}
         names = [c.name for c, most in allowed.items() if any(times[i] > most for i in c.row_numbers)]
         return used_twice(", ".join(names)) if names else ""
+
+    def compiled_code_refuses(self, words: str, *, rows: bool) -> None:
+        """See `operations.Receiver`."""
+        if not self.calls.paused:
+            with self._guarded():
+                raise (BatchAxisError if rows else UncoveredParameterError)(words)
 
     def compiled_sum_arrives(self, row: int, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         """See `operations.Receiver`."""

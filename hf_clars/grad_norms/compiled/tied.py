@@ -1,4 +1,4 @@
-"""A table that is looked up and is a Linear layer's weight too, in compiled code.
+"""Parameters with several owners in compiled code: a table that is looked up and is a Linear layer's weight too.
 
 With A the Linear layer's gradient of a sample and E the lookup's, the norm is that of A + E:
 ||A||^2 + ||E||^2 + 2 sum_s <A[token_s], e_s>. The last term needs both. So the lookup gives the Linear layer one more
@@ -10,13 +10,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_clars.grad_norms.norm_math import at_least_float32
+from hf_clars.grad_norms.registry import LayerRule
 from hf_clars.grad_norms.torch_internals import no_autocast
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.compiled.calls import CompiledCall
+    from hf_clars.grad_norms.hooked_modules import HookedModule
+
+
+def has_one_user(param: nn.Parameter, owners: list[HookedModule]) -> bool:
+    """Whether one module alone uses a parameter: others may own it, as BERT's head owns its last layer's bias."""
+    with_rule = [h for h in owners if h.rule is not None]
+    read = [set(getattr(getattr(h.module.forward, "__code__", None), "co_names", h.params)) for h in owners]
+    names = [{n for n, p in h.params.items() if p is param} for h in owners]
+    others = [n & r for h, n, r in zip(owners, names, read, strict=True) if h.rule is None]
+    return len(with_rule) == 1 and not any(others)
+
+
+def is_tied_head(owners: list[HookedModule]) -> bool:
+    """Whether a parameter is a table that is looked up, and a Linear layer's weight."""
+    rules = [h.rule for h in owners]
+    looked_up = [r for r in rules if r is not None and type(r).lookup_tokens is not LayerRule.lookup_tokens]
+    dense = [r for r in rules if r is not None and r.is_dense_weight]
+    return len(owners) == 2 and len(looked_up) == len(dense) == 1
 
 
 class Tie:

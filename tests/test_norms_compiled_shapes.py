@@ -1,0 +1,189 @@
+"""Promise: compiled code takes no other axis for the batch, and says in our words what it cannot measure."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_clars.grad_norms import (
+    BatchAxisError,
+    LayerRule,
+    PerSampleGradNorms,
+    SumCheckError,
+    UncoveredParameterError,
+    register_rule,
+    unregister_rule,
+)
+from tests.test_norms_compiled_whole import compare, in_place, whole
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    yield
+    torch.compiler.reset()
+
+
+class Net(nn.Module):
+    """A layer, what a test does between, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear, self.head = nn.Embedding(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+
+class BatchSecond(Net):
+    def forward(self, x):
+        return self.head(self.linear(x)[None])[0] + self.table.weight.sum() * 0
+
+
+class Column(Net):
+    """Tokens of all samples are looked up as if they were one sample's."""
+
+    def forward(self, tokens):
+        return self.head(self.linear(self.table(tokens[:, 0][None])))[0]
+
+
+class TableAsLongAsTheBatch(Net):
+    def forward(self, x):
+        return self.head(self.linear(x + self.table(torch.arange(x.shape[1])))).sum(1)
+
+
+class FrozenTableAsLongAsTheBatch(Net):
+    def forward(self, x):
+        return self.head(x + self.linear(self.table.weight.detach())).sum(1)
+
+
+class TimeFirst(Net):
+    def forward(self, x):
+        return self.head(torch.relu(self.linear(x.transpose(0, 1)))).mean(0)
+
+
+@pytest.mark.parametrize("make", [BatchSecond, Column, TableAsLongAsTheBatch, FrozenTableAsLongAsTheBatch])
+def test_another_axis_is_not_taken_for_the_batch(make):
+    """Each of these gave wrong norms, and the first two another output."""
+    model = make()
+    inputs = {BatchSecond: torch.randn(4, 6), Column: torch.randint(4, (4, 2))}.get(make, torch.randn(4, 4, 6))
+    with PerSampleGradNorms(model), pytest.raises(BatchAxisError, match=r"whose is not known. Run one forward"):
+        whole(model)(inputs)
+
+
+def test_time_first_is_refused_once_a_pass_has_shown_it_also_where_there_are_as_many_steps_as_samples():
+    model = TimeFirst()
+    with PerSampleGradNorms(model) as norms:
+        model(torch.randn(5, 4, 6)).square().sum().backward()
+        assert len(norms.per_sample["linear"]) == 5
+        with pytest.raises(BatchAxisError, match="have shown no way to tell"):
+            whole(model)(torch.randn(4, 4, 6))
+
+
+class Positions(Net):
+    def forward(self, x):
+        return self.head(self.linear(x + self.table(torch.arange(x.shape[1])[None]))).sum(1)
+
+
+def test_positions_may_be_as_many_as_samples_where_they_are_looked_up_for_every_sample():
+    compare(Positions(), whole, lambda batch: (torch.randn(batch, 4, 6),), (4, 4, 4))
+
+
+class Head(nn.Module):
+    """Like the heads of BERT and RoBERTa: it owns its last layer's bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.bias = self.head.bias
+
+    def forward(self, x):
+        return self.head(self.linear(x))
+
+
+class HeadAndBias(Head):
+    def forward(self, x):
+        return self.head(self.linear(x)) + self.bias
+
+
+def test_a_bias_may_have_another_owner_who_does_not_use_it():
+    compare(Head(), whole, lambda batch: (torch.randn(batch, 6),), (4, 4, 4))
+    norms = PerSampleGradNorms(model := HeadAndBias())
+    assert norms.why_not_compiled() == "bias, head.weight"
+    with pytest.raises(UncoveredParameterError, match=r"bias, head\.weight: no layer rule"):
+        whole(model)(torch.randn(4, 6))
+    norms.remove()
+
+
+class Functional(Net):
+    def forward(self, x):
+        return self.head(nn.functional.linear(x, self.linear.weight) + self.table.weight.sum() * 0)
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+def test_a_weight_that_is_used_without_its_module_is_named_also_where_some_samples_are_measured(samples):
+    model = Functional()
+    with PerSampleGradNorms(model, samples=samples) as norms:
+        whole(model)(torch.randn(4, 6)).square().sum().backward()
+        with pytest.raises(SumCheckError, match="weight: the samples' gradients do not add up"):
+            _ = norms.per_sample
+
+
+def test_some_samples_are_checked_three_times():
+    model = nn.Sequential(nn.Linear(4, 3))
+    with PerSampleGradNorms(model, samples=2) as norms:
+        call = whole(model)
+        for _ in range(4):
+            model.zero_grad()
+            call(torch.randn(4, 4)).square().sum().backward()
+            assert len(norms.per_sample["0"]) == 2
+        assert norms._checked == 3
+
+
+class Own(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_an_input_gradient_of_a_users_rule_is_not_taken_unseen():
+    @register_rule(Own)
+    class OwnRule(LayerRule):
+        def per_sample_grads(self, module, saved, g, wanted):
+            return {n: g.unsqueeze(2) * saved[0].unsqueeze(1) if n == "weight" else g for n in wanted}
+
+        def fuses_weight_grad(self, module, x, output):
+            return True
+
+        def input_grad(self, module, x, weight, g):
+            return 3 * g @ weight
+
+    model = nn.Sequential(Own(6, 6), nn.ReLU(), Own(6, 3))
+    plain = copy.deepcopy(model)
+    x = torch.randn(4, 6)
+    with PerSampleGradNorms(model) as norms:
+        unregister_rule(Own)
+        call = whole(model)
+        for _ in range(4):
+            model.zero_grad()
+            plain.zero_grad()
+            call(x).square().mean().backward()
+            plain(x).square().mean().backward()
+            assert len(norms.per_sample["0"]) == 4
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_blocks_may_be_compiled_after_uncompiled_passes():
+    """Also with fullgraph=True, where no code may be left for a first time."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 3))
+    plain = copy.deepcopy(model)
+    with PerSampleGradNorms(model) as norms, PerSampleGradNorms(plain) as expected:
+        for step in range(8):
+            if step == 4:
+                in_place(model[1])
+            x = torch.randn(4, 4)
+            for m in (model, plain):
+                m.zero_grad()
+                m(x).square().mean().backward()
+            for name, right in expected.per_sample.items():
+                torch.testing.assert_close(norms.per_sample[name], right)
+        assert "in the compiled graph" in str(norms.explain())
