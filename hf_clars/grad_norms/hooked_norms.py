@@ -14,7 +14,7 @@ from hf_clars.grad_norms.compiled.calls import CompiledCall
 from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
 from hf_clars.grad_norms.explanation import CallTimes, LearnedWays
-from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
+from hf_clars.grad_norms.forward_pass import ForwardPass, asked_inside, differentiating
 from hf_clars.grad_norms.graph.finder import GraphFinder
 from hf_clars.grad_norms.graph.known import KnownGraphs
 from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, watch
@@ -117,13 +117,13 @@ class HookedNorms(NormAccumulator):
         forward_pass.times = self._times
         self._following.end()
         self._containers.clear()
+        self._compiled.join(forward_pass, args, kwargs)
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
         before, self._trained = self._trained, [p.requires_grad for p in self._layer_of]
         if not self._learned or before != self._trained or self._finder.asks_for_data or mixed:
             self._following.begin(tensors_in((args, kwargs)), forward_pass.batch_size)
         else:
             self._graphs.begin(forward_pass)
-        self._compiled.join(forward_pass, args, kwargs)
 
     @Following.unfollowed
     def _on_container_call(
@@ -197,6 +197,8 @@ class HookedNorms(NormAccumulator):
         Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
         it, and only wants the same tensors to be saved in the same order.
         """
+        if asked_inside(self._passes, hooked.params.values()):
+            return None
         for forward_pass in reversed(self._left or self._passes):
             if forward_pass.recomputed[hooked] and not differentiating() and not self.paused:
                 forward_pass.recomputed[hooked] -= 1

@@ -103,7 +103,12 @@ class DataTaint(TorchFunctionMode):
                 return found
         taken = list(tensors_in((args, kwargs)))
         # Where the function begins in the graph; looked at before, as an in-place function moves its argument there.
-        self._visited.update(node for t in taken if (node := node_of(t)) is not None)
+        for t in taken:
+            node = node_of(t)
+            if node is not None and node not in self._visited:
+                self._visited.add(node)
+                if self.holds(t):  # made by somebody's own function, which no mode sees
+                    self.nodes.add(node)
         result = func(*args, **(kwargs or {}))
         if any(self.holds(t) for t in taken):
             changed = [args[0]] if name == "__setitem__" else []
