@@ -162,6 +162,35 @@ class Experts(nn.Module):
         return self.run(x) if self.again is None else checkpoint(self.run, x, use_reentrant=self.again)
 
 
+class OneByOne(nn.Module):
+    """One sample after the other; its tokens may be as many as the samples."""
+
+    def __init__(self, take, first=None):
+        super().__init__()
+        self.take, self.first = take, first or nn.Identity()
+        self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        samples = self.take(self.first(x))
+        return torch.stack([self.last((self.inner(t) * self.gain).tanh()).sum(0) for t in samples])
+
+
+def projected(x):
+    """Three projections of three samples: what is taken apart is not the batch."""
+    q, k, v = x.view(*x.shape[:2], 3, -1).permute(2, 0, 1, 3).unbind(0)
+    return q * k.sigmoid() + v
+
+
+class Projects(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 12), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(projected(self.first(x)).tanh())
+
+
 def experts(**settings):
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Experts(**settings), nn.Linear(4, 2))
 
@@ -187,6 +216,11 @@ OF_TOKENS = {
     "a packed GRU in both directions": lambda: Packed(nn.GRU, bidirectional=True, num_layers=2),
     "a packed LSTM with a projection": lambda: Packed(proj_size=2),
     "steps of a cell, shorter samples drop out": Shrinking,
+    "a sample at a time, by number": lambda: OneByOne(lambda x: [x[i] for i in range(len(x))]),
+    "a sample at a time, by a slice": lambda: OneByOne(lambda x: [x[i : i + 1][0] for i in range(len(x))]),
+    "a sample at a time, of a layer": lambda: OneByOne(lambda x: list(x), nn.Linear(4, 4)),
+    "a sample at a time, unbound": lambda: OneByOne(lambda x: x.unbind(), nn.Linear(4, 4)),
+    "a sample at a time, split": lambda: OneByOne(lambda x: [t[0] for t in x.split(1)], nn.Linear(4, 4)),
     "experts of tokens": experts,
     "experts of tokens, bare weights": lambda: experts(bare=True),
     "experts of tokens, checkpointed": lambda: experts(again=False),
@@ -205,6 +239,17 @@ def test_rows_of_samples(name):
 def test_rows_of_tokens(name):
     torch.manual_seed(0)
     check(OF_TOKENS[name](), 5, 4)
+
+
+def test_projections_as_many_as_the_samples_are_no_samples():
+    torch.manual_seed(0)
+    model = Projects()
+    check(model, 5, 4, sizes=(3, 3, 4, 3))
+    with PerSampleGradNorms(model) as norms:
+        for _ in range(2):
+            norms.reset()
+            loss_of(model, torch.randn(3, 5, 4, dtype=torch.float64)).mean().backward()
+        assert not norms._finder.asks_for_data
 
 
 def test_experts_that_get_as_many_rows_as_the_batch_has_samples():

@@ -84,19 +84,21 @@ def candidates(shape: Shape, batch: int) -> list[Layout]:
 
 @dataclass
 class Arrival:
-    """Where one sample's gradient arrived in a tensor.
+    """Where the gradient of some samples, each by itself, arrived in a tensor.
 
     Attributes:
         layouts: Those that are right, the likeliest first.
         missed: Axes of which it left rows out. Where there are none, samples are coupled, or the rows belong to none.
+        samples: Of how many samples it arrived: what belongs to one alone, as `x[i]`, is coupled to no other.
     """
 
     layouts: list[Layout]
     missed: set[int] = field(default_factory=set)
+    samples: int = 0
 
     def everywhere(self, axis: int = 0) -> bool:
-        """Whether it touched every row of an axis."""
-        return axis not in self.missed
+        """Whether each of several samples touched every row of an axis."""
+        return axis not in self.missed and self.samples > 1
 
 
 def prove(
@@ -139,7 +141,7 @@ def prove(
             right = [layout for layout in before.layouts if _holds_only(g, layout, sample, batch)]
             touched = g.ne(0)
             missed = {k for k in range(g.dim()) if not touched.transpose(0, k).reshape(g.shape[k], -1).any(1).all()}
-            left[i] = Arrival(right, before.missed | missed)
+            left[i] = Arrival(right, before.missed | missed, before.samples + 1)
     return left
 
 
