@@ -80,6 +80,7 @@ class ForwardPass:
         mark: Called when a gradient has reached the pass.
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
         moved_without_grad: Those that were called so on rows that were given other places.
+        moves_rows: Whether the model gives rows of the batch other places.
         returned: Parameters whose gradient an operation of somebody's own returned, where modules will be called again.
         recomputed: Modules whose parameters were counted for such calls already.
         error: What was found wrong in a backward pass, to be raised when the norms are asked for.
@@ -118,6 +119,7 @@ class ForwardPass:
     params: Callable[[], Iterable[nn.Parameter]] = tuple
     without_grad: Counter[HookedModule] = field(default_factory=Counter)
     moved_without_grad: set[HookedModule] = field(default_factory=set)
+    moves_rows: bool = False
     returned: set[nn.Parameter] = field(default_factory=set)
     recomputed: Counter[HookedModule] = field(default_factory=Counter)
     error: Exception | None = None

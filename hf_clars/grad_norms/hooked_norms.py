@@ -114,7 +114,7 @@ class HookedNorms(NormAccumulator):
         return not (self.paused or differentiating()) and super().active
 
     def _begin(self, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        forward_pass.times = self._times
+        forward_pass.times, forward_pass.moves_rows = self._times, self._finder.moves_rows
         self._following.end()
         self._containers.clear()
         self._compiled.join(forward_pass, args, kwargs)
@@ -143,7 +143,7 @@ class HookedNorms(NormAccumulator):
         if hooked.params:
             self._in_use.learn(hooked)
         taint = self._following.taint
-        if taint is not None or hooked in self._finder.gated:
+        if taint is not None or forward_pass.moves_rows or hooked in self._finder.gated:
             self._containers.append(ContainerCall.of(hooked, (args, kwargs), output, taint))
 
     def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
@@ -171,7 +171,7 @@ class HookedNorms(NormAccumulator):
         if not torch.is_grad_enabled():
             if last is not None:
                 last.without_grad[hooked] += 1
-                if taint is not None and taint.moved(x) == MOVED:
+                if hooked.moved_at(x, taint, last.moves_rows) == MOVED:
                     last.moved_without_grad.add(hooked)
             return None
         if inside_backward():

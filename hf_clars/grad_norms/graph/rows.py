@@ -52,7 +52,7 @@ def moves_rows(
         return all(isinstance(t, Tensor) and t.dim() == 2 and holds(t) for t in args[:2])
     axes = {0, 1} if x.dim() > 1 and x.shape[1] == batch != len(x) else {0}
     if name == "__getitem__":
-        return _picks(x, args[1], axes) or (_is_batch(x, batch) and _takes_part(x, args[1]))
+        return _picks(x, args[1], axes, holds) or (_is_batch(x, batch) and _takes_part(x, args[1]))
     if name in _TAKES_APART:
         place = _TAKES_APART[name]
         along = kwargs.get("dim", args[place] if 0 < place < len(args) else 0)
@@ -77,8 +77,12 @@ def _axes_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
     return (found,) if isinstance(found, int) else tuple(found)
 
 
-def _picks(x: Tensor, index: Any, axes: set[int]) -> bool:
-    """Whether an index picks rows by a list of them."""
+def _picks(x: Tensor, index: Any, axes: set[int], holds: Callable[[Tensor], bool]) -> bool:
+    """Whether an index picks rows by a list of them, and not all in order; one that the data make may be any."""
+
+    def by_data(item: Any) -> bool:
+        return isinstance(item, Tensor) and holds(item)
+
     axis, items = 0, index if isinstance(index, tuple) else (index,)
     for item in items:
         if item is None or isinstance(item, bool):
@@ -89,7 +93,7 @@ def _picks(x: Tensor, index: Any, axes: set[int]) -> bool:
             axis += 1
             continue
         count = item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
-        if not axes.isdisjoint(range(axis, axis + count)) and not _in_order(item, x.shape[axis]):
+        if not axes.isdisjoint(range(axis, axis + count)) and (by_data(item) or not _in_order(item, x.shape[axis])):
             return True
         axis += count
     return False
