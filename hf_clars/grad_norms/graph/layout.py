@@ -179,7 +179,7 @@ def stay(
                 continue
             rows = layout.samples_first(before, batch)
             scale = torch.tensor(factors, dtype=g.dtype, device=g.device).view(-1, *[1] * (rows.dim() - 1))
-            if not torch.equal(rows * scale, layout.samples_first(g, batch)):
+            if not torch.equal(rows * scale, layout.samples_first(g, batch)) or not bool(g.isfinite().all()):
                 return False
     return True
 

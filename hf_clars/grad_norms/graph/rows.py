@@ -100,8 +100,8 @@ def _picks(x: Tensor, index: Any, axes: set[int], holds: Callable[[Tensor], bool
 
 
 def _is_batch(x: Tensor, batch: int) -> bool:
-    """Whether the first axis is the batch; of three projections of a batch of three, [3, 3, ...], memory tells."""
-    return len(x) == batch and (x.dim() < 2 or x.shape[1] != batch or x.stride(0) >= max(x.stride()))
+    """Whether rows are the samples'; of three projections of a batch of three, [3, 3, ...], memory tells."""
+    return len(x) == batch and x.dim() > 1 and (bool(x.shape[1] % batch) or x.stride(0) >= max(x.stride()))
 
 
 def _takes_part(x: Tensor, index: Any) -> bool:

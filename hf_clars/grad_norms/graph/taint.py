@@ -1,7 +1,8 @@
 """Which tensors of a forward pass depend on what the model was called with.
 
 A table of positions, `1 + w`, or a small network on fixed coordinates is made of parameters and constants alone. That
-cannot be told from shapes: such a table may be as long as the batch by chance. So the first pass follows the data.
+cannot be told from shapes: such a table may be as long as the batch by chance. So the first pass follows the data; the
+first few do where rows are given other places.
 """
 
 from __future__ import annotations
