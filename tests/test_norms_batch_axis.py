@@ -24,6 +24,16 @@ class Windows(nn.Module):
         return self.head(torch.tanh(y).flatten(1, -2).mean(1))
 
 
+class Texts(Windows):
+    """Several texts of each sample, as the choices of a question: some words are in more than one of them."""
+
+    def __init__(self, tied=False):
+        words, product = nn.Embedding(5, 3, padding_idx=1), nn.Linear(3, 5, bias=False)
+        if tied:
+            product.weight = words.weight
+        super().__init__(inner=nn.Sequential(words, nn.Tanh(), product, nn.Tanh(), nn.Linear(5, 3)))
+
+
 class Video(nn.Module):
     """Frames folded into the batch of a convolution."""
 
@@ -108,6 +118,8 @@ CASES = {
         lambda: Windows(inner=nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))),
         lambda: torch.randn(3, 2, 5, 4),
     ),
+    "texts of words": (Texts, lambda: torch.randint(0, 5, (3, 2, 4))),
+    "texts of words, tied": (lambda: Texts(tied=True), lambda: torch.randint(0, 5, (3, 2, 4))),
     "one sample": (Windows, lambda: torch.randn(1, 2, 5, 4)),
     "frames": (Video, lambda: torch.randn(3, 2, 2, 5, 5)),
     "positions": (lambda: Positions(True), lambda: torch.randint(0, 7, (3, 5))),

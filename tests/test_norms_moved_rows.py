@@ -7,12 +7,14 @@ they are others. Every pass draws new data, so that rows take other ways in each
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.errors import BatchAxisError
+from hf_clars.grad_norms.graph.layout import Layout, stay
 from tests.oracle import layer_norms, one_by_one
 from tests.three_passes import on_one_thread
 
@@ -25,19 +27,20 @@ def loss_of(model, x):
     return (out * torch.linspace(-1, 2, out.shape[1], dtype=out.dtype)).sin().sum(1)
 
 
-def check(model, *shape, sizes=(B, B, 6, B, B), grad=False):
-    """Passes on new data, each against one backward pass for every sample."""
+def check(model, *shape, sizes=(B, B, 6, B, B, B), grad=False, change=lambda x, step: x):
+    """Passes on new data, each against one backward pass for every sample. In the last ones nothing is followed."""
     model = model.double()
     with PerSampleGradNorms(model) as norms:
         for step, size in enumerate(sizes):
             torch.manual_seed(step)
-            x = torch.randn(size, *shape, dtype=torch.float64).requires_grad_(grad)
+            x = change(torch.randn(size, *shape, dtype=torch.float64), step).requires_grad_(grad)
             want = one_by_one(model, lambda m, i, x=x: loss_of(m, x)[i], size)
             model.zero_grad()
             loss_of(model, x).mean().backward()
             for name, expected in layer_norms(want, norms.layers).items():
                 got = norms.per_sample[name]
                 torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        return norms._finder
 
 
 class Moves(nn.Module):
@@ -162,6 +165,35 @@ class Experts(nn.Module):
         return self.run(x) if self.again is None else checkpoint(self.run, x, use_reentrant=self.again)
 
 
+class OneByOne(nn.Module):
+    """One sample after the other; its tokens may be as many as the samples."""
+
+    def __init__(self, take, first=None):
+        super().__init__()
+        self.take, self.first = take, first or nn.Identity()
+        self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        samples = self.take(self.first(x))
+        return torch.stack([self.last((self.inner(t) * self.gain).tanh()).sum(0) for t in samples])
+
+
+def projected(x):
+    """Three projections of three samples: what is taken apart is not the batch."""
+    q, k, v = x.view(*x.shape[:2], 3, -1).permute(2, 0, 1, 3).unbind(0)
+    return q * k.sigmoid() + v
+
+
+class Projects(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 12), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(projected(self.first(x)).tanh())
+
+
 def experts(**settings):
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Experts(**settings), nn.Linear(4, 2))
 
@@ -187,6 +219,11 @@ OF_TOKENS = {
     "a packed GRU in both directions": lambda: Packed(nn.GRU, bidirectional=True, num_layers=2),
     "a packed LSTM with a projection": lambda: Packed(proj_size=2),
     "steps of a cell, shorter samples drop out": Shrinking,
+    "a sample at a time, by number": lambda: OneByOne(lambda x: [x[i] for i in range(len(x))]),
+    "a sample at a time, by a slice": lambda: OneByOne(lambda x: [x[i : i + 1][0] for i in range(len(x))]),
+    "a sample at a time, of a layer": lambda: OneByOne(lambda x: list(x), nn.Linear(4, 4)),
+    "a sample at a time, unbound": lambda: OneByOne(lambda x: x.unbind(), nn.Linear(4, 4)),
+    "a sample at a time, split": lambda: OneByOne(lambda x: [t[0] for t in x.split(1)], nn.Linear(4, 4)),
     "experts of tokens": experts,
     "experts of tokens, bare weights": lambda: experts(bare=True),
     "experts of tokens, checkpointed": lambda: experts(again=False),
@@ -204,7 +241,65 @@ def test_rows_of_samples(name):
 @pytest.mark.parametrize("name", OF_TOKENS)
 def test_rows_of_tokens(name):
     torch.manual_seed(0)
-    check(OF_TOKENS[name](), 5, 4)
+    check(OF_TOKENS[name](), 5, 4, sizes=(B, 5, 6, B, B, 5))  # at times as many tokens as samples
+
+
+@pytest.mark.filterwarnings("ignore:.*every sample")
+@pytest.mark.parametrize("name", ["sorted by value", "sorted by value, a bare weight", "sorted inputs", "index_select"])
+def test_batches_that_are_in_order_at_first(name):
+    """What was proven of the first passes is no law."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for layer in (m for n, m in model.named_modules() if n == "first" and isinstance(m, nn.Linear)):
+        layer.weight.data.copy_(torch.eye(4))  # so that sorted samples stay sorted
+    check(model, 4, sizes=[B] * 8, change=lambda x, step: x[x[:, 0].argsort()] if step < 5 else x)
+
+
+@pytest.mark.filterwarnings("ignore:.*every sample")
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_expert_that_is_chosen_late(bare):
+    torch.manual_seed(0)
+    model = nn.Sequential(Experts(bare=bare), nn.Linear(4, 2))
+    model[0].gate.weight.data.copy_(torch.eye(3, 4) * 9)
+
+    def few(x, step):
+        return x if step > 5 else torch.cat([x[..., :2].abs() + 1, -x[..., 2:].abs()], -1)
+
+    check(model, 5, 4, sizes=[B] * 9, change=few)
+
+
+@pytest.mark.filterwarnings("ignore:.*every sample")
+def test_rows_that_came_back_are_proven_of_all_samples_at_once():
+    torch.manual_seed(0)
+    finder = check(nn.Sequential(Moves(by_value), nn.Linear(4, 3)), 4, sizes=(20, 20, 20, 17, 40))
+    assert finder.moves_rows
+    assert not finder.asks_for_data
+    assert finder._proofs._all_at_once
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("exchanged", [(0, 1), (3, 19), (16, 17), (38, 39)])
+def test_one_look_at_all_samples_misses_none(exchanged, coupled):
+    """Rows in their places, two rows exchanged, and a little of a row in another."""
+    torch.manual_seed(0)
+    order = torch.arange(40)
+    order[list(exchanged)] = order[list(exchanged)].flip(0)
+    h = 2 * torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
+    for made, right in ((h.sin(), True), (h.sin()[order], False), (h.sin() + 1e-9 * h[order], False)):
+        out = functional.batch_norm(made, None, None, training=True) if coupled else made.tanh()
+        nodes = [out.grad_fn] if coupled else []
+        assert stay([(get_gradient_edge(out), out.detach())], [(get_gradient_edge(h), Layout())], 40, nodes) == right
+
+
+def test_projections_as_many_as_the_samples_are_no_samples():
+    torch.manual_seed(0)
+    model = Projects()
+    check(model, 5, 4, sizes=(3, 3, 4, 3))
+    with PerSampleGradNorms(model) as norms:
+        for _ in range(2):
+            norms.reset()
+            loss_of(model, torch.randn(3, 5, 4, dtype=torch.float64)).mean().backward()
+        assert not norms._finder.moves_rows
 
 
 def test_experts_that_get_as_many_rows_as_the_batch_has_samples():
@@ -247,7 +342,7 @@ def test_rows_that_stay_in_order_are_a_rules(marked):
             loss_of(model, torch.randn(B, 5, 4, dtype=torch.float64)).mean().backward()
             norms.per_sample  # noqa: B018
         assert "LinearRule of head" in str(norms.explain())
-        assert norms._finder.asks_for_data == marked
+        assert norms._finder.moves_rows == marked
 
 
 def test_compiled_code_refuses_them_once_a_pass_has_shown_them():

@@ -211,3 +211,52 @@ def test_an_operation_that_says_none_for_a_weight():
             model(x).sin().sum(1).mean().backward()
             want = at_product.norm(dim=1) * h.norm(dim=1)
             torch.testing.assert_close(norms.per_sample["layer"], want)
+
+
+class ReversedByAsking(Reversed):
+    """The same, but it asks for the gradients of its layer's parameters, and returns them."""
+
+    @staticmethod
+    def forward(ctx, x, layer, *params):
+        ctx.params = params
+        return Reversed.forward(ctx, x, layer, None)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            ctx.layer(x)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            found = torch.autograd.grad(ctx.layer(x).tanh(), (x, *ctx.params), g)
+        return g + found[0], None, *found[1:]
+
+
+class ReversibleFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(ReversedByAsking.apply(x, self.layer, *self.layer.parameters()))
+
+
+def test_an_operation_that_asks_for_its_layers_gradients_is_not_counted_twice():
+    """Also where it takes the data, which have no gradient, and parameters alone: it is made of both."""
+    torch.manual_seed(0)
+    model = ReversibleFirst().double()
+    with PerSampleGradNorms(model, layers="tensor") as norms:
+        for step, size in enumerate((5, 4, 6)):
+            torch.manual_seed(step)
+            x = torch.randn(size, 4, dtype=torch.float64)
+            model.zero_grad()
+            model(x).sin().sum(1).mean().backward()
+            found = norms.per_sample
+            assert "ReversedByAsking" in str(norms.explain())
+            norms.pause()
+            for i in range(size):
+                model.zero_grad()
+                model(x)[i].sin().sum().backward()
+                for name, p in model.named_parameters():
+                    torch.testing.assert_close(found[name][i], p.grad.norm(), rtol=1e-9, atol=1e-12, msg=name)
+            norms.resume()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SecondBackwardError, UncoveredParameterError
 from hf_clars.grad_norms.norm_math import SMALL, squared_sum
 from hf_clars.grad_norms.pytree import memory_of
-from hf_clars.grad_norms.torch_internals import inside_backward, operations_recorded
+from hf_clars.grad_norms.torch_internals import inside_backward, operations_recorded, takes_any
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.explanation import CallTimes
@@ -80,6 +80,8 @@ class ForwardPass:
         mark: Called when a gradient has reached the pass.
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
         moved_without_grad: Those that were called so on rows that were given other places.
+        moves_rows: Whether the model gives rows of the batch other places.
+        returned: Parameters whose gradient an operation of somebody's own returned, where modules will be called again.
         recomputed: Modules whose parameters were counted for such calls already.
         error: What was found wrong in a backward pass, to be raised when the norms are asked for.
         params: The model's parameters, for what must leave them undisturbed.
@@ -117,6 +119,8 @@ class ForwardPass:
     params: Callable[[], Iterable[nn.Parameter]] = tuple
     without_grad: Counter[HookedModule] = field(default_factory=Counter)
     moved_without_grad: set[HookedModule] = field(default_factory=set)
+    moves_rows: bool = False
+    returned: set[nn.Parameter] = field(default_factory=set)
     recomputed: Counter[HookedModule] = field(default_factory=Counter)
     error: Exception | None = None
     keeps_errors: bool = False
@@ -281,6 +285,24 @@ class _Guarded:
         except Exception as error:
             if not self.forward_pass.takes(error):
                 raise
+
+
+def asked_inside(passes: Iterable[ForwardPass], params: Collection[nn.Parameter]) -> bool:
+    """Whether an operation of somebody's own runs backward and takes some parameters itself, as a reversible network's.
+
+    It calls their module, asks for their gradients, and returns them, so that it is measured as a whole. Hooks on the
+    parameters see these gradients twice: no sums are checked.
+
+    Args:
+        passes: The passes under way.
+        params: The module's parameters.
+    """
+    if not takes_any(params) or not any(p in each.returned for each in passes for p in params):
+        return False
+    for forward_pass in passes:
+        if forward_pass.check is not None:
+            forward_pass.check.leave_out(params)
+    return True
 
 
 def _came_too_late() -> UncoveredParameterError:

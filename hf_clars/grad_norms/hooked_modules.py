@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.errors import UncoveredParameterError
+from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.registry import LayerRule, find_rule
 from hf_clars.grad_norms.torch_internals import leaves_below
 
@@ -35,6 +36,8 @@ class HookedModule:
             or "graph" (their rows belong to no sample: measured where the graph uses the parameters).
         own_dims: Numbers of axes with which it was called on tensors that are made of parameters alone.
         data_dims: The same for tensors that depend on the data.
+        moved: By the same numbers of axes, where the rows of such tensors were at worst; see `DataTaint`.
+        moved_results: Numbers of its results whose rows may be anywhere.
         plans: How calls are measured, by what they look like; None: where the graph uses the parameters. See
             `with_rule.py`.
     """
@@ -48,6 +51,8 @@ class HookedModule:
         self.calls: dict[tuple[int, ...], str] = {}
         self.own_dims: set[int] = set()
         self.data_dims: set[int] = set()
+        self.moved: dict[int, int] = {}
+        self.moved_results: set[int] = set()
         self.plans: dict[tuple[Any, ...], CallPlan | None] = {}
 
     def __str__(self) -> str:
@@ -78,6 +83,21 @@ class HookedModule:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Its own measured parameters that are not frozen now, by local name."""
         return {n: p for n, p in self.params.items() if self.in_use(n).requires_grad}
+
+    def moved_at(self, x: Tensor, taint: DataTaint | None, moves_rows: bool) -> int:
+        """Where the rows of an input are: 0, `BROUGHT_BACK` or `MOVED`.
+
+        Args:
+            x: The input.
+            taint: Tells it, in passes that follow the data; others know it from these.
+            moves_rows: Whether the model gives rows other places. What was never seen may then be anywhere.
+        """
+        if taint is None:
+            return self.moved.get(x.dim(), MOVED) if moves_rows else 0
+        found = taint.moved(x)
+        if taint.batch > 1:
+            self.moved[x.dim()] = max(found, self.moved.get(x.dim(), 0))
+        return found
 
     def keep_plan(self, look: tuple[Any, ...], plan: CallPlan | None) -> None:
         """Measure calls that look like this by this plan from now on."""

@@ -14,7 +14,7 @@ from hf_clars.grad_norms.compiled.calls import CompiledCall
 from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
 from hf_clars.grad_norms.explanation import CallTimes, LearnedWays
-from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating
+from hf_clars.grad_norms.forward_pass import ForwardPass, asked_inside, differentiating
 from hf_clars.grad_norms.graph.finder import GraphFinder
 from hf_clars.grad_norms.graph.known import KnownGraphs
 from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, watch
@@ -114,7 +114,7 @@ class HookedNorms(NormAccumulator):
         return not (self.paused or differentiating()) and super().active
 
     def _begin(self, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        forward_pass.times = self._times
+        forward_pass.times, forward_pass.moves_rows = self._times, self._finder.moves_rows
         self._following.end()
         self._containers.clear()
         self._compiled.join(forward_pass, args, kwargs)  # first: its operations are none of the graph's
@@ -143,7 +143,7 @@ class HookedNorms(NormAccumulator):
         if hooked.params:
             self._in_use.learn(hooked)
         taint = self._following.taint
-        if taint is not None or hooked in self._finder.gated:
+        if taint is not None or forward_pass.moves_rows or hooked in self._finder.gated:
             self._containers.append(ContainerCall.of(hooked, (args, kwargs), output, taint))
 
     def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
@@ -171,7 +171,7 @@ class HookedNorms(NormAccumulator):
         if not torch.is_grad_enabled():
             if last is not None:
                 last.without_grad[hooked] += 1
-                if taint is not None and taint.moved(x) == MOVED:
+                if hooked.moved_at(x, taint, last.moves_rows) == MOVED:
                     last.moved_without_grad.add(hooked)
             return None
         if inside_backward():
@@ -197,6 +197,8 @@ class HookedNorms(NormAccumulator):
         Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
         it, and only wants the same tensors to be saved in the same order.
         """
+        if asked_inside(self._passes, hooked.params.values()):
+            return None
         for forward_pass in reversed(self._left or self._passes):
             if forward_pass.recomputed[hooked] and not differentiating() and not self.paused:
                 forward_pass.recomputed[hooked] -= 1

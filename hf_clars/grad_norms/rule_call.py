@@ -41,7 +41,7 @@ class CallPlan:
         way: How the weight gradient comes from this engine; None where the ordinary backward pass is watched.
         x_depends_on_data: Whether the input is known to depend on what the model was called with.
         proven: Whether rows are known to belong to samples as `rows_per_sample` says.
-        moved: Whether rows of the batch were given other places before: each pass must prove anew whose they are.
+        moved: Whether rows of the batch may be anywhere: each pass must prove anew whose they are.
         lasts: Whether calls that look alike may follow it too.
     """
 

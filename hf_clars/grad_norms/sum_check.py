@@ -6,7 +6,7 @@ and now and then later: it costs one more product for layers whose norms are tak
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,13 @@ class SumCheck:
         """Whether a parameter is looked at: of a large model, only a part is in one batch."""
         return param in self._wanted
 
+    def leave_out(self, params: Iterable[nn.Parameter]) -> None:
+        """Do not look at these."""
+        for param in params:
+            self._wanted.discard(param)
+            self._balance.pop(param, None)
+            self.delivered.pop(param, None)
+
     def add(self, param: nn.Parameter, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         """Note one use of a parameter that is looked at.
 
@@ -86,7 +93,7 @@ class SumCheck:
 
     def take(self, param: nn.Parameter, g: Tensor | None) -> None:
         """Take a gradient that autograd delivers for a parameter; None, where an operation says that there is none."""
-        if g is None or differentiating() or g.is_sparse or self._error is not None:
+        if g is None or differentiating() or g.is_sparse or param not in self._wanted or self._error is not None:
             return
         try:
             self._take(param, g)

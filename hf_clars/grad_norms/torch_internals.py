@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,6 +34,13 @@ def inside_backward() -> bool:
 def backward_number() -> int:
     """Tells one backward pass in this thread from another; `NO_BACKWARD` outside of them."""
     return torch._C._current_graph_task_id()
+
+
+def takes_any(params: Iterable[Tensor]) -> bool:
+    """Whether the operation whose backward function runs now in this thread has one of these as an operand."""
+    node = torch._C._current_autograd_node()
+    taken = () if node is None else [getattr(child, "variable", None) for child, _ in node.next_functions]
+    return any(p is t for p in params for t in taken)
 
 
 def operations_recorded() -> int:

@@ -124,7 +124,7 @@ def _decide(
     known = hooked.calls.get(key)
     if known == "graph":
         return None
-    moved = 0 if taint is None or forward_pass.batch_size == 1 else taint.moved(x)
+    moved = 0 if forward_pass.batch_size == 1 else hooked.moved_at(x, taint, forward_pass.moves_rows)
     if moved == MOVED:
         known = None
     always = forward_pass.implicit or not hooked.path or forward_pass.batch_size == 1

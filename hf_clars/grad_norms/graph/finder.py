@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
-from hf_clars.grad_norms.forward_pass import ForwardPass, quietly
-from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, prove
+from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
-from hf_clars.grad_norms.graph.places import ContainerCall, announce, inner_roots, place_of, reaches
+from hf_clars.grad_norms.graph.places import ContainerCall, announce, place_of, reaches
+from hf_clars.grad_norms.graph.proofs import Proofs
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.one_product import OWN_NODES
-from hf_clars.grad_norms.pytree import differentiable_in
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import shape_at
-from hf_clars.grad_norms.undisturbed import undisturbed
 
 _BY_INDEX = ("IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0")
 """Operations that take numbers of rows, which no graph shows."""
+
+FOLLOWED = 3
+"""Passes in which the data are followed where rows are given other places: then the operations on them are known."""
 
 
 @dataclass(eq=False)
@@ -39,6 +40,7 @@ class GraphFinder:
 
     Attributes:
         unknown: Whether something was met that is not known, so that the next pass must follow the data.
+        moves_rows: Whether the model gives rows other places.
         gated: Modules whose results are kept as gates from now on.
     """
 
@@ -49,11 +51,15 @@ class GraphFinder:
     gated: set[HookedModule] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self._proofs = Proofs(self.is_split)
         self._takes_data: dict[Signature, bool] = {}
         self._mixed: set[Signature] = set()
         self._whole: set[Signature] = set()
         self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
-        self._moves_rows = False
+        self.moves_rows = False
+        self._moved: dict[Signature, int] = {}
+        self._followed = 0
+        self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
         self._layouts_now: dict[Node, list[Layout | None]] = {}
         self._gate_of: dict[tuple[object, ...], HookedModule] = {}
 
@@ -61,9 +67,10 @@ class GraphFinder:
     def asks_for_data(self) -> bool:
         """Whether the next pass must follow the data.
 
-        Always where one operation is used on the data and on constants alike, or where rows are given other places.
+        Always where one operation is used on the data and on constants alike; a few times more where rows are given
+        other places, as their ways are others in each pass.
         """
-        return self.unknown or bool(self._mixed) or self._moves_rows
+        return self.unknown or bool(self._mixed) or (self.moves_rows and self._followed < FOLLOWED)
 
     def forget(self) -> None:
         """An engine has put other parameters in the places of those that were known."""
@@ -92,7 +99,9 @@ class GraphFinder:
         Raises:
             BatchAxisError: If rows cannot be told apart by sample.
         """
-        self._moves_rows |= taint is not None and taint.moves
+        if taint is not None and taint.batch > 1:
+            self.moves_rows |= taint.moves
+            self._followed += 1
         self._layouts_now.clear()
         for _ in range(4):
             walk = self._walk(forward_pass, outputs, taint)
@@ -129,7 +138,7 @@ class GraphFinder:
             self._whole.__contains__,
             forward_pass.batch_size,
             OWN_NODES,
-            {} if taint is None else taint.moved_nodes,
+            lambda node, key: self._moved_at(node, key, taint),
         )
         walk.run(outputs)
         return walk
@@ -147,6 +156,15 @@ class GraphFinder:
             self.unknown = True
             return signature[0] in _BY_INDEX and (shape_at(node) or ())[:1] == (batch,)
         return known
+
+    def _moved_at(self, node: Node, key: Signature, taint: DataTaint | None) -> int:
+        """Where the rows of a use's operation are; without following the data, where they were at worst."""
+        if taint is None:
+            return self._moved.get(key, MOVED) if self.moves_rows else 0
+        found = taint.moved_nodes.get(node, 0)
+        if taint.batch > 1:
+            self._moved[key] = max(found, self._moved.get(key, 0))
+        return found
 
     # ---- layouts ---------------------------------------------------------------------------------------------
 
@@ -177,11 +195,14 @@ class GraphFinder:
     ) -> bool:
         """Follow one sample's gradient. Returns whether anything was cancelled, so that the graph looks different."""
         places = [place_of(call.edges[0]) for call in unproven]
+        believed: list[Layout | None] = [call.plan.layout for call in unproven]
         for use in unknown:
-            places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(use.result_shapes)]
-        moved = any(c.plan.moved for c in unproven) or any(use.moved == MOVED for use in unknown)
-        samples = range(forward_pass.batch_size) if moved else (forward_pass.batch_size - 1, 0)
-        proven = self._prove(forward_pass, outputs, walk, places, samples)
+            shapes = use.result_shapes
+            places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(shapes)]
+            believed += self._believed.get(_key(use), [None for _ in shapes])
+        moved = [*(c.plan.moved for c in unproven), *(use.moved == MOVED for use in unknown)]
+        samples = range(forward_pass.batch_size) if any(moved) else (forward_pass.batch_size - 1, 0)
+        proven = self._proofs.layouts(forward_pass, outputs, walk, places, samples, believed if all(moved) else ())
         if proven is None:
             self._take_as_they_look(unproven, forward_pass)
             return False
@@ -224,44 +245,10 @@ class GraphFinder:
             else:
                 layouts.append(None)
         if use.moved == MOVED:
-            self._layouts_now[use.node] = layouts
+            self._layouts_now[use.node] = self._believed[_key(use)] = layouts
         elif any(la is not None for la in layouts):
             self._layouts[_key(use)] = layouts
         return False
-
-    def _prove(
-        self,
-        forward_pass: ForwardPass,
-        outputs: Sequence[Tensor],
-        walk: GraphWalk,
-        places: Sequence[tuple[GradientEdge, tuple[int, ...]]],
-        samples: Sequence[int],
-    ) -> list[Arrival | None] | None:
-        """The layouts of some places, by some samples; None if the graph cannot be asked."""
-        batch = forward_pass.batch_size
-        whole = [t for t in differentiable_in(outputs) if t.dim() and t.shape[0] == batch]
-        if batch < 2 or walk.once or self.is_split() or any(t.is_meta for t in outputs):
-            return None
-        roots = [(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
-        checks: list[tuple[GradientEdge, tuple[int, ...]]] = []
-        if not roots:
-            roots = inner_roots(outputs, batch)
-            checks = [
-                place_of(c.edges[0])
-                for c in forward_pass.rule_calls
-                if c.edges and c.proven and not c.cancelled and c.on_given
-            ]
-            if not roots or not checks:
-                return None
-        try:
-            with quietly(), undisturbed(forward_pass.params()):
-                found = prove(roots, [*places, *checks], batch, samples, walk.couplings)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            return None  # a graph that can be differentiated only once
-        wrong = [f for f in found[len(places) :] if f is not None and Layout() not in f.layouts]
-        return None if wrong else found[: len(places)]
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
         for call in unproven:

@@ -7,6 +7,7 @@ model's output is followed through the graph, once: the rows at which it arrives
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,19 +85,21 @@ def candidates(shape: Shape, batch: int) -> list[Layout]:
 
 @dataclass
 class Arrival:
-    """Where one sample's gradient arrived in a tensor.
+    """Where the gradient of some samples, each by itself, arrived in a tensor.
 
     Attributes:
         layouts: Those that are right, the likeliest first.
         missed: Axes of which it left rows out. Where there are none, samples are coupled, or the rows belong to none.
+        samples: Of how many samples it arrived: what belongs to one alone, as `x[i]`, is coupled to no other.
     """
 
     layouts: list[Layout]
     missed: set[int] = field(default_factory=set)
+    samples: int = 0
 
     def everywhere(self, axis: int = 0) -> bool:
-        """Whether it touched every row of an axis."""
-        return axis not in self.missed
+        """Whether each of several samples touched every row of an axis."""
+        return axis not in self.missed and self.samples > 1
 
 
 def prove(
@@ -123,15 +126,11 @@ def prove(
     """
     left: list[Arrival | None] = [None] * len(places)
     for sample in samples:
-        starts = [_start(like, sample).view(shape_at(edge.node, edge.output_nr) or like.shape) for edge, like in roots]
-        with _uncoupled(couplings):
-            arrived = torch.autograd.grad(
-                [edge for edge, _ in roots],
-                [edge for edge, _ in places],
-                starts,
-                retain_graph=True,
-                allow_unused=True,
-            )
+        starts = []
+        for _, like in roots:
+            starts.append(torch.zeros_like(like))
+            starts[-1][sample] = _numbers(like[sample])
+        arrived = _follow(roots, [edge for edge, _ in places], starts, couplings)
         for i, (g, (_, shape)) in enumerate(zip(arrived, places, strict=True)):
             if g is None or not bool(g.ne(0).any()):
                 continue
@@ -139,16 +138,70 @@ def prove(
             right = [layout for layout in before.layouts if _holds_only(g, layout, sample, batch)]
             touched = g.ne(0)
             missed = {k for k in range(g.dim()) if not touched.transpose(0, k).reshape(g.shape[k], -1).any(1).all()}
-            left[i] = Arrival(right, before.missed | missed)
+            left[i] = Arrival(right, before.missed | missed, before.samples + 1)
     return left
 
 
-def _start(like: Tensor, sample: int) -> Tensor:
-    """Zero but for one sample, without drawing random numbers: the run's own must not change."""
-    start = torch.zeros_like(like)
-    row = start[sample]
-    row.copy_(torch.arange(1, row.numel() + 1, device=row.device).mul(1.7).cos().add(1.5).view_as(row))
-    return start
+def stay(
+    roots: Sequence[tuple[GradientEdge, Tensor]],
+    places: Sequence[tuple[GradientEdge, Layout]],
+    batch: int,
+    couplings: Sequence[Node],
+) -> bool:
+    """Whether the rows of some places are laid out as they are believed to be; of all samples in a few passes.
+
+    Each sample's gradient is multiplied by a power of two of its own. That changes no digit, so that it can be found in
+    its rows again, if nothing of another sample is in them.
+
+    Args:
+        roots: See `prove`.
+        places: What to look at, with what is believed of it.
+        batch: B > 1.
+        couplings: See `prove`.
+
+    Returns:
+        False if any is not, or may be not: as where sums are in another order each time.
+
+    Raises:
+        RuntimeError: From torch, if the graph can be differentiated only once.
+    """
+    plain: Sequence[Tensor | None] = ()
+    for digit in range(-1, math.ceil(math.log(batch, _POWERS) - 1e-9)):
+        factors = [1.0 if digit < 0 else 2.0 ** (i // _POWERS**digit % _POWERS) for i in range(batch)]
+        starts = []
+        for _, like in roots:
+            scale = torch.tensor(factors, dtype=like.dtype, device=like.device).view(-1, *[1] * (like.dim() - 1))
+            starts.append(_numbers(like) * scale)
+        arrived = _follow(roots, [edge for edge, _ in places], starts, couplings)
+        plain = plain or arrived
+        for before, g, (_, layout) in zip(plain, arrived, places, strict=True):
+            if before is None or g is None:
+                continue
+            rows = layout.samples_first(before, batch)
+            scale = torch.tensor(factors, dtype=g.dtype, device=g.device).view(-1, *[1] * (rows.dim() - 1))
+            if not torch.equal(rows * scale, layout.samples_first(g, batch)) or not bool(g.isfinite().all()):
+                return False
+    return True
+
+
+_POWERS = 16
+
+
+def _follow(
+    roots: Sequence[tuple[GradientEdge, Tensor]],
+    edges: Sequence[GradientEdge],
+    starts: Sequence[Tensor],
+    couplings: Sequence[Node],
+) -> tuple[Tensor | None, ...]:
+    given = [t.view(shape_at(e.node, e.output_nr) or t.shape) for t, (e, _) in zip(starts, roots, strict=True)]
+    with _uncoupled(couplings):
+        return torch.autograd.grad([e for e, _ in roots], edges, given, retain_graph=True, allow_unused=True)
+
+
+def _numbers(like: Tensor) -> Tensor:
+    """Numbers that are not drawn: the run's own random numbers must not change."""
+    numbers = torch.arange(1, like.numel() + 1, device=like.device).mul(1.7).cos().add(1.5)
+    return numbers.view(like.shape).to(like.dtype)
 
 
 def _holds_only(g: Tensor, layout: Layout, sample: int, batch: int) -> bool:
@@ -172,5 +225,4 @@ def _keep_rows(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]
     g, x = outputs[0], inputs[0]
     if g is None or x is None:
         return tuple(inputs)
-    touched = g.flatten(1).ne(0).any(1).view(-1, *[1] * (x.dim() - 1))
-    return (x * touched, *inputs[1:])
+    return (g.to(x.dtype), *inputs[1:])

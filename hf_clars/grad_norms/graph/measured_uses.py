@@ -205,6 +205,8 @@ class _Arrival:
                 return
             shared = not forward_pass.several.isdisjoint(measured.use.leaves.values())
             own = at_least_float32(measured.grads(given, forward_pass.batch_size, forward_pass.measured, shared=shared))
+            if own_function and forward_pass.without_grad and bool(own.any()):
+                forward_pass.returned.update(measured.use.leaves.values())
             _deliver(self.deliver, forward_pass, measured.use, own, some.dtype)
 
 

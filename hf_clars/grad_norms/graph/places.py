@@ -35,8 +35,10 @@ class ContainerCall:
     def of(cls, hooked: HookedModule, given: Any, output: Any, taint: DataTaint | None) -> ContainerCall:
         """A call; results whose rows may be anywhere are left out, unless the model itself returns them."""
         results = [t for t in tensors_in(output) if t.requires_grad]
-        if taint is not None and hooked.path:
-            results = [t for t in results if taint.moved(t) != MOVED]
+        if taint is not None:
+            hooked.moved_results.update(i for i, t in enumerate(results) if taint.moved(t) == MOVED)
+        if hooked.path:
+            results = [t for i, t in enumerate(results) if i not in hooked.moved_results]
         inputs = {t.grad_fn for t in tensors_in(given) if t.grad_fn is not None}
         return cls(hooked, [torch.autograd.graph.get_gradient_edge(t) for t in results], inputs)
 

@@ -1,4 +1,4 @@
-"""Functions that give rows of the batch other places: a sort, a shuffle, tokens on their way to experts.
+"""Functions that give rows of the batch other places: a sort, a shuffle, tokens on their way to experts, one sample.
 
 What follows them may be as long as the batch, and its rows are another sample's all the same.
 """
@@ -20,6 +20,8 @@ _ALONG = {"index_select": 1, "gather": 1, "take_along_dim": 2, "roll": 2, "flip"
 _LAST_BY_DEFAULT = ("sort", "topk")
 _ALWAYS = ("take", "masked_select", "flipud", "_pack_padded_sequence")
 _JOINS = ("cat", "concat", "concatenate")
+_TAKES_APART = {"unbind": 1, "select": 1, "narrow": 1, "split": 2, "chunk": 2, "tensor_split": 2, "vsplit": 0}
+"""Functions that give parts of the batch, and which argument says along which axis, if it is not the first."""
 
 
 def moves_rows(
@@ -50,7 +52,13 @@ def moves_rows(
         return all(isinstance(t, Tensor) and t.dim() == 2 and holds(t) for t in args[:2])
     axes = {0, 1} if x.dim() > 1 and x.shape[1] == batch != len(x) else {0}
     if name == "__getitem__":
-        return _picks(x, args[1], axes)
+        return _picks(x, args[1], axes, holds) or (_is_batch(x, batch) and _takes_part(x, args[1]))
+    if name in _TAKES_APART:
+        place = _TAKES_APART[name]
+        along = kwargs.get("dim", args[place] if 0 < place < len(args) else 0)
+        return along in (0, -x.dim()) and _is_batch(x, batch)
+    if name == "__iter__":
+        return _is_batch(x, batch)
     if name in _ALONG:
         along = _axes_of(name, args, kwargs)
         return along is None or not axes.isdisjoint(k % x.dim() for k in along)
@@ -69,8 +77,12 @@ def _axes_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
     return (found,) if isinstance(found, int) else tuple(found)
 
 
-def _picks(x: Tensor, index: Any, axes: set[int]) -> bool:
-    """Whether an index picks rows by a list of them."""
+def _picks(x: Tensor, index: Any, axes: set[int], holds: Callable[[Tensor], bool]) -> bool:
+    """Whether an index picks rows by a list of them, and not all in order; one that the data make may be any."""
+
+    def by_data(item: Any) -> bool:
+        return isinstance(item, Tensor) and holds(item)
+
     axis, items = 0, index if isinstance(index, tuple) else (index,)
     for item in items:
         if item is None or isinstance(item, bool):
@@ -81,10 +93,23 @@ def _picks(x: Tensor, index: Any, axes: set[int]) -> bool:
             axis += 1
             continue
         count = item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
-        if not axes.isdisjoint(range(axis, axis + count)) and not _in_order(item, x.shape[axis]):
+        if not axes.isdisjoint(range(axis, axis + count)) and (by_data(item) or not _in_order(item, x.shape[axis])):
             return True
         axis += count
     return False
+
+
+def _is_batch(x: Tensor, batch: int) -> bool:
+    """Whether rows are the samples'; of three projections of a batch of three, [3, 3, ...], memory tells."""
+    return len(x) == batch and x.dim() > 1 and (bool(x.shape[1] % batch) or x.stride(0) >= max(x.stride()))
+
+
+def _takes_part(x: Tensor, index: Any) -> bool:
+    """Whether an index takes one sample, or a slice of the samples."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    if isinstance(first, slice):
+        return len(range(*first.indices(len(x)))) < len(x)
+    return isinstance(first, int) and not isinstance(first, bool)
 
 
 def _in_order(index: Any, length: int) -> bool:

@@ -1,7 +1,8 @@
 """Which tensors of a forward pass depend on what the model was called with.
 
 A table of positions, `1 + w`, or a small network on fixed coordinates is made of parameters and constants alone. That
-cannot be told from shapes: such a table may be as long as the batch by chance. So the first pass follows the data.
+cannot be told from shapes: such a table may be as long as the batch by chance. So the first pass follows the data; the
+first few do where rows are given other places.
 """
 
 from __future__ import annotations
@@ -103,7 +104,12 @@ class DataTaint(TorchFunctionMode):
                 return found
         taken = list(tensors_in((args, kwargs)))
         # Where the function begins in the graph; looked at before, as an in-place function moves its argument there.
-        self._visited.update(node for t in taken if (node := node_of(t)) is not None)
+        for t in taken:
+            node = node_of(t)
+            if node is not None and node not in self._visited:
+                self._visited.add(node)
+                if self.holds(t):  # made by somebody's own function, which no mode sees
+                    self.nodes.add(node)
         result = func(*args, **(kwargs or {}))
         if any(self.holds(t) for t in taken):
             changed = [args[0]] if name == "__setitem__" else []

@@ -97,7 +97,7 @@ class GraphWalk:
         is_whole: Whether an operation that looks as if it spread a value over the samples is known not to.
         batch: B.
         measured_by_itself: Names of operations whose parameters are measured by their own backward function.
-        moved_nodes: Operations on rows that were given other places.
+        moved_at: Where the rows of a use's operation are, by that and by the use's key.
 
     Attributes:
         uses: What was found.
@@ -111,7 +111,7 @@ class GraphWalk:
     is_whole: Callable[[Signature], bool]
     batch: int
     measured_by_itself: Sequence[str]
-    moved_nodes: Mapping[Node, int]
+    moved_at: Callable[[Node, Signature], int]
     uses: list[Use] = field(default_factory=list)
     couplings: list[Node] = field(default_factory=list)
     once: bool = False
@@ -182,8 +182,8 @@ class GraphWalk:
         for i, child, k in own:
             leaves = {v: p for v, p in self._leaves[child].items() if p not in covered}
             if leaves:
-                key, moved = (name, i, self._own[child]), self.moved_nodes.get(node, 0)
-                self.uses.append(Use(node, i, (child, k), leaves, key, moved))
+                key = (name, i, self._own[child])
+                self.uses.append(Use(node, i, (child, k), leaves, key, self.moved_at(node, key)))
 
     def _close_leaf(self, node: Node) -> None:
         variable = getattr(node, "variable", None)

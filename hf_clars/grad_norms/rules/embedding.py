@@ -39,7 +39,7 @@ class EmbeddingRule(LayerRule):
     def row_grads(self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor) -> Tensor:
         """See `LayerRule`."""
         assert isinstance(module, nn.Embedding)
-        tokens, *counts = saved
+        tokens, *counts = (t.flatten(1) for t in saved)  # [B, rows, T] where a sample has several
         g = g.reshape(*tokens.shape, module.embedding_dim)
         if module.padding_idx is not None:
             g = g * (tokens != module.padding_idx).unsqueeze(-1)
@@ -59,11 +59,11 @@ class EmbeddingRule(LayerRule):
         """See `LayerRule`."""
         assert isinstance(module, nn.Embedding)
         rows = self.row_grads(module, saved, g)
-        return {"weight": norm_math.embedding_weight_grads(saved[0], rows, module.num_embeddings)}
+        return {"weight": norm_math.embedding_weight_grads(saved[0].flatten(1), rows, module.num_embeddings)}
 
     def squared_norms(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
         rows = self.row_grads(module, saved, g)
-        return {"weight": norm_math.embedding_weight_squared_norm(saved[0], rows)}
+        return {"weight": norm_math.embedding_weight_squared_norm(saved[0].flatten(1), rows)}
