@@ -64,6 +64,7 @@ def check_backward(
     Raises:
         LayerRuleError: Naming rule, module and what does not fit.
     """
+    expected: dict[str, tuple[Any, Sequence[int]]]
     expected = {repr(n): (grads.get(n), hooked.in_use(n).shape) for n in names} if grads else {}
     if x is not None:
         expected["the input"] = x
