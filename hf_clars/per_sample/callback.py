@@ -116,6 +116,7 @@ class PerSampleNormsCallback(TrainerCallback):
                 first_step=state.global_step,
                 on_spike=self._on_spike,
                 optimizer=given.get("optimizer"),
+                run=state,
                 **self._settings,
             )
         except Exception as error:

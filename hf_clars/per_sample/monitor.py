@@ -20,13 +20,11 @@ from hf_clars.per_sample.log import PerSampleLog
 from hf_clars.per_sample.measures import StepMeasures, step_measures
 from hf_clars.per_sample.noise_scale import NoiseScaleAverage
 from hf_clars.per_sample.norm_layers import Coupling, norm_layers
-from hf_clars.per_sample.setup import any_process, check_settings, log_in
+from hf_clars.per_sample.setup import WATCHED, any_process, check_settings, log_in, make_room, watcher_of
 from hf_clars.per_sample.spikes import Spike, SpikeRule
 from hf_clars.per_sample.window import Hard, Window
 
 logger = logging.getLogger(__name__)
-
-_WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[NormMonitor]] = weakref.WeakKeyDictionary()
 
 
 class NothingMeasuredError(HfClarsError, RuntimeError):
@@ -72,6 +70,7 @@ class NormMonitor:
         first_step: Steps that were taken before, in a run that is resumed. Default 0.
         optimizer: For the noise scale under DeepSpeed's ZeRO: the optimizer that `accelerator.prepare` returned, or
             DeepSpeed's engine, which must step inside the block. Elsewhere it is not looked at.
+        run: Any object that tells this run from others: a monitor of another run of the model is closed, not refused.
 
     Attributes:
         last: The last measured step, or None.
@@ -101,15 +100,12 @@ class NormMonitor:
         on_spike: Callable[[Spike], None] | None = None,
         first_step: int = 0,
         optimizer: Any = None,
+        run: Any = None,
     ) -> None:
         check_settings(every=every, top_k=top_k, decay=decay, flush_every=flush_every)
         self.every: int = every
-        other = _watcher(model)
-        if other is not None:
-            raise ConfigError(
-                f"Another monitor measures this {type(model).__name__} already, every {other.every} steps: use that "
-                "one, with the smaller `every` of the two."
-            )
+        make_room(model, run)
+        self.run = run
         self.model = model
         self.strict, self.with_gradient, self.top_k = strict, noise_scale, top_k
         partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
@@ -139,7 +135,7 @@ class NormMonitor:
                 if row.independent:
                     self.noise.update(row.batch_square, row.sample_square, row.samples)
                 self._rule.look(row)
-        _WATCHED[model] = weakref.ref(self)
+        WATCHED[model] = weakref.ref(self)
 
     # ---- one step --------------------------------------------------------------------------------------------
 
@@ -333,8 +329,8 @@ class NormMonitor:
         if self._taker is not None:
             self._taker.remove()
             self._taker = None
-        if _watcher(self.model) is self:
-            del _WATCHED[self.model]
+        if watcher_of(self.model) is self:
+            del WATCHED[self.model]
         self.flush()
 
     def __enter__(self) -> NormMonitor:
@@ -342,8 +338,3 @@ class NormMonitor:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _watcher(model: nn.Module) -> NormMonitor | None:
-    found = _WATCHED.get(model)
-    return None if found is None else found()
