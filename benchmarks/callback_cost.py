@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -114,11 +115,11 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [
-        row
-        for network in arguments.networks
-        for row in rows_of(network, arguments.batch, arguments.rounds, arguments.ways)
-    ]
+    rows = []
+    for network in arguments.networks:
+        for row in rows_of(network, arguments.batch, arguments.rounds, arguments.ways):
+            print(*row, sep=", ", file=sys.stderr, flush=True)  # a long run that is stopped has shown something
+            rows.append(row)
     heads = ("network", "monitor", "plain step, ms", "ratio", "quartiles", "to begin")
     print(text_table(rows, {head: lambda row, i=i: row[i] for i, head in enumerate(heads)}))  # type: ignore[misc]
     print(", ".join(f"{name}: {value}" for name, value in machine().items()))
