@@ -21,7 +21,7 @@ from hf_clars.per_sample.measures import StepMeasures, step_measures
 from hf_clars.per_sample.noise_scale import NoiseScaleAverage
 from hf_clars.per_sample.norm_layers import Coupling, norm_layers
 from hf_clars.per_sample.setup import WATCHED, any_process, check_settings, log_in, make_room, watcher_of
-from hf_clars.per_sample.spikes import Spike, SpikeRule
+from hf_clars.per_sample.spikes import NAMED, Spike, SpikeRule
 from hf_clars.per_sample.window import Hard, Window
 
 logger = logging.getLogger(__name__)
@@ -247,8 +247,9 @@ class NormMonitor:
         times = factor() if factor is not None and squares is not None else None
         if squares is not None and times is not None:
             squares = squares / times.to(squares).square()
+        top_k = max(self.top_k, NAMED)  # a spike names its samples also where windows do not
         found = step_measures(
-            self.step + 1, local, squares, top_k=self.top_k, independent=self._coupling.none(), loss_scale=loss_scale
+            self.step + 1, local, squares, top_k=top_k, independent=self._coupling.none(), loss_scale=loss_scale
         ).on_host()
         if not found.samples:
             raise NothingMeasuredError(
