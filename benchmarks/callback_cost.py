@@ -1,128 +1,126 @@
-"""What `PerSampleNormsCallback` costs in a Trainer run: `python -m benchmarks.callback_cost --help`.
+"""What the measuring costs a run: `python -m benchmarks.callback_cost --help`.
 
-Runs of the same Trainer, with the callback and without, take turns in one process. Of each run the processor time of 50
-steps is taken, from the end of its first step on: the first one also learns what the model looks like.
+One model is trained in one process, in segments that take turns: watched by `NormMonitor`, which the callback drives,
+and not. What a segment costs is its processor time, so that other work on the machine counts less.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_clars.bench.report import machine, text_table
 from hf_clars.models import build_model
-from hf_clars.per_sample import PerSampleNormsCallback
+from hf_clars.per_sample import NormMonitor
 
 DESCRIPTION = """\
-Processor time of 50 training steps with the callback, as a part of the same 50 steps without it: the median over
-rounds, and the quartiles. Data are random numbers: the cost does not depend on them.
+Processor time of training steps that are watched, as a part of that of as many that are not: the median over pairs of
+segments, and the quartiles. Sums are checked as usual, in the first three measured steps: "to begin" is what these cost
+more than plain ones, once in a run, in plain steps. Data are random numbers: the cost does not depend on them.
 """
-STEPS = 50
-WAYS: dict[str, int | None] = {"plain": None, "every=50": 50, "every=10": 10, "every=1": 1}
+WAYS: dict[str, tuple[dict[str, Any], int]] = {
+    "between measured steps": ({"every": 10**9}, 10),
+    "every=50": ({"every": 50}, 50),
+    "every=1": ({"every": 1}, 10),
+    "every=1, norm layers": ({"every": 1, "norm_layers_only": True}, 10),
+}
+"""Settings of the monitor, and the steps of a segment."""
+Batch = dict[str, Tensor]
 
 
-class Items(Dataset[dict[str, Tensor]]):
-    """Random samples.
-
-    Args:
-        item: Makes one.
-    """
-
-    def __init__(self, item: Callable[[], dict[str, Tensor]]) -> None:
-        self.items = [item() for _ in range(64)]
-
-    def __len__(self) -> int:
-        return 4096
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return self.items[i % len(self.items)]
-
-
-def gpt2() -> tuple[PreTrainedModel, Items]:
+def gpt2(batch: int) -> tuple[nn.Module, Batch]:
     """2 layers of width 128, a tied head of 2,048 words, texts of 64 tokens."""
     sizes: dict[str, Any] = {"vocab_size": 2048, "n_positions": 64, "n_embd": 128, "n_layer": 2, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0))
-
-    def item() -> dict[str, Tensor]:
-        ids = torch.randint(0, 2048, (64,))
-        return {"input_ids": ids, "labels": ids}
-
-    return model, Items(item)
+    ids = torch.randint(0, 2048, (batch, 64))
+    return model, {"input_ids": ids, "labels": ids}
 
 
-def resnet() -> tuple[PreTrainedModel, Items]:
-    """ResNet-20 on images of Fashion-MNIST's shape."""
-    model = build_model("resnet20", num_labels=10, num_channels=1, image_size=28)
-    return model, Items(lambda: {"pixel_values": torch.randn(1, 28, 28), "labels": torch.randint(0, 10, ())})
+def resnet(batch: int) -> tuple[nn.Module, Batch]:
+    """ResNet-20 on images of 32 x 32."""
+    model = build_model("resnet20", num_labels=10, num_channels=3, image_size=32)
+    return model, {"pixel_values": torch.randn(batch, 3, 32, 32), "labels": torch.randint(0, 10, (batch,))}
 
 
-NETWORKS = {"gpt2": gpt2, "resnet20": resnet}
+NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Batch]]] = {"resnet20": resnet, "gpt2": gpt2}
 
 
-class Clock(TrainerCallback):
-    """Takes the processor time of the steps after the first."""
+class Run:
+    """A model, its batch and its optimizer.
 
-    seconds = 0.0
+    Args:
+        network: A name of `NETWORKS`.
+        batch: Samples a step.
+    """
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start after the first step, stop after the last."""
-        if state.global_step == 1:
-            self.seconds = -time.process_time()
-        elif state.global_step == 1 + STEPS:
-            self.seconds += time.process_time()
+    def __init__(self, network: str, batch: int) -> None:
+        torch.manual_seed(0)
+        self.model, self.batch = NETWORKS[network](batch)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.model.train()
+
+    def seconds(self, monitor: NormMonitor | None, steps: int) -> float:
+        """Processor time of a segment."""
+        begun = time.process_time()
+        for _ in range(steps):
+            with nullcontext() if monitor is None else monitor.batch():
+                self.model(**self.batch)["loss"].backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return time.process_time() - begun
 
 
-def seconds_of(network: str, every: int | None, batch: int) -> float:
-    """Processor seconds of one run's steps."""
-    torch.manual_seed(0)
-    model, data = NETWORKS[network]()
-    clock = Clock()
-    measuring = [] if every is None else [PerSampleNormsCallback(every=every, strict=True)]
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder,
-            per_device_train_batch_size=batch,
-            max_steps=1 + STEPS,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_steps=1000,
-            remove_unused_columns=False,
-            use_cpu=True,
-        )
-        Trainer(model, args, train_dataset=data, callbacks=[*measuring, clock]).train()
-    return clock.seconds
+def rows_of(network: str, batch: int, rounds: int, ways: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The lines of one network."""
+    run = Run(network, batch)
+    run.seconds(None, 5)
+    for name in ways:
+        settings, steps = WAYS[name]
+        with NormMonitor(run.model, strict=True, **settings) as monitor:
+            begins = [_measured(run, monitor) for _ in range(3)]
+            watched: list[float] = []
+            plain: list[float] = []
+            for turn in range(rounds):  # between two segments the monitor is off the model
+                for which in (plain, watched) if turn % 2 else (watched, plain):
+                    which.append(run.seconds(monitor if which is watched else None, steps))
+        step = statistics.median(plain) / steps
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(watched, plain, strict=True)], n=4)
+        start = f"{sum(begins) / step - 3:.1f}"
+        yield network, name, f"{1000 * step:.1f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}", start
+
+
+def _measured(run: Run, monitor: NormMonitor) -> float:
+    """Processor time of a step that is measured, whatever `every` says."""
+    before, monitor.step = monitor.step, 0
+    seconds = run.seconds(monitor, 1)
+    monitor.step = before + 1
+    return seconds
 
 
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each kind (default: 5)")
-    parser.add_argument("--batch", type=int, default=8, help="samples a step (default: 8)")
+    parser.add_argument("--rounds", type=int, default=20, help="pairs of segments of each kind (default: 20)")
+    parser.add_argument("--batch", type=int, default=64, help="samples a step (default: 64)")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     rows = []
     for network in arguments.networks:
-        taken: dict[str, list[float]] = {name: [] for name in WAYS}
-        for turn in range(arguments.rounds):
-            order = list(WAYS)[turn % len(WAYS) :] + list(WAYS)[: turn % len(WAYS)]
-            for name in order:
-                taken[name].append(seconds_of(network, WAYS[name], arguments.batch))
-        for name in list(WAYS)[1:]:
-            ratios = [a / b for a, b in zip(taken[name], taken["plain"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            step = 1000 * statistics.median(taken["plain"]) / STEPS
-            rows.append((network, name, f"{step:.0f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}"))
-    heads = ("network", "callback", "plain step, ms", "ratio", "quartiles")
+        for row in rows_of(network, arguments.batch, arguments.rounds, arguments.ways):
+            print(*row, sep=", ", file=sys.stderr, flush=True)  # a long run that is stopped has shown something
+            rows.append(row)
+    heads = ("network", "monitor", "plain step, ms", "ratio", "quartiles", "to begin")
     print(text_table(rows, {head: lambda row, i=i: row[i] for i, head in enumerate(heads)}))  # type: ignore[misc]
     print(", ".join(f"{name}: {value}" for name, value in machine().items()))
 

@@ -39,18 +39,19 @@ def test_only_every_nth_step_is_measured_and_the_first(tmp_path):
     assert PerSampleLog.open(tmp_path).read()["steps"].tolist() == [1, 4, 8]
 
 
-def test_between_measured_steps_the_engine_is_paused_and_at_the_end_no_hook_is_on_the_model(tmp_path, monkeypatch):
-    begun, paused = [], []
+def test_between_measured_steps_one_hook_takes_the_index_and_at_the_end_none_is_on_the_model(tmp_path, monkeypatch):
+    begun, hooks = [], []
     original = PerSampleGradNorms._begin
     monkeypatch.setattr(PerSampleGradNorms, "_begin", lambda self, *a: (begun.append(1), original(self, *a)))
     callback = PerSampleNormsCallback(every=3, strict=True)
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
-            paused.append(callback.monitor._attached.paused)
+            hooks.append(hooks_on(model))
 
     trainer = train(tmp_path, [callback, Watch()], max_steps=6)
-    assert paused == [False, True, False, True, True, False]
+    assert [number > 1 for number in hooks] == [True, False, True, False, False, True]
+    assert [number for number in hooks if number < 2] == [1, 1, 1]
     assert len(begun) == 3
     assert hooks_on(trainer.model) == 0
 

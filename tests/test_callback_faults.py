@@ -1,5 +1,6 @@
 """Promise: the callback never ends a run unless it is told to; what cannot be measured is said once."""
 
+import contextlib
 import importlib
 import logging
 
@@ -127,6 +128,25 @@ def test_two_callbacks_are_one_too_many(tmp_path, caplog):
     assert first.monitor is not None
     assert second.monitor is None
     assert any("measures this Plain already" in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize("how", ["error", "removed"])
+def test_a_callback_whose_run_ended_early_makes_room_for_the_next(tmp_path, how):
+    class Ends(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if how == "error":
+                raise KeyError("the user's own")
+            if state.global_step == 1:
+                trainer.remove_callback(first)
+
+    first, second = PerSampleNormsCallback(every=1), PerSampleNormsCallback(every=1, strict=True)
+    args = plain_args(tmp_path / "first", per_device_train_batch_size=8, max_steps=2)
+    trainer = Trainer(Plain(), args, train_dataset=Images(), callbacks=[first, Ends()])
+    with contextlib.suppress(KeyError):
+        trainer.train()
+    again = train(tmp_path / "second", second, model=trainer.model)
+    assert second.monitor.last.step == 6
+    assert hooks_on(again.model) == 0
 
 
 def test_gradients_clipped_by_value_are_refused_and_not_taken_for_the_batch_s(tmp_path, caplog):

@@ -67,7 +67,8 @@ def test_a_spike_is_not_taken_for_usual_afterwards():
         assert rule.look(step(number, 9.0))
 
 
-def test_in_a_training_loop_the_example_that_made_the_spike_is_named():
+@pytest.mark.parametrize("top_k", [20, 0])
+def test_in_a_training_loop_the_example_that_made_the_spike_is_named_whatever_windows_name(top_k):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -75,7 +76,7 @@ def test_in_a_training_loop_the_example_that_made_the_spike_is_named():
     x, y = torch.randn(96, 5, generator=generator), torch.randn(96, 1, generator=generator)
     y[83] = 500.0  # a label of another world, in the second micro-batch of the eleventh step
     spikes = []
-    with NormMonitor(model, every=1, strict=True, on_spike=spikes.append) as monitor:
+    with NormMonitor(model, every=1, top_k=top_k, strict=True, on_spike=spikes.append) as monitor:
         for number in range(24):
             index = torch.arange(4) + 4 * (20 if number == 21 else number % 20)
             with monitor.batch(index, last=number % 2 == 1):
@@ -84,6 +85,7 @@ def test_in_a_training_loop_the_example_that_made_the_spike_is_named():
                 optimizer.step()
                 optimizer.zero_grad()
     assert [s.step for s in spikes] == [11]
+    assert len(monitor.hardest()) == top_k
     first = spikes[0].samples[0]
     assert (first.index, first.rank, first.micro_batch, first.row) == (83, 0, 1, 3)
     assert first.share > 0.9

@@ -4,7 +4,13 @@ from hf_clars.distributed.collectives import sum_over_ranks, world_size
 from hf_clars.distributed.engine import Groups, GroupTensors, TensorHolder
 from hf_clars.distributed.shards import LocalNorms, is_split, local_norms, local_part, on_device, whole_norms
 from hf_clars.distributed.zero import ZeroPieces, zero_pieces
-from hf_clars.distributed.zero_marks import is_zeros, keeps_gradients_elsewhere, whole_shape
+from hf_clars.distributed.zero_marks import (
+    is_zeros,
+    keeps_gradients_elsewhere,
+    whole_gradient,
+    whole_shape,
+    zero_optimizer,
+)
 
 __all__ = [
     "GroupTensors",
@@ -19,8 +25,10 @@ __all__ = [
     "local_part",
     "on_device",
     "sum_over_ranks",
+    "whole_gradient",
     "whole_norms",
     "whole_shape",
     "world_size",
+    "zero_optimizer",
     "zero_pieces",
 ]

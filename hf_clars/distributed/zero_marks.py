@@ -24,6 +24,28 @@ def is_zeros(param: nn.Parameter) -> bool:
     return hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
 
 
+def zero_optimizer(param: nn.Parameter, engine: Any = None) -> Any | None:
+    """DeepSpeed's ZeRO optimizer that holds this parameter; None where nothing tells it.
+
+    Args:
+        param: Any that trains, held by ZeRO.
+        engine: DeepSpeed's engine, or an optimizer of accelerate around ZeRO's. Under ZeRO 1 and 2 it is needed.
+    """
+    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+
+    found = getattr(param, "_z3_optimizer", engine)
+    while found is not None and not isinstance(found, DeepSpeedOptimizer):
+        found = getattr(found, "optimizer", None)
+    return found
+
+
+def whole_gradient(param: nn.Parameter) -> Tensor | None:
+    """A ZeRO parameter's averaged gradient, between `backward()` and `step()`; all processes must ask."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(param)
+
+
 def whole_shape(param: Any) -> tuple[int, ...]:
     """A parameter's shape, also while ZeRO-3 has put its values aside."""
     return tuple(getattr(param, "ds_shape", param.shape))

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_clars.distributed import keeps_gradients_elsewhere
 from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals, differentiating, note_caller
 from hf_clars.grad_norms.gradient_watch import GradientWatch
-from hf_clars.grad_norms.hooks import ModelReturns, PassBegins
+from hf_clars.grad_norms.hooks import ModelReturns, PassBegins, PlacedHooks
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import NO_BACKWARD, backward_number, inside_backward, inside_function_transform
 from hf_clars.layers import ParamLayer
@@ -33,12 +32,14 @@ class NormAccumulator:
     Attributes:
         paused: While True, hooks do nothing: no pass begins, and nothing is kept.
         repeats: Whether hooks work although it is paused, in what activation checkpointing runs again.
+        meets_compiler: Whether compiled code was seen: it must know the hooks from the start.
         take_error: Gets an error of a hook in a forward pass, in place of the model's caller; None: nobody does.
         engine_dropped_a_batch: For engines that hold the gradients: whether one was dropped since this was last called.
     """
 
     take_error: Callable[[Exception], None] | None = None
     repeats = False
+    meets_compiler = False
 
     def __init__(
         self,
@@ -66,11 +67,12 @@ class NormAccumulator:
         self._watch = GradientWatch(list(self._layer_of))
         self._last_backward = NO_BACKWARD
         self._call_hook, self._result_hook = PassBegins(self._on_model_call), ModelReturns(self._on_model_result)
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._call_hook, with_kwargs=True)]
+        self._hooks = PlacedHooks()
+        self._hooks.add(model.register_forward_pre_hook, self._call_hook, with_kwargs=True)
 
     def _watch_results(self) -> None:
         """Hook the model's result; after the subclass has placed its own hooks, so that they come first."""
-        self._handles.append(self.model.register_forward_hook(self._result_hook))
+        self._hooks.add(self.model.register_forward_hook, self._result_hook)
 
     # ---- which pass is open ----------------------------------------------------------------------------------
 
@@ -219,25 +221,18 @@ class NormAccumulator:
         self.layers = list(layers)
         self._layer_of.clear()
         self._layer_of.update((p, k) for k, layer in enumerate(self.layers) for p in layer.params)
-        self._watch.remove()
+        self._watch.hooks.remove()
         self._watch = GradientWatch(list(self._layer_of))
 
     @property
     def attached(self) -> bool:
         """Whether hooks are on the model."""
-        return bool(self._handles)
+        return bool(self._hooks)
 
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""
         self._close()
         self._left.clear()
         self.repeats = False
-        self._watch.remove()
-        remove_all(self._handles)
-
-
-def remove_all(handles: list[RemovableHandle]) -> None:
-    """Take hooks off, once."""
-    for handle in handles:
-        handle.remove()
-    handles.clear()
+        self._watch.hooks.remove()
+        self._hooks.remove()

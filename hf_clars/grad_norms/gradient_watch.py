@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_clars.distributed import is_zeros, local_part
-from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.grad_norms.hooks import BoundHook, PlacedHooks
 from hf_clars.grad_norms.torch_internals import version
 
 
@@ -21,16 +20,17 @@ class GradientWatch:
 
     Attributes:
         paused: While True, gradients are not noted.
+        hooks: On these parameters.
     """
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         self.paused = False
         self._noted: dict[nn.Parameter, tuple[Tensor, tuple[int, int]]] = {}
-        self._handles: list[RemovableHandle] = []
+        self.hooks = PlacedHooks()
         trained = [p for p in params if p.requires_grad]
         places = {0, len(trained) // 2, len(trained) - 1} if trained else set()
         for place in sorted(places):
-            self._handles.append(trained[place].register_post_accumulate_grad_hook(BoundHook(self._on_gradient)))
+            self.hooks.add(trained[place].register_post_accumulate_grad_hook, BoundHook(self._on_gradient))
 
     @torch.no_grad()
     def _on_gradient(self, param: nn.Parameter) -> None:
@@ -54,12 +54,6 @@ class GradientWatch:
     def forget(self) -> None:
         """A new batch begins."""
         self._noted.clear()
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
 
 def _versions(grad: Tensor) -> tuple[int, int]:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from hf_clars.grad_norms.accumulator import NormAccumulator, remove_all
+from hf_clars.grad_norms.accumulator import NormAccumulator
 from hf_clars.grad_norms.compiled.calls import CompiledCall
 from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
@@ -22,7 +21,7 @@ from hf_clars.grad_norms.graph.places import ContainerCall
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_hooked_modules, refuse_replaced
-from hf_clars.grad_norms.hooks import BoundHook, PassEnds
+from hf_clars.grad_norms.hooks import BoundHook, PassEnds, PlacedHooks
 from hf_clars.grad_norms.pytree import tensor_given, tensors_in
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
 from hf_clars.grad_norms.with_rule import capture, repeat
@@ -54,11 +53,11 @@ class HookedNorms(NormAccumulator):
         self._unused = 0
         self._ways = LearnedWays(self._name_of)
         self._times: CallTimes | None = None
-        self._module_handles: list[RemovableHandle] = []
+        self._module_hooks = PlacedHooks()
         self._end_hook = PassEnds(self._following.on_model_end, keep_owner=True)
         self._hook_modules()
         self._watch_results()
-        self._handles.append(model.register_forward_hook(self._end_hook, always_call=True))
+        self._hooks.add(model.register_forward_hook, self._end_hook, always_call=True)
 
     def _hook_modules(self) -> None:
         self._hooked = find_hooked_modules(self.model, self._layer_of)
@@ -69,12 +68,8 @@ class HookedNorms(NormAccumulator):
         for hooked in self._hooked:
             # Before the user's own hooks: they shall see the output that goes on.
             method = self._on_call if hooked.rule is not None else self._on_container_call
-            handle = hooked.module.register_forward_hook(
-                BoundHook(method, hooked, traced=self._compiled.hook_of(hooked)),
-                with_kwargs=True,
-                prepend=True,
-            )
-            self._module_handles.append(handle)
+            hook = BoundHook(method, hooked, traced=self._compiled.hook_of(hooked))
+            self._module_hooks.add(hooked.module.register_forward_hook, hook, with_kwargs=True, prepend=True)
 
     def cover(self, layers: Sequence[ParamLayer]) -> None:
         """Measure other layers from now on; also as a pass begins.
@@ -83,7 +78,7 @@ class HookedNorms(NormAccumulator):
             layers: The partition; between two batches.
         """
         super().cover(layers)
-        remove_all(self._module_handles)
+        self._module_hooks.remove()
         self._hook_modules()
         self._ever_captured.clear()
         self._in_use.forget()
@@ -320,6 +315,7 @@ class HookedNorms(NormAccumulator):
 
     def _note_compiled(self, calls: Sequence[CompiledCall]) -> None:
         """Compiled code has made these calls in a pass."""
+        self.meets_compiler = self.meets_compiler or bool(calls)
         for call in calls:
             params = call.hooked.trainable().values()
             self._ever_captured.update(params)
@@ -329,7 +325,7 @@ class HookedNorms(NormAccumulator):
         """Take every hook off the model. Values read so far stay readable."""
         self._following.end()
         super().remove()
-        remove_all(self._module_handles)
+        self._module_hooks.remove()
         for forward_pass in self._passes:
             forward_pass.free_graph()
         self._free_dropped()

@@ -14,6 +14,7 @@ from types import FunctionType
 from typing import Any, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from hf_clars.grad_norms.torch_internals import ends_recomputation
 
@@ -85,6 +86,8 @@ class BoundHook:
         owner = method.__self__  # type: ignore[attr-defined]
         if _idle(owner):
             return None
+        if compiled:
+            owner.meets_compiler = True
         try:
             return method(*self.first, *args, **kwargs)
         except Exception as error:
@@ -99,6 +102,44 @@ class BoundHook:
 
     def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
         return InertHook, ()
+
+
+class PlacedHooks:
+    """Hooks that can be taken off and put back, in the order in which they were placed. It is true while it has any."""
+
+    def __init__(self) -> None:
+        self._placed: list[tuple[Callable[..., RemovableHandle], Callable[..., Any], dict[str, Any]]] = []
+        self._handles: list[RemovableHandle] = []
+
+    def add(self, register: Callable[..., RemovableHandle], hook: Callable[..., Any], **settings: Any) -> None:
+        """Place a hook.
+
+        Args:
+            register: torch's method that does it, of a module or a tensor.
+            hook: The hook.
+            settings: For the method.
+        """
+        self._placed.append((register, hook, settings))
+        self._handles.append(register(hook, **settings))
+
+    def lift(self) -> None:
+        """Take them off for now."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def place(self) -> None:
+        """Put back what was taken off."""
+        if not self._handles:
+            self._handles = [register(hook, **settings) for register, hook, settings in self._placed]
+
+    def remove(self) -> None:
+        """Take them off for good."""
+        self.lift()
+        self._placed.clear()
+
+    def __bool__(self) -> bool:
+        return bool(self._placed)
 
 
 def kind_of_hook(name: str) -> type[BoundHook]:

@@ -56,7 +56,7 @@ class MicroBatchGradNorms(NormAccumulator):
 
     def _watch_params(self) -> None:
         for param in self._layer_of.keys() - self._watched:
-            self._handles.append(param.register_hook(BoundHook(self._arrived, param)))
+            self._hooks.add(param.register_hook, BoundHook(self._arrived, param))
             self._watched.add(param)
 
     def cover(self, layers: Sequence[ParamLayer]) -> None:

@@ -13,6 +13,7 @@ from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.explanation import CallTimes, Explanation, ParameterWay
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.hooked_norms import HookedNorms
+from hf_clars.grad_norms.hooks import PlacedHooks
 from hf_clars.grad_norms.sum_check import SumCheck
 from hf_clars.grad_norms.token_weights import label_counts
 from hf_clars.grad_norms.torch_internals import version
@@ -193,21 +194,34 @@ class PerSampleGradNorms(HookedNorms):
         super().reset()
         self._plan_compiled_check()
 
-    def pause(self) -> None:
-        """Forget the batch, and do nothing until `resume()`: what was learned about the model is kept."""
+    def pause(self, *, lift: bool = False) -> None:
+        """Forget the batch, and do nothing until `resume()`: what was learned about the model is kept.
+
+        Args:
+            lift: Take the hooks off the model until then. Default False: a model that is compiled meanwhile, or was
+                before, must know them.
+        """
         self.paused = self._watch.paused = True
         self._left.clear()
         self.repeats = False
         self._following.end()
         self.reset()
         self._free_dropped()
+        if lift:
+            for hooks in self._all_hooks():
+                hooks.lift()
 
     def resume(self) -> None:
         """Measure from the next forward pass on."""
+        for hooks in self._all_hooks():
+            hooks.place()
         self.paused = self._watch.paused = False
         self._left.clear()
         self.repeats = False
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
+
+    def _all_hooks(self) -> tuple[PlacedHooks, ...]:
+        return self._hooks, self._module_hooks, self._watch.hooks
 
     def _give_up(self, error: Exception) -> None:
         """An error in a forward pass: the pass goes on without the norms, and so does all that follows.

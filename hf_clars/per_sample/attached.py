@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.grad_norms.hooks import BoundHook, PlacedHooks
 from hf_clars.layers import ParamLayer
 from hf_clars.per_sample.gradient import wide_dtype
 
@@ -56,42 +55,65 @@ class _Open:
 class AttachedNorms:
     """Measures steps of one model.
 
-    Its hooks stay on the model, so that what is learned of the model is learned once, and so that a compiled model
-    knows them. Between two measured steps they do nothing.
+    What is learned of the model is learned once. Between two measured steps no hook is on the model; only a compiled
+    one keeps them, as it must know them, and they do nothing.
 
     Args:
         model: The module itself, not a launcher's wrapper.
         layers: The partition to measure.
         on_error: Called once with an error that a hook of the engine raised in a forward pass, in place of letting it
             end the training; one in a backward pass is raised where results are read. None: errors pass.
+        paused: Whether its first step is not measured. Default False.
 
     Attributes:
-        paused: Whether it is between two measured steps; at first it measures.
+        paused: Whether it is between two measured steps.
+        hooks_stay: Whether hooks stay on the model between measured steps.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[ParamLayer], *, on_error: Callable[[Exception], None] | None = None
+        self,
+        model: nn.Module,
+        layers: Sequence[ParamLayer],
+        *,
+        on_error: Callable[[Exception], None] | None = None,
+        paused: bool = False,
     ) -> None:
         self.model = model
         self.layers = list(layers)
-        self.paused = False
+        self.paused = paused
         self.take_error = on_error
         self._passes: list[_Pass] = []
         self._open = _Open()
         self._norms = PerSampleGradNorms(model, layers=self.layers, loss_reduction="sum", on_error=on_error)
-        self._handle: RemovableHandle | None = model.register_forward_hook(BoundHook(self._note_loss))
+        self._own = PlacedHooks()
+        self._own.add(model.register_forward_hook, BoundHook(self._note_loss))
+        self.hooks_stay = True  # until a measured step has shown that the model is not compiled
+        if paused:
+            self._norms.pause()
 
     def pause(self) -> None:
         """A measured step is over: let go of it, and do nothing until `resume()`."""
+        if not self.paused:
+            self.hooks_stay = self._norms.meets_compiler
         self.paused = True
         self._passes.clear()
         self._open = _Open()
-        self._norms.pause()
+        self._norms.pause(lift=not self.hooks_stay)
+        if not self.hooks_stay:
+            self._own.lift()
 
     def resume(self) -> None:
         """A step that is to be measured begins."""
         self.paused = False
+        self._own.place()
         self._norms.resume()
+
+    def keep_hooks(self) -> None:
+        """The model is compiled now: let it know the hooks, if they are not there, and leave them there."""
+        self._norms.meets_compiler = True
+        if not self.hooks_stay and self.paused:
+            self.resume()
+            self.pause()
 
     def _note_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled():
@@ -148,9 +170,7 @@ class AttachedNorms:
         """Take every hook off the model."""
         self.pause()
         self._norms.remove()
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        self._own.remove()
 
 
 def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:

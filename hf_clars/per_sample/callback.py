@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_clars.distributed import is_zeros
 from hf_clars.errors import HfClarsError
 from hf_clars.layers import LayerMode, ParamLayer
 from hf_clars.per_sample.gradient import GradientProbe
@@ -29,7 +30,7 @@ class PerSampleNormsCallback(TrainerCallback):
 
         Trainer(model, args, train_dataset=dataset, callbacks=[PerSampleNormsCallback(every=50)])
 
-    It attaches before the first step, does nothing between measured ones, and leaves no hook at the end. Gradients,
+    It attaches before the first step, is off the model between measured ones, and leaves no hook at the end. Gradients,
     random numbers and the optimizer are left alone. In the output folder it keeps `per_sample_norms/` (see
     `PerSampleLog`; `windows.jsonl` and `spikes.jsonl` beside it), which `hf-clars plot` draws. Trainer's own log gets
     the model's values, and tensorboard, trackio and wandb, where `report_to` names them, those of each layer too.
@@ -99,17 +100,24 @@ class PerSampleNormsCallback(TrainerCallback):
         """Look at the model, and begin or continue the log."""
         self._close()
         self._begun, self.monitor, self._told = True, None, False
-        self._begin(args, state, kwargs.get("model"))
+        self._begin(args, state, kwargs)
 
-    def _begin(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
+    def _begin(self, args: TrainingArguments, state: TrainerState, given: dict[str, Any]) -> None:
+        model: nn.Module | None = given.get("model")
         if model is None:
             return
         folder = Path(str(args.output_dir)) if self.keep_log else None
         try:
-            _check_engine(args, self._with_gradient)
+            _check_engine(args, model, self._with_gradient)
             self._reporter = Reporter(args, state, folder)
             self.monitor = NormMonitor(
-                model, folder=folder, first_step=state.global_step, on_spike=self._on_spike, **self._settings
+                model,
+                folder=folder,
+                first_step=state.global_step,
+                on_spike=self._on_spike,
+                optimizer=given.get("optimizer"),
+                run=state,
+                **self._settings,
             )
         except Exception as error:
             if self.strict:
@@ -159,14 +167,16 @@ class PerSampleNormsCallback(TrainerCallback):
                 "PerSampleNormsCallback was added after training began: its log begins at step %d.",
                 state.global_step + 1,
             )
-            self._begin(args, state, kwargs.get("model"))
+            self._begin(args, state, kwargs)
         monitor = self.monitor
         if monitor is None:
             return
         monitor.step = state.global_step
         monitor.begin()
+        if not monitor.measures_now:
+            return
         self._loss_scale = _deepspeed_loss_scale(kwargs.get("optimizer"))
-        if monitor.measures_now and monitor.with_gradient and self._probe is None:
+        if monitor.with_gradient and monitor.early is None and self._probe is None:
             self._probe = GradientProbe([p for layer in monitor.layers for p in layer.params])
 
     def on_substep_end(
@@ -244,12 +254,11 @@ def _deepspeed_loss_scale(optimizer: Any) -> float:
     return float(getattr(getattr(optimizer, "optimizer", None), "loss_scale", 1.0))
 
 
-def _check_engine(args: TrainingArguments, with_gradient: bool) -> None:
+def _check_engine(args: TrainingArguments, model: nn.Module, with_gradient: bool) -> None:
     """Refuse what would be measured wrongly."""
-    if getattr(args, "deepspeed", None) is None and getattr(args, "deepspeed_plugin", None) is None:
-        return
-    if with_gradient:
+    deepspeed = getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None)
+    if deepspeed and with_gradient and not any(is_zeros(p) for p in model.parameters() if p.requires_grad):
         raise HfClarsError(
-            "DeepSpeed steps inside backward(), before a callback can read the batch gradient: set noise_scale=False "
-            "to have the samples' norms, the hardest examples and spikes."
+            "DeepSpeed without ZeRO steps inside backward(), before the batch gradient can be read: use ZeRO, or "
+            "set noise_scale=False to have the samples' norms, the hardest examples and spikes."
         )

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_clars.distributed import is_split, is_zeros, local_norms, sum_over_ranks, world_size
+from hf_clars.distributed import (
+    is_split,
+    is_zeros,
+    local_norms,
+    sum_over_ranks,
+    whole_gradient,
+    world_size,
+    zero_optimizer,
+)
 from hf_clars.errors import HfClarsError
 from hf_clars.layers import ParamLayer
 
@@ -29,14 +38,9 @@ def gradient_squares(layers: Sequence[ParamLayer]) -> Tensor:
         In float64 where the device has it; 0 for a layer without a gradient.
 
     Raises:
-        GradientNotHereError: If there is none, or under DeepSpeed ZeRO, which keeps gradients elsewhere.
+        GradientNotHereError: If there is none.
     """
     params = [(k, p) for k, layer in enumerate(layers) for p in layer.params]
-    if any(is_zeros(p) for _, p in params):
-        raise GradientNotHereError(
-            "DeepSpeed ZeRO keeps the batch gradient in pieces of its own, where its norm in a layer cannot be read: "
-            "set noise_scale=False to have the samples' norms alone."
-        )
     # Rows of a sparse gradient that have not been added up yet have no norm together.
     held = [
         (k, g.coalesce().values() if g.is_sparse else g) for k, g in ((k, p.grad) for k, p in params) if g is not None
@@ -52,6 +56,76 @@ def gradient_squares(layers: Sequence[ParamLayer]) -> Tensor:
     )
     squares = norms.grads.to(wide).square()
     return sum_over_ranks(squares) if norms.partial else squares
+
+
+class BeforeZeroSteps:
+    """Reads ||g_k||^2 when DeepSpeed's ZeRO is about to step, which may be inside `accelerator.backward()`.
+
+    Only then are its pieces of the batch gradient complete, on all processes alike. While this is there, the ZeRO
+    optimizer of this process has a `step` of its own, which reads first.
+
+    Args:
+        layers: The partition.
+        engine: DeepSpeed's engine, or accelerate's optimizer.
+
+    Raises:
+        GradientNotHereError: If ZeRO's optimizer is not found.
+    """
+
+    def __init__(self, layers: Sequence[ParamLayer], engine: Any) -> None:
+        zero = zero_optimizer(layers[0].params[0], engine)
+        if zero is None:
+            raise GradientNotHereError(
+                "DeepSpeed's ZeRO keeps the batch gradient in pieces until it steps: give NormMonitor optimizer=, what "
+                "accelerator.prepare returned or DeepSpeed's engine, or noise_scale=False for the samples' norms alone."
+            )
+        self._zero, self._layers = zero, layers
+        self._found: Tensor | Exception | None = None
+        step = zero.step
+
+        def read_and_step(*args: Any, **kwargs: Any) -> Any:
+            self.remove()
+            try:
+                self._found = _zeros_squares(self._layers)
+            except Exception as error:  # told where it is asked for
+                self._found = error
+            return step(*args, **kwargs)
+
+        zero.step = self._own = read_and_step
+
+    def squares(self) -> Tensor:
+        """||g_k||^2, [K], as it was before the step.
+
+        Raises:
+            GradientNotHereError: If ZeRO has not stepped.
+        """
+        if self._found is None:
+            raise GradientNotHereError(
+                "DeepSpeed's engine did not step in the measured step: call engine.step() inside the monitor's block."
+            )
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
+
+    def remove(self) -> None:
+        """Give the optimizer its own `step` back."""
+        if vars(self._zero).get("step") is self._own:
+            del self._zero.step
+
+
+def _zeros_squares(layers: Sequence[ParamLayer]) -> Tensor:
+    device = layers[0].params[0].device
+    squares = torch.zeros(len(layers), dtype=wide_dtype(device), device=device)
+    for k, layer in enumerate(layers):
+        for grad in (whole_gradient(param) for param in layer.params):
+            if grad is not None:
+                squares[k] += torch.linalg.vector_norm(grad.detach(), dtype=torch.float32).to(squares).square()
+    return squares
+
+
+def before_zero_steps(layers: Sequence[ParamLayer], engine: Any) -> BeforeZeroSteps | None:
+    """What reads under DeepSpeed's ZeRO; None elsewhere."""
+    return BeforeZeroSteps(layers, engine) if is_zeros(layers[0].params[0]) else None
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -123,7 +123,12 @@ class IndexTaker:
         model: The module itself.
         column: The column's name.
         receive: Called with the column, or None where the batch has none, at each call with gradients.
+
+    Attributes:
+        meets_compiler: Whether compiled code has called the model.
     """
+
+    meets_compiler = False
 
     def __init__(self, model: nn.Module, column: str, receive: Any) -> None:
         self._column = column

@@ -14,19 +14,17 @@ from torch import Tensor, nn
 from hf_clars.errors import ConfigError, HfClarsError
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 from hf_clars.per_sample.attached import AttachedNorms, LocalSamples
-from hf_clars.per_sample.gradient import GradientNotHereError, gradient_squares
+from hf_clars.per_sample.gradient import BeforeZeroSteps, GradientNotHereError, before_zero_steps, gradient_squares
 from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexTaker, checked_index
 from hf_clars.per_sample.log import PerSampleLog
 from hf_clars.per_sample.measures import StepMeasures, step_measures
 from hf_clars.per_sample.noise_scale import NoiseScaleAverage
-from hf_clars.per_sample.norm_layers import coupling_module, norm_layers
-from hf_clars.per_sample.setup import any_process, check_settings, log_in
-from hf_clars.per_sample.spikes import Spike, SpikeRule
+from hf_clars.per_sample.norm_layers import Coupling, norm_layers
+from hf_clars.per_sample.setup import WATCHED, any_process, check_settings, log_in, make_room, watcher_of
+from hf_clars.per_sample.spikes import NAMED, Spike, SpikeRule
 from hf_clars.per_sample.window import Hard, Window
 
 logger = logging.getLogger(__name__)
-
-_WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[NormMonitor]] = weakref.WeakKeyDictionary()
 
 
 class NothingMeasuredError(HfClarsError, RuntimeError):
@@ -48,9 +46,10 @@ class NormMonitor:
 
     With accelerate, and its accumulation::
 
-            with accelerator.accumulate(model), monitor.batch(last=accelerator.sync_gradients):
-                accelerator.backward(model(**batch)["loss"])
-                ...
+            with accelerator.accumulate(model):
+                with monitor.batch(last=accelerator.sync_gradients):
+                    accelerator.backward(model(**batch)["loss"])
+                ...  # clip, step
 
     The batch gradient is read where the block of the last micro-batch ends, so clip and step after it (or inside, if
     you call `monitor.measure()` first). Give it the module itself, not a launcher's wrapper.
@@ -69,11 +68,15 @@ class NormMonitor:
         strict: An error of the measuring ends the training. Default False: it is reported once, and measuring ends.
         on_spike: Called with each `Spike`, on every process.
         first_step: Steps that were taken before, in a run that is resumed. Default 0.
+        optimizer: For the noise scale under DeepSpeed's ZeRO: the optimizer that `accelerator.prepare` returned, or
+            DeepSpeed's engine, which must step inside the block. Elsewhere it is not looked at.
+        run: Any object that tells this run from others: a monitor of another run of the model is closed, not refused.
 
     Attributes:
         last: The last measured step, or None.
         ended: Why measuring has ended before the training, or None.
         knows_indices: Whether any batch came with its samples' indices.
+        early: What reads the batch gradient before DeepSpeed's ZeRO steps, in a measured step; None elsewhere.
 
     Raises:
         ConfigError: For settings out of range, a model without trainable parameters, or one that another monitor
@@ -96,15 +99,13 @@ class NormMonitor:
         strict: bool = False,
         on_spike: Callable[[Spike], None] | None = None,
         first_step: int = 0,
+        optimizer: Any = None,
+        run: Any = None,
     ) -> None:
         check_settings(every=every, top_k=top_k, decay=decay, flush_every=flush_every)
         self.every: int = every
-        other = _watcher(model)
-        if other is not None:
-            raise ConfigError(
-                f"Another monitor measures this {type(model).__name__} already, every {other.every} steps: use that "
-                "one, with the smaller `every` of the two."
-            )
+        make_room(model, run)
+        self.run = run
         self.model = model
         self.strict, self.with_gradient, self.top_k = strict, noise_scale, top_k
         partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
@@ -116,14 +117,15 @@ class NormMonitor:
         self._log = log_in(folder, names, settings, first_step)
         self.noise = NoiseScaleAverage(len(self.layers), decay=decay)
         self._flush_every = flush_every
-        self._on_spike = on_spike
+        self._on_spike, self._engine = on_spike, optimizer
         self._rule = SpikeRule(names)
         self._window = Window(top_k)
         self._attached: AttachedNorms | None = None
+        self.early: BeforeZeroSteps | None = None
         self._measuring = False  # this step is one of the measured ones, on all processes alike
         self._stopped = False  # measuring has ended, on all processes alike
         self.knows_indices = False
-        self._told_of_coupling = False
+        self._coupling = Coupling(model, tell=noise_scale)
         self.step = first_step
         self.last: StepMeasures | None = None
         self.ended: str | None = None
@@ -133,7 +135,7 @@ class NormMonitor:
                 if row.independent:
                     self.noise.update(row.batch_square, row.sample_square, row.samples)
                 self._rule.look(row)
-        _WATCHED[model] = weakref.ref(self)
+        WATCHED[model] = weakref.ref(self)
 
     # ---- one step --------------------------------------------------------------------------------------------
 
@@ -172,19 +174,24 @@ class NormMonitor:
             with self._guarded():
                 # Also before a step that is not measured: a model that is compiled must know the hooks from the start.
                 on_error = None if self.strict else self._end
-                self._attached = AttachedNorms(self.model, self.layers, on_error=on_error)
-                self._attached.pause()
+                self._attached = AttachedNorms(self.model, self.layers, on_error=on_error, paused=True)
         if self._measuring or not self.due:
             return
         self._measuring = True
+        if self.with_gradient:
+            with self._guarded():
+                self.early = before_zero_steps(self.layers, self._engine)
         if self._attached is not None:
             self._attached.resume()
 
     def note_index(self, index: Any) -> None:
         """The data set's indices of the pass that comes, or of the one that has just begun; None: nothing is known."""
-        if index is not None and self._attached is not None and self._measuring:
+        attached = self._attached
+        if attached is not None and self._taker is not None and self._taker.meets_compiler:
+            attached.keep_hooks()
+        if index is not None and attached is not None and self._measuring:
             with self._guarded():
-                self._attached.note_index(checked_index(index))
+                attached.note_index(checked_index(index))
                 self.knows_indices = True
 
     def end_pass(self, loss: Tensor | None = None) -> None:
@@ -206,6 +213,9 @@ class NormMonitor:
         if not self._measuring:
             return None
         self._measuring = False
+        early, self.early = self.early, None
+        if early is not None:
+            early.remove()
         local = None
         if self._attached is not None:
             if self.ended is None:
@@ -216,7 +226,10 @@ class NormMonitor:
             self._detach()
             return None
         with self._guarded():
-            self._take(local, factor, loss_scale)
+            squares = None
+            if self.with_gradient:
+                squares = gradient_squares(self.layers) if early is None else early.squares()
+            self._take(local, squares, factor, loss_scale)
             return self.last
         return None
 
@@ -228,13 +241,15 @@ class NormMonitor:
         self._stopped = failed
         return failed
 
-    def _take(self, local: LocalSamples, factor: Callable[[], Tensor] | None, loss_scale: float) -> None:
-        squares = gradient_squares(self.layers) if self.with_gradient else None
+    def _take(
+        self, local: LocalSamples, squares: Tensor | None, factor: Callable[[], Tensor] | None, loss_scale: float
+    ) -> None:
         times = factor() if factor is not None and squares is not None else None
         if squares is not None and times is not None:
             squares = squares / times.to(squares).square()
+        top_k = max(self.top_k, NAMED)  # a spike names its samples also where windows do not
         found = step_measures(
-            self.step + 1, local, squares, top_k=self.top_k, independent=self._independent(), loss_scale=loss_scale
+            self.step + 1, local, squares, top_k=top_k, independent=self._coupling.none(), loss_scale=loss_scale
         ).on_host()
         if not found.samples:
             raise NothingMeasuredError(
@@ -259,19 +274,6 @@ class NormMonitor:
             self._log.append(found)
             if found.step == 1 or (found.step // self.every) % self._flush_every == 0:
                 self._log.flush()
-
-    def _independent(self) -> bool:
-        """Whether no BatchNorm couples the samples; says once what that means for the noise scale."""
-        coupled = coupling_module(self.model)
-        if coupled is not None and self.with_gradient and not self._told_of_coupling:
-            self._told_of_coupling = True
-            logger.warning(
-                "%s is a BatchNorm in training mode, which makes each sample's gradient depend on the others: norms "
-                "and R_k are measured, but noise scale and share of signal would be wrong, and are left out. They need "
-                "GroupNorm or LayerNorm, or BatchNorm in evaluation mode.",
-                coupled,
-            )
-        return coupled is None
 
     def end_step(self) -> None:
         """After the optimizer's step, measured or not."""
@@ -309,6 +311,9 @@ class NormMonitor:
             )
 
     def _detach(self) -> None:
+        if self.early is not None:
+            self.early.remove()
+            self.early = None
         if self._attached is not None:
             self._attached.remove()
             self._attached = None
@@ -325,8 +330,8 @@ class NormMonitor:
         if self._taker is not None:
             self._taker.remove()
             self._taker = None
-        if _watcher(self.model) is self:
-            del _WATCHED[self.model]
+        if watcher_of(self.model) is self:
+            del WATCHED[self.model]
         self.flush()
 
     def __enter__(self) -> NormMonitor:
@@ -334,8 +339,3 @@ class NormMonitor:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _watcher(model: nn.Module) -> NormMonitor | None:
-    found = _WATCHED.get(model)
-    return None if found is None else found()

@@ -8,12 +8,15 @@ in Transformers" (2024). How well it holds is a matter of the model: `docs/usefu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
 
 from hf_clars.errors import ConfigError
 from hf_clars.layers import NORM_MODULES, ParamLayer
+
+logger = logging.getLogger(__name__)
 
 
 def norm_layers(model: nn.Module, layers: Sequence[ParamLayer]) -> list[ParamLayer]:
@@ -48,8 +51,28 @@ def _is_norm(module: nn.Module | None) -> bool:
     return isinstance(module, NORM_MODULES) or named
 
 
-def coupling_module(model: nn.Module) -> str | None:
-    """The name of a BatchNorm in training mode, which makes each sample's gradient depend on the others; or None."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    names = (name or type(model).__name__ for name, m in model.named_modules() if isinstance(m, kinds) and m.training)
-    return next(names, None)
+class Coupling:
+    """Whether a BatchNorm in training mode makes each sample's gradient depend on the others.
+
+    Args:
+        model: The module.
+        tell: Whether to say once what that means for the noise scale.
+    """
+
+    def __init__(self, model: nn.Module, *, tell: bool) -> None:
+        self._model, self._tell = model, tell
+
+    def none(self) -> bool:
+        """Whether there is none now."""
+        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        names = (n or type(m).__name__ for n, m in self._model.named_modules() if isinstance(m, kinds) and m.training)
+        name = next(names, None)
+        if name is not None and self._tell:
+            self._tell = False
+            logger.warning(
+                "%s is a BatchNorm in training mode, which makes each sample's gradient depend on the others: norms "
+                "and R_k are measured, but noise scale and share of signal would be wrong, and are left out. They need "
+                "GroupNorm or LayerNorm, or BatchNorm in evaluation mode.",
+                name,
+            )
+        return name is None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 HEAD = "ranking.json"
 ROWS_A_FILE = 4096
+LOOKED_AT = 8  # items, to tell one data set from another
 
 
 def rank_samples(
@@ -81,7 +82,8 @@ def rank_samples(
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}: give a positive number of samples.")
     partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
-    store = _Store(output, _head(model, wanted, length, [x.name for x in partition] if per_layer else []))
+    head = {} if output is None else _head(model, dataset, wanted, [x.name for x in partition] if per_layer else [])
+    store = _Store(output, head)
     todo = wanted[store.rows :]
     loader = DataLoader(
         _Chosen(IndexedDataset(dataset), todo),
@@ -175,20 +177,29 @@ class _Collate:
         return index, self._collate(bare)
 
 
-def _head(model: nn.Module, indices: list[int], length: int, layers: list[str]) -> dict[str, Any]:
+def _head(model: nn.Module, dataset: Any, indices: list[int], layers: list[str]) -> dict[str, Any]:
     """What tells one ranking from another."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        wide = tensor.detach().double()
-        weights.update(
-            f"{name} {tuple(wide.shape)} {float(wide.sum()):.17g} {float(wide.square().sum()):.17g}".encode()
-        )
+        if isinstance(tensor, Tensor):
+            weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return {
-        "samples": length,
+        "samples": len(dataset),
         "indices": hashlib.sha256(np.asarray(indices, np.int64).tobytes()).hexdigest(),
         "weights": weights.hexdigest(),
         "layers": layers,
+        "data": _look_of(dataset, indices),
     }
+
+
+def _look_of(dataset: Any, indices: list[int]) -> str:
+    """A hash of a few items; of a data set whose items change from one look to the next, that they do."""
+    from datasets.fingerprint import Hasher
+
+    places = indices[:: max(1, len(indices) // LOOKED_AT)]
+    first, second = ([Hasher.hash(dataset[i]) for i in places] for _ in range(2))
+    return Hasher.hash(first) if first == second else "changes"
 
 
 class _Store:

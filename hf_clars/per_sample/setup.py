@@ -1,15 +1,46 @@
-"""What a monitor does before its first step: settings are checked, the log is begun, processes agree."""
+"""What a monitor does before its first step: settings are checked, it is the only one, the log is begun."""
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from hf_clars.distributed import sum_over_ranks, world_size
 from hf_clars.errors import ConfigError
 from hf_clars.per_sample.log import PerSampleLog
+
+if TYPE_CHECKING:
+    from hf_clars.per_sample.monitor import NormMonitor
+
+WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[NormMonitor]] = weakref.WeakKeyDictionary()
+"""Models, and the monitor at work on each."""
+
+
+def watcher_of(model: nn.Module) -> NormMonitor | None:
+    """The monitor at work on a model."""
+    found = WATCHED.get(model)
+    return None if found is None else found()
+
+
+def make_room(model: nn.Module, run: object) -> None:
+    """Close the monitor of another run of a model: that run has ended with an error, or lost its callback.
+
+    Raises:
+        ConfigError: If a monitor of this run, or of no known one, watches the model.
+    """
+    other = watcher_of(model)
+    if other is None:
+        return
+    if run is None or other.run is None or other.run is run:
+        raise ConfigError(
+            f"Another monitor measures this {type(model).__name__} already, every {other.every} steps: use that one, "
+            "with the smaller `every` of the two, or close() it first."
+        )
+    other.close()
 
 
 def any_process(here: bool, device: torch.device) -> bool:

@@ -20,6 +20,8 @@ from torch import Tensor
 from hf_clars.per_sample.measures import StepMeasures
 
 WIDTH, FACTOR, MEMORY, LEAST = 6.0, 1.5, 50, 8
+NAMED = 5
+"""Samples that a spike names."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class SpikeRule:
     """
 
     def __init__(
-        self, layers: Sequence[str], *, width: float = WIDTH, factor: float = FACTOR, samples: int = 5
+        self, layers: Sequence[str], *, width: float = WIDTH, factor: float = FACTOR, samples: int = NAMED
     ) -> None:
         self.layers = list(layers)
         self.width, self.factor, self.samples = width, factor, samples

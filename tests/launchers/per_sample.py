@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from pathlib import Path
 
 import deepspeed
 import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from hf_clars.per_sample import PerSampleNormsCallback, with_index
+from hf_clars.per_sample import NormMonitor, PerSampleLog, PerSampleNormsCallback, with_index
+from tests.launchers.worker import build_nothing
 from tests.trainer_kit import Images, Plain, plain_args
+
+CLIPPED = {"learning_rate": 1e-3, "optim": "adamw_torch", "max_grad_norm": 1e-2}
 
 
 class Head(Plain):
@@ -49,13 +54,13 @@ def fp16(stage):
         "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
-        "gradient_clipping": 0.0,
+        "gradient_clipping": "auto",
         "fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "loss_scale_window": 1, "hysteresis": 1},
     }
 
 
 def measures(folder, world, *, model=Head, settings=None, **wanted):
-    """Three steps of 16 samples in two passes; what the last one measured, and what was said."""
+    """Three steps of 16 samples in two passes; what they measured, and what was said."""
     heard = Heard()
     logging.getLogger("hf_clars.per_sample").addHandler(heard)
     callback = PerSampleNormsCallback(every=1, top_k=16, **wanted)
@@ -64,21 +69,46 @@ def measures(folder, world, *, model=Head, settings=None, **wanted):
         per_device_train_batch_size=8 // world,
         gradient_accumulation_steps=2,
         max_steps=3,
-        learning_rate=1e-3,
-        **(settings or {}),
+        **{"learning_rate": 0.05, "optim": "sgd", **(settings or {})},
     )
     trainer = Trainer(model(), args, train_dataset=with_index(Images()), callbacks=[callback])
     trainer.train()
     last = None if callback.monitor is None else callback.monitor.last
     scale = callback._loss_scale
-    return {"last": last, "said": heard.said, "steps": trainer.state.global_step, "scale": scale}
+    log = None if callback.monitor is None else PerSampleLog.open(folder).read()
+    return {"last": last, "log": log, "said": heard.said, "steps": trainer.state.global_step, "scale": scale}
 
 
-if __name__ == "__main__":
-    out, rank, stage = Path(sys.argv[1]), int(os.environ["RANK"]), int(sys.argv[2])
-    found = {"norms": measures(out / "norms", 2, noise_scale=False, strict=True), "noise": measures(out / "noise", 2)}
+def loop(world, **wanted):
+    """Three steps of accelerate's loop; what was measured, and why it ended if it did."""
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    model, data = Head(), Images(48)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    batches = DataLoader(with_index(data), batch_size=8 // world)
+    wrapped, optimizer, loader = accelerator.prepare(model, sgd, batches)
+    given = {"optimizer": optimizer} if wanted.pop("optimizer") else {}
+    with NormMonitor(model, every=1, **given, **wanted) as monitor:
+        for batch in loader:
+            with accelerator.accumulate(wrapped):
+                with monitor.batch(last=accelerator.sync_gradients):
+                    accelerator.backward(wrapped(**batch)["loss"])
+                optimizer.step()
+                optimizer.zero_grad()
+        noise = monitor.noise.read().value
+        return {"steps": monitor.step, "last": monitor.last, "ended": monitor.ended, "noise": noise}
+
+
+def main(out, stage):
+    """All runs of one launch."""
+    torch.set_num_threads(1)
+    build_nothing()
+    out, rank, stage = Path(out), int(os.environ["RANK"]), int(stage)
+    found = {"norms": measures(out / "norms", 2, strict=True)}
+    unset_hf_deepspeed_config()
+    found["loop"] = loop(2, strict=True, optimizer=True)
+    found["loop without"] = loop(2, optimizer=False)
     # DeepSpeed refuses fp16 on CPUs, although all that it needs runs there: its accelerator is told so, here only.
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
-    low = {"fp16": True, "deepspeed": fp16(stage)}
-    found["fp16"] = measures(out / "fp16", 2, model=Low, settings=low, noise_scale=False, strict=True)
+    low = {"fp16": True, "deepspeed": fp16(stage), **CLIPPED}
+    found["fp16"] = measures(out / "fp16", 2, model=Low, settings=low, strict=True)
     torch.save(found, out / f"{rank}.pt")
