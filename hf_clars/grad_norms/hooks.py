@@ -68,7 +68,7 @@ class BoundHook:
         if torch.compiler.is_compiling():
             if self.traced is not None and self.traced.ready(*args):
                 return self.traced(*args, **kwargs)
-            return self._outside(args, kwargs)
+            return self._outside(args, kwargs, compiled=True)
         method = self.method()
         if method is None or _idle(method.__self__):  # type: ignore[attr-defined]
             return None  # before all else: so it is in most steps of a run that is measured now and then
@@ -78,7 +78,7 @@ class BoundHook:
         reason="hf_clars: the model that is measured was not called as a whole, or a hook here cannot be compiled: "
         "call the model, or compile without fullgraph=True"
     )
-    def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool = False) -> Any:
         """Outside compiled code, or between two pieces of it."""
         method = self.method()
         if method is None:
