@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.coverage.page import write_page  # noqa: E402
+from benchmarks.coverage.page import word_of, write_page  # noqa: E402
 from benchmarks.coverage.sweep import SUITES, load, save, subjects, sweep, verdicts  # noqa: E402
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], metavar="START", help="subjects whose name starts like this")
     parser.add_argument("--suites", nargs="*", default=list(SUITES), choices=list(SUITES), help="which lists to sweep")
     parser.add_argument(
-        "--again", nargs="*", metavar="VERDICT", help="sweep once more what has a result; or one of these verdicts"
+        "--again", nargs="*", metavar="WORD", help="sweep once more what has a result; or one of these words of the page"
     )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "coverage" / "results.json")
     parser.add_argument("--seconds", type=float, default=60, help="processor time for each subject")
@@ -44,7 +44,7 @@ def main() -> None:
             results["rows"] = {
                 k: row
                 for k, row in results["rows"].items()
-                if k not in names or (args.again and not verdicts(row) & set(args.again))
+                if k not in names or (args.again and not {word_of(row), *verdicts(row)} & set(args.again))
             }
             save(results, args.results)
         sweep(names, args.results, args.seconds, args.gigabytes, say=lambda line: print(line, flush=True))
