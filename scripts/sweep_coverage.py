@@ -27,7 +27,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], metavar="START", help="subjects whose name starts like this")
     parser.add_argument("--suites", nargs="*", default=list(SUITES), choices=list(SUITES), help="which lists to sweep")
     parser.add_argument(
-        "--again", nargs="*", metavar="WORD", help="sweep once more what has a result; or one of these words of the page"
+        "--again",
+        nargs="*",
+        metavar="WORD",
+        help="sweep once more what has a result; or one of these words of the page",
     )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "coverage" / "results.json")
     parser.add_argument("--seconds", type=float, default=60, help="processor time for each subject")
