@@ -295,6 +295,8 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
         "## Pictures",
         *(f"![{captions[name]}]({name})\n\n{captions[name]}" for name in pictures),
         "## Do the product's classes repeat the prototype's runs?",
+        "Three runs were named before they were made (`research/cifar10/repeats.yaml`), and what counts as agreement: "
+        "at most three standard deviations from the prototype's seeds.",
         agreement(rows),
         "## One setting for many batch sizes",
         "The rate that was best at B = 512, used as it is at the others, 12 epochs each, one seed; below it the best "
