@@ -23,7 +23,9 @@ Each norm was compared with plain autograd in float64, one backward pass for eve
 - **not judged**: nothing can be said, and why. Where only one precision was not judged, the word is that of the other.
 
 The cost is the processor time of a pass with norms against a plain one, in float32 / bf16, on one core: of each the
-mean of eight or more, which took turns. Tiny models cost the most in proportion.
+mean of eight or more, which took turns (in transformers' rows the median of eight; the rows of timm and torchvision are
+the clock's, of an earlier engine and a busy machine). The system counts processor time in ticks of 4 ms, so a figure
+may be off by half. Tiny models cost the most in proportion.
 
 The last column counts tensors: those measured by a rule for their module's class, where the graph uses them, or by one
 backward pass a sample of the module around them; and those that no forward pass used.
