@@ -15,11 +15,11 @@ from torch import nn
 
 LayerMode = Literal["module", "tensor"]
 
+BATCH_NORM_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""In training mode they couple the samples of a batch."""
+
 NORM_MODULES: tuple[type[nn.Module], ...] = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
+    *BATCH_NORM_MODULES,
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,

@@ -18,6 +18,16 @@ def train(folder, callback, *, model=None, dataset=None, **settings):
     return trainer
 
 
+def accelerated_epoch(accelerator, wrapped, optimizer, loader, monitor):
+    """An epoch of an accelerate loop, with what its `prepare` returned."""
+    for batch in loader:
+        with accelerator.accumulate(wrapped):
+            with monitor.batch(last=accelerator.sync_gradients):
+                accelerator.backward(wrapped(**batch)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def hooks_on(model):
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     return hooks + sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())

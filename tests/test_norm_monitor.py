@@ -5,7 +5,7 @@ import torch
 
 from hf_clars.errors import ConfigError
 from hf_clars.per_sample import NormMonitor, PerSampleLog, with_index
-from tests.callback_kit import hooks_on
+from tests.callback_kit import accelerated_epoch, hooks_on
 from tests.trainer_kit import Images, Plain
 
 
@@ -34,12 +34,7 @@ def test_a_plain_loop_and_an_accelerate_loop_measure_what_trainer_does(tmp_path)
     def accelerated(model, optimizer, monitor, loader):
         accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
         wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        for batch in loader:
-            with accelerator.accumulate(wrapped):
-                with monitor.batch(last=accelerator.sync_gradients):
-                    accelerator.backward(wrapped(**batch)["loss"])
-                optimizer.step()
-                optimizer.zero_grad()
+        accelerated_epoch(accelerator, wrapped, optimizer, loader, monitor)
 
     a, b = logs_of(plain), logs_of(accelerated)
     assert a["steps"].tolist() == [1, 2, 3, 4]

@@ -15,11 +15,9 @@ from PIL import Image
 
 from research.cifar10.plan import Done
 from research.cifar10.report import (
-    agreement,
     batch_table,
     draw,
     envelope,
-    method_table,
     one_setting,
     page,
     run_with_shares,
@@ -27,6 +25,7 @@ from research.cifar10.report import (
 from research.cifar10.rows import product_row, prototype_row, read_runs, write_runs
 from research.cifar10.run import Workers, decode, run_all
 from research.cifar10.settings import Settings
+from research.cifar10.tables import agreement, method_table
 from research.cifar10.train import Images, train
 from tests.test_study_cifar10_verdict import model, run
 

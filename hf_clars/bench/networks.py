@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_clars.bench import transformer_networks as transformers_of
+from hf_clars.layers import BATCH_NORM_MODULES
 from hf_clars.models import build_model
 
 GROUP_NORM_SUFFIX = "-gn"
@@ -107,12 +108,9 @@ def mean_loss(output: Any, y: Tensor) -> Tensor:
     return functional.cross_entropy(scores.flatten(0, -2), y.flatten())
 
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether samples are coupled through batch statistics."""
-    return any(isinstance(module, BATCH_NORMS) for module in model.modules())
+    return any(isinstance(module, BATCH_NORM_MODULES) for module in model.modules())
 
 
 def with_group_norm(model: nn.Module) -> nn.Module:

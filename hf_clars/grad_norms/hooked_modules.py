@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.errors import UncoveredParameterError
-from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
+from hf_clars.grad_norms.graph.taint import DataTaint, WorstPlaces
 from hf_clars.grad_norms.registry import LayerRule, find_rule
 from hf_clars.grad_norms.torch_internals import leaves_below
 
@@ -36,7 +36,7 @@ class HookedModule:
             or "graph" (their rows belong to no sample: measured where the graph uses the parameters).
         own_dims: Numbers of axes with which it was called on tensors that are made of parameters alone.
         data_dims: The same for tensors that depend on the data.
-        moved: By the same numbers of axes, where the rows of such tensors were at worst; see `DataTaint`.
+        moved: By the same numbers of axes, where the rows of such tensors were at worst.
         moved_results: Numbers of its results whose rows may be anywhere.
         plans: How calls are measured, by what they look like; None: where the graph uses the parameters. See
             `with_rule.py`.
@@ -51,7 +51,7 @@ class HookedModule:
         self.calls: dict[tuple[int, ...], str] = {}
         self.own_dims: set[int] = set()
         self.data_dims: set[int] = set()
-        self.moved: dict[int, int] = {}
+        self.moved = WorstPlaces()
         self.moved_results: set[int] = set()
         self.plans: dict[tuple[Any, ...], CallPlan | None] = {}
 
@@ -92,12 +92,7 @@ class HookedModule:
             taint: Tells it, in passes that follow the data; others know it from these.
             moves_rows: Whether the model gives rows other places. What was never seen may then be anywhere.
         """
-        if taint is None:
-            return self.moved.get(x.dim(), MOVED) if moves_rows else 0
-        found = taint.moved(x)
-        if taint.batch > 1:
-            self.moved[x.dim()] = max(found, self.moved.get(x.dim(), 0))
-        return found
+        return self.moved.at(x.dim(), taint, lambda t: t.moved(x), moves_rows=moves_rows)
 
     def keep_plan(self, look: tuple[Any, ...], plan: CallPlan | None) -> None:
         """Measure calls that look like this by this plan from now on."""

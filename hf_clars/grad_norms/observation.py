@@ -80,9 +80,8 @@ def hold(tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
         A function that gives them back.
     """
     if saved_tensors_are_packed():
-        kept = _Holder.apply(
-            torch.empty(0, requires_grad=True), *tensors
-        )  # torch 2.8 frees what a node saved with this
+        # Kept itself, and not its node alone: torch 2.8 frees with it what the node saved.
+        kept = _Holder.apply(torch.empty(0, requires_grad=True), *tensors)
         return lambda: kept.grad_fn.saved_tensors
     versions = [t._version for t in tensors]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from hf_clars.errors import ConfigError
-from hf_clars.layers import NORM_MODULES, ParamLayer
+from hf_clars.layers import BATCH_NORM_MODULES, NORM_MODULES, ParamLayer
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,8 @@ class Coupling:
 
     def none(self) -> bool:
         """Whether there is none now."""
-        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-        names = (n or type(m).__name__ for n, m in self._model.named_modules() if isinstance(m, kinds) and m.training)
-        name = next(names, None)
+        found = ((n, m) for n, m in self._model.named_modules() if isinstance(m, BATCH_NORM_MODULES) and m.training)
+        name = next((n or type(m).__name__ for n, m in found), None)
         if name is not None and self._tell:
             self._tell = False
             logger.warning(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.layers import ParamLayer, param_layers
+from hf_clars.layers import BATCH_NORM_MODULES, ParamLayer, param_layers
 from hf_clars.models import build_model
 from hf_clars.records.files import write_complete
 from research.study.images import MemoryImages, Pass
@@ -83,7 +83,6 @@ class VarianceHistory:
         return np.stack(self.values)
 
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 LARGE_PASS = 1000
 """Samples a pass where they are not coupled, so that the size of a pass changes nothing but the time."""
 
@@ -113,7 +112,7 @@ class _Measure:
         device = self.images.train.labels.device
         copy.to(device).load_state_dict(training.model.state_dict())
         everything = torch.arange(self.images.train_size, device=device)
-        coupled = any(isinstance(module, BATCH_NORMS) for module in copy.modules())
+        coupled = any(isinstance(module, BATCH_NORM_MODULES) for module in copy.modules())
         size = training.settings.batch_size if coupled else LARGE_PASS
         passes = (self.images.train.batch(part) for part in everything.split(size))
         layers, factors = variance_factors(copy.train(), passes)

@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_clars.per_sample import NormMonitor, PerSampleLog, PerSampleNormsCallback, with_index
+from tests.callback_kit import accelerated_epoch
 from tests.launchers.worker import build_nothing
 from tests.trainer_kit import Images, Plain, plain_args
 
@@ -88,12 +89,7 @@ def loop(world, **wanted):
     wrapped, optimizer, loader = accelerator.prepare(model, sgd, batches)
     given = {"optimizer": optimizer} if wanted.pop("optimizer") else {}
     with NormMonitor(model, every=1, **given, **wanted) as monitor:
-        for batch in loader:
-            with accelerator.accumulate(wrapped):
-                with monitor.batch(last=accelerator.sync_gradients):
-                    accelerator.backward(wrapped(**batch)["loss"])
-                optimizer.step()
-                optimizer.zero_grad()
+        accelerated_epoch(accelerator, wrapped, optimizer, loader, monitor)
         noise = monitor.noise.read().value
         return {"steps": monitor.step, "last": monitor.last, "ended": monitor.ended, "noise": noise}
 

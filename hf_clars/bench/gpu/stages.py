@@ -7,7 +7,6 @@ import gc
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -86,11 +85,7 @@ def network(name: str, tiny: bool, *, seconds: float = 25.0) -> Figures:
         norms.totals()
 
     plain_step()
-    sync()
-    start = time.perf_counter()
-    norms_step()
-    sync()
-    figures: Figures = {"first ms": 1e3 * (time.perf_counter() - start), "layers": len(norms.layers)}
+    figures: Figures = {"first ms": wall_ms(norms_step), "layers": len(norms.layers)}
     for step in (plain_step, norms_step):
         step()
         step()
@@ -147,14 +142,7 @@ def captured(name: str, tiny: bool) -> Figures:
             return None if norms is None else norms.totals()
 
         graph = capture(step)
-        times = []
-        for _ in range(10):
-            sync()
-            start = time.perf_counter()
-            graph.replay()
-            sync()
-            times.append(time.perf_counter() - start)
-        figures[f"{key} ms"] = 1e3 * statistics.median(times)
+        figures[f"{key} ms"] = statistics.median(wall_ms(graph.replay) for _ in range(10))
         del model, norms, graph
         gc.collect()
         torch.cuda.empty_cache()

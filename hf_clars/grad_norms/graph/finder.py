@@ -14,7 +14,7 @@ from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
 from hf_clars.grad_norms.graph.places import ContainerCall, announce, place_of, reaches
 from hf_clars.grad_norms.graph.proofs import Proofs
-from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
+from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.one_product import OWN_NODES
@@ -57,7 +57,7 @@ class GraphFinder:
         self._whole: set[Signature] = set()
         self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
         self.moves_rows = False
-        self._moved: dict[Signature, int] = {}
+        self._moved = WorstPlaces()
         self._followed = 0
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
         self._layouts_now: dict[Node, list[Layout | None]] = {}
@@ -159,12 +159,7 @@ class GraphFinder:
 
     def _moved_at(self, node: Node, key: Signature, taint: DataTaint | None) -> int:
         """Where the rows of a use's operation are; without following the data, where they were at worst."""
-        if taint is None:
-            return self._moved.get(key, MOVED) if self.moves_rows else 0
-        found = taint.moved_nodes.get(node, 0)
-        if taint.batch > 1:
-            self._moved[key] = max(found, self._moved.get(key, 0))
-        return found
+        return self._moved.at(key, taint, lambda t: t.moved_nodes.get(node, 0), moves_rows=self.moves_rows)
 
     # ---- layouts ---------------------------------------------------------------------------------------------
 

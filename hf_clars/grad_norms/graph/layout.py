@@ -167,24 +167,26 @@ def stay(
     """
     plain: Sequence[Tensor | None] = ()
     for digit in range(-1, math.ceil(math.log(batch, _POWERS) - 1e-9)):
-        factors = [1.0 if digit < 0 else 2.0 ** (i // _POWERS**digit % _POWERS) for i in range(batch)]
-        starts = []
-        for _, like in roots:
-            scale = torch.tensor(factors, dtype=like.dtype, device=like.device).view(-1, *[1] * (like.dim() - 1))
-            starts.append(_numbers(like) * scale)
+        exact = [1.0 if digit < 0 else 2.0 ** (i // _POWERS**digit % _POWERS) for i in range(batch)]
+        factors = torch.tensor(exact, device=roots[0][1].device)
+        starts = [_times(_numbers(like), factors) for _, like in roots]
         arrived = _follow(roots, [edge for edge, _ in places], starts, couplings)
         plain = plain or arrived
         for before, g, (_, layout) in zip(plain, arrived, places, strict=True):
             if before is None or g is None:
                 continue
-            rows = layout.samples_first(before, batch)
-            scale = torch.tensor(factors, dtype=g.dtype, device=g.device).view(-1, *[1] * (rows.dim() - 1))
-            if not torch.equal(rows * scale, layout.samples_first(g, batch)) or not bool(g.isfinite().all()):
+            rows = _times(layout.samples_first(before, batch), factors)
+            if not torch.equal(rows, layout.samples_first(g, batch)) or not bool(g.isfinite().all()):
                 return False
     return True
 
 
 _POWERS = 16
+
+
+def _times(rows: Tensor, factors: Tensor) -> Tensor:
+    """Each row times its factor, in the rows' type."""
+    return rows * factors.to(rows).view(-1, *[1] * (rows.dim() - 1))
 
 
 def _follow(

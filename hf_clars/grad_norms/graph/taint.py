@@ -7,7 +7,7 @@ first few do where rows are given other places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -133,6 +133,32 @@ def node_of(t: Tensor) -> Node | None:
         return unwrapped(t).grad_fn
     except RuntimeError:  # a view made without gradients, of something that was then changed with them
         return None
+
+
+class WorstPlaces:
+    """Where rows of the batch were at worst while the data were followed, for passes in which they are not.
+
+    What was never seen may be anywhere.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, int] = {}
+
+    def at(self, key: Hashable, taint: DataTaint | None, found: Callable[[DataTaint], int], *, moves_rows: bool) -> int:
+        """0, `BROUGHT_BACK` or `MOVED`.
+
+        Args:
+            key: What looks alike in all passes.
+            taint: Tells it, in passes that follow the data.
+            found: What it tells.
+            moves_rows: Whether the model gives rows other places.
+        """
+        if taint is None:
+            return self._seen.get(key, MOVED) if moves_rows else 0
+        place = found(taint)
+        if taint.batch > 1:
+            self._seen[key] = max(place, self._seen.get(key, 0))
+        return place
 
 
 class Following:

@@ -29,11 +29,11 @@ from hf_clars.grad_norms.rules.kernel_forms import (
 )
 from hf_clars.grad_norms.torch_internals import batch_statistics, group_statistics, layer_statistics
 from hf_clars.grad_norms.torch_kernels import affine_sums
+from hf_clars.layers import BATCH_NORM_MODULES
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 _InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 # The same for isinstance: the compiler of torch 2.8 knows no unions there.
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm)
 
@@ -114,12 +114,12 @@ class BatchNormRule(_ChannelRule):
 
     def statistics(self, module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """[C] each."""
-        assert isinstance(module, _BATCH_NORMS)
+        assert isinstance(module, BATCH_NORM_MODULES)
         return _running_statistics(module) or batch_statistics(x, output, module.eps)
 
     def supplies_backward(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """On a GPU, for positions that the batch's own statistics are taken over."""
-        assert isinstance(module, _BATCH_NORMS)
+        assert isinstance(module, BATCH_NORM_MODULES)
         own = module.training or module.running_mean is None
         return own and self._kernels_fit(module, x, output)
 
