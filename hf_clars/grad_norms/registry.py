@@ -127,7 +127,10 @@ class LayerRule(ABC):
     def summed_grad(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, name: str, *, elements: int
     ) -> Tensor:
-        """The sum of one parameter's per-sample gradients, for the sum check. Default: made in slices of the batch.
+        """The sum of one parameter's per-sample gradients, for the sum check.
+
+        Default: where positions share the weights, the gradient of one sample that has the positions of all; else made
+        in slices of the batch.
 
         Args:
             module: The module.
@@ -136,6 +139,9 @@ class LayerRule(ABC):
             name: Local name of the parameter.
             elements: How many numbers it has.
         """
+        if self.weight_sharing_axes:
+            saved = tuple(t.unsqueeze(0) for t in saved)
+            return self.per_sample_grads(module, saved, g.unsqueeze(0), {name})[name].squeeze(0)
         total: Tensor | None = None
         for part in slices_of(*saved, g, elements_per_sample=elements):
             found = self.per_sample_grads(module, part[:-1], part[-1], {name})[name].sum(0)

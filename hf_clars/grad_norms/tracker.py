@@ -22,9 +22,6 @@ from hf_clars.layers import LayerMode, ParamLayer, param_layers
 CHECK_EVERY = 1000
 """In how many batches one is checked, after the first three."""
 
-CHECKED_AT_ONCE = 1 << 28
-"""Numbers of parameters that are checked in one batch: their gradients are held once more, 1 GiB in float32."""
-
 
 class PerSampleGradNorms(HookedNorms):
     """Measure the gradient norm of each sample in each layer while `backward()` runs.
@@ -94,7 +91,7 @@ class PerSampleGradNorms(HookedNorms):
         super().__init__(model, partition, samples=samples, keep_per_sample=keep_per_sample)
         self.check_every = 1 if check is True else int(check)
         self._check: SumCheck | None = None
-        self._checked = self._passes_since = self._next_checked = 0
+        self._checked = self._passes_since = 0
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
 
     def cover(self, layers: Sequence[ParamLayer]) -> None:
@@ -156,17 +153,8 @@ class PerSampleGradNorms(HookedNorms):
             self._check.add(param, total, size, dtype)
 
     def _leaves(self) -> dict[nn.Parameter, Tensor]:
-        """The tensor that is computed with in each parameter's place; of a large model a part, the next part later."""
-        leaves = [(p, leaf) for p, leaf in self._in_use.leaves().items() if leaf.requires_grad and leaf.is_leaf]
-        start, room = self._next_checked % max(1, len(leaves)), CHECKED_AT_ONCE
-        chosen: dict[nn.Parameter, Tensor] = {}
-        for p, leaf in leaves[start:] + leaves[:start]:
-            room -= p.numel()
-            if chosen and room < 0:
-                break
-            chosen[p] = leaf
-        self._next_checked = start + len(chosen)
-        return chosen
+        """The tensor that is computed with in each parameter's place."""
+        return {p: leaf for p, leaf in self._in_use.leaves().items() if leaf.requires_grad and leaf.is_leaf}
 
     def _stop_check(self) -> None:
         if self._check is not None:

@@ -135,10 +135,11 @@ def prove(
             if g is None or not bool(g.ne(0).any()):
                 continue
             before = left[i] or Arrival(candidates(shape, batch))
-            right = [layout for layout in before.layouts if _holds_only(g, layout, sample, batch)]
             touched = g.ne(0)
-            missed = {k for k in range(g.dim()) if not touched.transpose(0, k).reshape(g.shape[k], -1).any(1).all()}
+            right = [layout for layout in before.layouts if _holds_only(touched, layout, sample, batch)]
+            missed = {k for k in range(g.dim()) if not _rows_touched(touched, k).all()}
             left[i] = Arrival(right, before.missed | missed, before.samples + 1)
+        del starts, arrived, g  # as large as the model's activations: not twice
     return left
 
 
@@ -206,10 +207,16 @@ def _numbers(like: Tensor) -> Tensor:
     return numbers.view(like.shape).to(like.dtype)
 
 
-def _holds_only(g: Tensor, layout: Layout, sample: int, batch: int) -> bool:
-    touched = layout.samples_first(g, batch).flatten(1).ne(0).any(1)
-    touched[sample] = False
-    return not bool(touched.any())
+def _holds_only(touched: Tensor, layout: Layout, sample: int, batch: int) -> bool:
+    samples = _rows_touched(layout.samples_first(touched, batch), 0)
+    samples[sample] = False
+    return not bool(samples.any())
+
+
+def _rows_touched(touched: Tensor, axis: int) -> Tensor:
+    """Which rows of an axis hold a true value."""
+    others = [k for k in range(touched.dim()) if k != axis]
+    return touched.any(others) if others else touched.clone()
 
 
 @contextmanager
