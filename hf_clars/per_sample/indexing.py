@@ -75,8 +75,13 @@ def checked_length(dataset: Any) -> int:
     """The length of a map-style data set.
 
     Raises:
-        DataError: If it has none, or no items by number.
+        DataError: If it has none, or no items by number, or is a mapping (of splits, or of columns).
     """
+    if isinstance(dataset, Mapping):
+        raise DataError(
+            f"The data set is a {type(dataset).__name__} with the keys {', '.join(map(str, list(dataset)[:5]))}, and "
+            "has no items by number: give one of its splits, or datasets.Dataset.from_dict(...) of its columns."
+        )
     try:
         length = len(dataset)
     except TypeError:
@@ -89,7 +94,8 @@ def checked_length(dataset: Any) -> int:
     return length
 
 
-def _takes(model: nn.Module, name: str) -> bool:
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward has a parameter of that name."""
     try:
         return name in signature(model.forward).parameters
     except (TypeError, ValueError):  # a forward that is not Python's
@@ -133,7 +139,7 @@ class IndexTaker:
     def __init__(self, model: nn.Module, column: str, receive: Any) -> None:
         self._column = column
         self._receive = receive
-        self._wanted = _takes(model, column)
+        self._wanted = takes(model, column)
         self._handle: RemovableHandle | None = model.register_forward_pre_hook(
             BoundHook(self._take), with_kwargs=True, prepend=True
         )
