@@ -21,7 +21,7 @@ from hf_clars.errors import DataError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.pytree import map_tensors
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
-from hf_clars.per_sample.indexing import INDEX_COLUMN, checked_length, takes
+from hf_clars.per_sample.indexing import INDEX_COLUMN, checked_length, takes, without_column
 from hf_clars.per_sample.losses import LossesOf, sample_losses
 from hf_clars.records.files import write_complete
 
@@ -177,7 +177,7 @@ class _Collate:
 
     def __call__(self, items: list[tuple[int, Any]]) -> tuple[Tensor, Mapping[str, Any]]:
         index = torch.tensor([number for number, _ in items])
-        bare = [item if self._index_wanted else _without_index(item) for _, item in items]
+        bare = [item if self._index_wanted else without_column(item, INDEX_COLUMN) for _, item in items]
         if self._collate is not None:
             return index, self._collate(bare)
         if not isinstance(bare[0], Mapping):
@@ -188,11 +188,6 @@ class _Collate:
         from transformers import default_data_collator
 
         return index, default_data_collator(bare)
-
-
-def _without_index(item: Any) -> Any:
-    known = isinstance(item, Mapping) and INDEX_COLUMN in item
-    return {name: value for name, value in item.items() if name != INDEX_COLUMN} if known else item
 
 
 def _head(
