@@ -20,7 +20,7 @@ if find_spec("transformers") is not None:
 
 if TYPE_CHECKING:
     from hf_clars import theory
-    from hf_clars.per_sample import NormMonitor, PerSampleNormsCallback, rank_samples, with_index
+    from hf_clars.per_sample import NormMonitor, PerSampleNormsCallback, keep_index, rank_samples, with_index
     from hf_clars.records import LayerRateLog
     from hf_clars.trainer import ClarsTrainer, ClarsTrainingArguments
 
@@ -30,6 +30,7 @@ _LATER = {
     "LayerRateLog": "hf_clars.records",
     "NormMonitor": "hf_clars.per_sample",
     "PerSampleNormsCallback": "hf_clars.per_sample",
+    "keep_index": "hf_clars.per_sample",
     "rank_samples": "hf_clars.per_sample",
     "with_index": "hf_clars.per_sample",
 }
@@ -48,6 +49,7 @@ __all__ = [
     "PerSampleNormsCallback",
     "SignalLARS",
     "__version__",
+    "keep_index",
     "models",
     "param_layers",
     "rank_samples",

@@ -8,10 +8,15 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from hf_clars.per_sample import IndexedDataset, PerSampleLog, PerSampleNormsCallback, with_index
+from hf_clars.per_sample import IndexedDataset, PerSampleLog, PerSampleNormsCallback, keep_index, with_index
 from hf_clars.per_sample.log import FOLDER
 from tests.callback_kit import LOGGER, brute_force, train
 from tests.trainer_kit import Images, Plain, plain_args
+
+
+def pixels(items):
+    """A collator that takes what it knows."""
+    return {name: torch.stack([torch.as_tensor(i[name]) for i in items]) for name in ("pixel_values", "labels")}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -47,6 +52,25 @@ def test_batches_without_an_index_say_how_to_keep_one_once(tmp_path, caplog):
     said = [r.getMessage() for r in caplog.records if "remove_unused_columns=False" in r.getMessage()]
     assert len(said) == 1
     assert "with_index" in said[0]
+    assert "keep_index" in said[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_collator_that_drops_the_index_can_be_told_to_keep_it(tmp_path, workers):
+    callback = PerSampleNormsCallback(every=1, top_k=2, strict=True)
+    settings = {"dataloader_num_workers": workers, "max_steps": 1, "train_sampling_strategy": "sequential"}
+    trainer = Trainer(
+        Plain(),
+        plain_args(tmp_path, per_device_train_batch_size=4, remove_unused_columns=False, **settings),
+        train_dataset=with_index(Images()),
+        data_collator=keep_index(pixels),
+    )
+    trainer.add_callback(callback)
+    trainer.train()
+    norms, _ = brute_force(Plain(), Images().x[:4], Images().y[:4])
+    assert callback.monitor.last.samples == 4
+    assert callback.monitor.last.top_index[:2].tolist() == norms.topk(2).indices.tolist()
+    assert keep_index(pixels)([Images()[0]]).keys() == {"pixel_values", "labels"}
 
 
 def test_a_data_set_without_a_length_or_room_for_an_index_is_refused():

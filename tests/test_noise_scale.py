@@ -169,6 +169,48 @@ def test_all_passes_of_one_size_give_the_same_to_the_last_digits():
         torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), rtol=1e-10, atol=0, equal_nan=True)
 
 
+class Regression(nn.Module):
+    """Squared errors of a linear model at fixed weights, an offset of its own."""
+
+    def __init__(self, off, bias):
+        super().__init__()
+        self.slope, self.offset = nn.Linear(len(off), 1, bias=False).double(), nn.Linear(1, 1).double()
+        self.slope.weight.data.copy_(off)
+        self.offset.weight.requires_grad_(False)
+        self.offset.bias.data.fill_(bias)
+
+    def forward(self, x, noise):
+        return (self.slope(x)[:, 0] + self.offset(torch.zeros_like(x[:, :1]))[:, 0] - noise).square().mean() / 2
+
+
+def test_of_linear_regression_the_monitor_finds_the_closed_form_in_each_layer_and_its_error():
+    off, bias, sigma = torch.full((6,), 0.4).double(), 0.3, 0.7
+    spread = torch.linspace(0.5, 2, 6).double()  # variances of the inputs, which are Gaussian
+    mean, squares = spread * off, float((spread * off * off).sum())
+    second = spread.sum() * (squares + bias**2 + sigma**2) + 2 * mean.square().sum()
+    signal = torch.stack([mean.square().sum(), torch.tensor(bias**2).double()])
+    noise = torch.stack([second, torch.tensor(squares + bias**2 + sigma**2).double()]) - signal
+    expected = torch.cat([noise / signal, (noise.sum() / signal.sum())[None]])
+    generator, model = torch.Generator().manual_seed(0), Regression(off, bias)
+    inside, signals = [], []
+    with NormMonitor(model, every=1, decay=1.0, strict=True, top_k=0) as monitor:
+        for _ in range(30):
+            monitor.noise = NoiseScaleAverage(2, decay=1.0)
+            for _ in range(16):
+                model.zero_grad()
+                with monitor.batch():
+                    x = torch.randn(32, 6, generator=generator).double() * spread.sqrt()
+                    model(x, sigma * torch.randn(32, generator=generator).double()).backward()
+            read = monitor.noise.read()
+            inside.append((read.low <= expected) & (expected <= read.high))
+            signals.append(read.signal)
+    found = torch.stack(signals)
+    away = found.mean(0) - torch.cat([signal, signal.sum()[None]])
+    assert (away.abs() < 4 * found.std(0) / math.sqrt(30)).all()
+    covered = torch.stack(inside).double().mean(0)
+    assert ((covered > 0.48) & (covered < 0.88)).all()  # one standard error: 0.68, give or take 2.4 of its own
+
+
 def test_batchnorm_in_training_mode_couples_samples_so_the_scale_is_left_out_with_a_word(caplog):
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)).double()
     x, y = data()

@@ -59,3 +59,19 @@ def test_in_fp16_the_loss_scale_is_out_of_the_norms_also_where_it_changes_with_e
         last = found["fp16"]["last"]
         for name in (*SQUARES, "sample_norm", "top_norm", "quantiles"):
             torch.testing.assert_close(getattr(last, name), getattr(one, name), rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", ["zero1"], indirect=True)
+def test_without_zero_the_noise_scale_is_refused_by_name_and_the_norms_alone_are_right(ranks, one):
+    for found in ranks:
+        refused, alone = found["without zero"], found["norms alone"]
+        assert refused["last"] is None
+        assert refused["steps"] == 3
+        said = [line for line in refused["said"] if "not measured" in line]
+        assert len(said) == 1
+        assert "DeepSpeed without ZeRO steps inside backward()" in said[0]
+        assert "noise_scale=False" in said[0]
+        assert alone["said"] == []
+        for name in ("sample_square", "sample_norm", "top_norm", "quantiles"):
+            torch.testing.assert_close(getattr(alone["last"], name), getattr(one["last"], name), rtol=1e-5, atol=1e-9)
+        assert torch.equal(alone["last"].top_index, one["last"].top_index)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.utils.data import TensorDataset
+from transformers import GPT2Config, GPT2LMHeadModel, default_data_collator
 
 from hf_clars.errors import DataError
-from hf_clars.per_sample import rank_samples, ranking
+from hf_clars.per_sample import rank_samples, ranking, with_index
 from hf_clars.per_sample.losses import UnknownLossError
 from tests.callback_kit import Sentences, brute_force
 from tests.trainer_kit import Images, Plain
@@ -163,6 +164,44 @@ def test_another_loss_than_cross_entropy_is_refused_unless_it_is_given():
     torch.testing.assert_close(torch.tensor(list(ranked["norm"])).float(), norms, rtol=1e-4, atol=0)
 
 
-def test_a_stream_is_refused():
-    with pytest.raises(DataError, match="no length"):
-        rank_samples(Plain(), iter([]), progress=False)
+def test_items_may_be_tuples_where_a_function_makes_batches_of_them():
+    data = Images(10)
+    pairs = TensorDataset(data.x, data.y)
+
+    def collate(items):
+        return {"pixel_values": torch.stack([x for x, _ in items]), "labels": torch.stack([y for _, y in items])}
+
+    ranked = rank_samples(Plain(), pairs, batch_size=4, collate=collate, progress=False)
+    norms, _ = brute_force(Plain(), data.x, data.y)
+    torch.testing.assert_close(torch.tensor(list(ranked["norm"])).float(), norms, rtol=1e-4, atol=0)
+    with pytest.raises(DataError, match=r"Item 0 of the data set is a tuple.*give collate="):
+        rank_samples(Plain(), pairs, progress=False)
+
+
+def test_the_column_of_a_data_set_for_training_does_not_reach_the_model():
+    ranked = rank_samples(Plain(), with_index(Images(6)), progress=False)
+    assert list(ranked["norm"]) == list(rank_samples(Plain(), Images(6), progress=False)["norm"])
+
+
+def test_an_output_of_another_loss_or_other_batches_is_refused(tmp_path):
+    rank_samples(Plain(), Images(8), output=tmp_path, progress=False)
+    with pytest.raises(DataError, match="other functions"):
+        rank_samples(Plain(), Images(8), losses=lambda m, b: m(**b)["logits"].sum(1), output=tmp_path, progress=False)
+    with pytest.raises(DataError, match="other functions"):
+        rank_samples(Plain(), Images(8), collate=default_data_collator, output=tmp_path, progress=False)
+
+
+def test_where_nothing_is_to_be_ranked_the_columns_are_as_promised():
+    features = rank_samples(Plain(), Images(8), per_layer=True, indices=[], progress=False).features
+    assert features == rank_samples(Plain(), Images(8), per_layer=True, indices=[3], progress=False).features
+
+
+def test_a_model_that_does_not_train_is_refused():
+    with pytest.raises(DataError, match="Plain has no trainable parameter"):
+        rank_samples(Plain().requires_grad_(False), Images(8), progress=False)
+
+
+@pytest.mark.parametrize(("dataset", "said"), [(iter([]), "no length"), ({"train": [1]}, "dict with the keys train")])
+def test_what_has_no_items_by_number_is_refused(dataset, said):
+    with pytest.raises(DataError, match=said):
+        rank_samples(Plain(), dataset, progress=False)

@@ -19,7 +19,7 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from hf_clars.per_sample import PerSampleNormsCallback  # noqa: E402
+from hf_clars.per_sample import PerSampleNormsCallback, keep_index, with_index  # noqa: E402
 from tests.callback_kit import Sentences, bert, train  # noqa: E402
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -185,6 +185,26 @@ def test_the_noise_scale_reads_the_batch_gradient(tmp_path):
     logits = model(inputs["input_ids"], inputs["attention_mask"]).logits
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), reduction="sum") / items
     torch.testing.assert_close(monitor.last.batch_square.sum().sqrt().double(), norm_of(loss, model), **NEAR)
+
+
+def test_rows_have_their_index_in_the_data_set_where_the_collator_is_told_to_keep_it(tmp_path):
+    data, callback = texts(), PerSampleNormsCallback(every=1, top_k=8, strict=True)
+    shuffled = {"train_sampling_strategy": "random", "remove_unused_columns": False, "gradient_accumulation_steps": 2}
+    trainer = trl.SFTTrainer(
+        llama(tied=True),
+        args=trl.SFTConfig(str(tmp_path), **{**SETTINGS, **shuffled}),
+        train_dataset=with_index(data),
+        processing_class=tokenizer(),
+        callbacks=[callback],
+    )
+    trainer.data_collator = keep_index(trainer.data_collator)
+    seen = watched(trainer)
+    trainer.train()
+    last = callback.monitor.last
+    assert len(set(last.top_index.tolist())) == 8
+    for index, passed, place in zip(last.top_index, last.top_micro_batch, last.top_row, strict=True):
+        inputs, _ = seen[passed]
+        assert inputs["input_ids"][place][inputs["attention_mask"][place] > 0].tolist() == data[int(index)]["input_ids"]
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -34,15 +34,15 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
         centred = (x.flatten(2) - mean.unsqueeze(-1)).mul_(g.flatten(2))
         return centred.sum(2) * rstd, g.flatten(2).sum(2)
     rows = (1, channels[0] * channels[1], -1)
-    mean = mean.expand(channels).reshape(-1).contiguous()  # the kernel takes no strides
+    mean, rstd = (t.repeat(channels[0]) if t.dim() == 1 else t.reshape(-1) for t in (mean, rstd))  # takes no strides
     _, weighted, plain = torch.ops.aten.native_batch_norm_backward(
         g.view(rows),
         x.view(rows),
-        torch.ones_like(mean),  # no factor in these sums; but CUDA's kernel reads its device and type
+        mean,  # a weight is no factor in these sums; but CUDA's kernel reads its device and type
         None,
         None,
         mean,
-        rstd.expand(channels).reshape(-1).contiguous(),
+        rstd,
         True,
         0.0,
         [False, True, True],

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexedDataset, with_index
+from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexedDataset, keep_index, with_index
 from hf_clars.per_sample.log import PerSampleLog
 from hf_clars.per_sample.measures import QUANTILES, StepMeasures
 from hf_clars.per_sample.monitor import NormMonitor
@@ -36,6 +36,7 @@ __all__ = [
     "Spike",
     "SpikeRule",
     "StepMeasures",
+    "keep_index",
     "rank_samples",
     "unbiased_moments",
     "with_index",

@@ -91,10 +91,14 @@ class AttachedNorms:
         if paused:
             self._norms.pause()
 
-    def pause(self) -> None:
-        """A measured step is over: let go of it, and do nothing until `resume()`."""
+    def pause(self, *, stay: bool = False) -> None:
+        """A measured step is over: let go of it, and do nothing until `resume()`.
+
+        Args:
+            stay: Leave the hooks on the model, as where every step is measured: placing them takes its time.
+        """
         if not self.paused:
-            self.hooks_stay = self._norms.meets_compiler
+            self.hooks_stay = stay or self._norms.meets_compiler
         self.paused = True
         self._passes.clear()
         self._open = _Open()

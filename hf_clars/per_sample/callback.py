@@ -36,7 +36,8 @@ class PerSampleNormsCallback(TrainerCallback):
     the model's values, and tensorboard, trackio and wandb, where `report_to` names them, those of each layer too.
 
     To have the hardest examples by their index in the data set, train on `with_index(dataset)` and set
-    `remove_unused_columns=False`; the column is taken out of the batch before the model sees it.
+    `remove_unused_columns=False`; the column is taken out of the batch before the model sees it. TRL's collators drop
+    it: `trainer.data_collator = keep_index(trainer.data_collator)`.
 
     Args:
         every: Steps between two measured ones; the first is measured too. Default 50.
@@ -237,7 +238,8 @@ class PerSampleNormsCallback(TrainerCallback):
             self._told = True
             logger.warning(
                 "Batches have no column %r, so the hardest examples are named by process, micro-batch and row only: "
-                "train on hf_clars.per_sample.with_index(dataset), with remove_unused_columns=False.",
+                "train on hf_clars.with_index(dataset), with remove_unused_columns=False, and where the collator drops "
+                "the column, with trainer.data_collator = hf_clars.keep_index(trainer.data_collator).",
                 self._settings["index_column"],
             )
         if self._reporter is not None and state.is_world_process_zero:

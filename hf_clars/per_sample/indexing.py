@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -50,7 +50,8 @@ def with_index(dataset: Any, column: str = INDEX_COLUMN) -> Any:
     """The same data set with a column that holds each sample's index.
 
     Trainer drops columns that the model's `forward` does not name: set `remove_unused_columns=False` beside it. The
-    callback takes the column out of the batch before the model sees it.
+    callback takes the column out of the batch before the model sees it. A collator of your own must keep it, see
+    `keep_index`.
 
     Args:
         dataset: A `datasets.Dataset`, or any map-style data set of mappings.
@@ -71,12 +72,47 @@ def with_index(dataset: Any, column: str = INDEX_COLUMN) -> Any:
     return IndexedDataset(dataset, column)
 
 
+class keep_index:
+    """A collator that keeps the index column, around one that drops what it does not know.
+
+    TRL's do, so before `trainer.train()`::
+
+        trainer.data_collator = keep_index(trainer.data_collator)
+
+    Args:
+        collate: Makes a batch, a mapping, of a list of items, one sample each.
+        column: The index's name.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], column: str = INDEX_COLUMN) -> None:
+        self.collate, self.column = collate, column
+
+    def __call__(self, items: list[Any]) -> Any:
+        """The batch, and the index of each item where items have one."""
+        bare = [without_column(item, self.column) for item in items]
+        batch = self.collate(bare)
+        if all(isinstance(item, Mapping) and self.column in item for item in items):
+            batch[self.column] = torch.as_tensor([item[self.column] for item in items])
+        return batch
+
+
+def without_column(item: Any, column: str) -> Any:
+    """An item without its index, if it has one."""
+    known = isinstance(item, Mapping) and column in item
+    return {name: value for name, value in item.items() if name != column} if known else item
+
+
 def checked_length(dataset: Any) -> int:
     """The length of a map-style data set.
 
     Raises:
-        DataError: If it has none, or no items by number.
+        DataError: If it has none, or no items by number, or is a mapping (of splits, or of columns).
     """
+    if isinstance(dataset, Mapping):
+        raise DataError(
+            f"The data set is a {type(dataset).__name__} with the keys {', '.join(map(str, list(dataset)[:5]))}, and "
+            "has no items by number: give one of its splits, or datasets.Dataset.from_dict(...) of its columns."
+        )
     try:
         length = len(dataset)
     except TypeError:
@@ -89,7 +125,8 @@ def checked_length(dataset: Any) -> int:
     return length
 
 
-def _takes(model: nn.Module, name: str) -> bool:
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward has a parameter of that name."""
     try:
         return name in signature(model.forward).parameters
     except (TypeError, ValueError):  # a forward that is not Python's
@@ -133,7 +170,7 @@ class IndexTaker:
     def __init__(self, model: nn.Module, column: str, receive: Any) -> None:
         self._column = column
         self._receive = receive
-        self._wanted = _takes(model, column)
+        self._wanted = takes(model, column)
         self._handle: RemovableHandle | None = model.register_forward_pre_hook(
             BoundHook(self._take), with_kwargs=True, prepend=True
         )

@@ -221,7 +221,7 @@ class NormMonitor:
             if self.ended is None:
                 with self._guarded():
                     local = self._attached.read()
-            self._attached.pause()
+            self._attached.pause(stay=self.every == 1)
         if self._any_process_failed(local is None or self.ended is not None) or local is None:
             self._detach()
             return None

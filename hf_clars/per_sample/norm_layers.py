@@ -60,12 +60,12 @@ class Coupling:
     """
 
     def __init__(self, model: nn.Module, *, tell: bool) -> None:
-        self._model, self._tell = model, tell
+        self._batch_norms = [(n, m) for n, m in model.named_modules() if isinstance(m, BATCH_NORM_MODULES)]
+        self._tell = tell
 
     def none(self) -> bool:
         """Whether there is none now."""
-        found = ((n, m) for n, m in self._model.named_modules() if isinstance(m, BATCH_NORM_MODULES) and m.training)
-        name = next((n or type(m).__name__ for n, m in found), None)
+        name = next((n or type(m).__name__ for n, m in self._batch_norms if m.training), None)
         if name is not None and self._tell:
             self._tell = False
             logger.warning(

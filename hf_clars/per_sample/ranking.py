@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from hf_clars.errors import DataError
 from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms.pytree import map_tensors
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
-from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexedDataset, checked_length
+from hf_clars.per_sample.indexing import INDEX_COLUMN, checked_length, takes, without_column
 from hf_clars.per_sample.losses import LossesOf, sample_losses
 from hf_clars.records.files import write_complete
 
@@ -53,11 +54,13 @@ def rank_samples(
 
     Args:
         model: The model, on the device to use.
-        dataset: Any map-style data set; its items are what `collate` takes.
+        dataset: Any map-style data set; its items are what `collate` takes. A column that `with_index` has added is
+            left out of them, unless the model's forward names it.
         batch_size: Samples a pass. Default 32.
         losses: Function of model and batch that returns each sample's loss, [B]. Default: cross-entropy of `logits`
             and `labels`, by token for language models, checked against the model's own loss.
-        collate: Makes a batch (a mapping of tensors) of a list of items. Default: transformers' default collator.
+        collate: Makes a batch (a mapping of tensors) of a list of items. Default: transformers' default collator,
+            which takes mappings.
         indices: Rank only these. Default: all.
         layers: What the norm of a layer is taken over, see `hf_clars.param_layers`.
         per_layer: Also a column for each layer, `norm/<layer>`. Default False.
@@ -69,7 +72,8 @@ def rank_samples(
         A `datasets.Dataset` with the columns `index` (int64), `loss` and `norm` (float64), in the order of the indices.
 
     Raises:
-        DataError: For a data set without a length, indices outside of it, or an `output` that holds another ranking.
+        DataError: For a data set without a length, indices outside of it, items that are no mappings without
+            `collate`, a model without trainable parameters, or an `output` that holds another ranking.
         UnknownLossError: If each sample's loss cannot be told from what the model returns.
         HfClarsError: As `PerSampleGradNorms` raises, for a model that it cannot measure.
     """
@@ -82,13 +86,16 @@ def rank_samples(
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}: give a positive number of samples.")
     partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
-    head = {} if output is None else _head(model, dataset, wanted, [x.name for x in partition] if per_layer else [])
+    if not partition:
+        raise DataError(f"{type(model).__name__} has no trainable parameter whose gradients could be ranked by.")
+    columns = [f"norm/{layer.name}" for layer in partition] if per_layer else []
+    head = {} if output is None else _head(model, dataset, wanted, columns, (losses, collate))
     store = _Store(output, head)
     todo = wanted[store.rows :]
     loader = DataLoader(
-        _Chosen(IndexedDataset(dataset), todo),
+        _Chosen(dataset, todo),
         batch_size=batch_size,
-        collate_fn=_Collate(collate),
+        collate_fn=_Collate(collate, index_wanted=takes(model, INDEX_COLUMN)),
         num_workers=num_workers,
     )
     bar = tqdm(total=len(wanted), initial=store.rows, unit="sample", desc="Ranking", disable=not progress)
@@ -97,10 +104,8 @@ def rank_samples(
             store.add(_measured(model, norms, losses, index, batch, per_layer))
             bar.update(len(index))
     store.flush()
-    tables = store.tables()
-    if not tables:
-        return Dataset.from_dict({"index": [], "loss": [], "norm": []})
-    return concatenate_datasets([Dataset(table) for table in tables])
+    nothing = {"index": np.empty(0, np.int64)} | {name: np.empty(0) for name in ("loss", "norm", *columns)}
+    return concatenate_datasets([Dataset(table) for table in store.tables() or [pa.table(nothing)]])
 
 
 def _measured(
@@ -113,7 +118,7 @@ def _measured(
 ) -> dict[str, np.ndarray]:
     """The columns of one batch."""
     device = next(model.parameters()).device
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    moved = map_tensors(lambda t: t.to(device), batch)
     with torch.enable_grad():
         found = losses(model, moved)
         if found.shape != (len(index),):
@@ -151,33 +156,43 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 
 
 class _Chosen(torch.utils.data.Dataset[Any]):
-    def __init__(self, dataset: IndexedDataset, indices: list[int]) -> None:
+    """Some items of a data set, each with its index."""
+
+    def __init__(self, dataset: Any, indices: list[int]) -> None:
         self.dataset, self.indices = dataset, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        return self.dataset[self.indices[place]]
+    def __getitem__(self, place: int) -> tuple[int, Any]:
+        index = self.indices[place]
+        return index, self.dataset[index]
 
 
 class _Collate:
     """Keeps the indices apart from what the user's collator sees."""
 
-    def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]] | None) -> None:
-        self._collate = collate
+    def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]] | None, *, index_wanted: bool) -> None:
+        self._collate, self._index_wanted = collate, index_wanted
 
-    def __call__(self, items: list[dict[str, Any]]) -> tuple[Tensor, Mapping[str, Any]]:
-        index = torch.tensor([item[INDEX_COLUMN] for item in items])
-        bare = [{name: value for name, value in item.items() if name != INDEX_COLUMN} for item in items]
-        if self._collate is None:
-            from transformers import default_data_collator
+    def __call__(self, items: list[tuple[int, Any]]) -> tuple[Tensor, Mapping[str, Any]]:
+        index = torch.tensor([number for number, _ in items])
+        bare = [item if self._index_wanted else without_column(item, INDEX_COLUMN) for _, item in items]
+        if self._collate is not None:
+            return index, self._collate(bare)
+        if not isinstance(bare[0], Mapping):
+            raise DataError(
+                f"Item {items[0][0]} of the data set is a {type(bare[0]).__name__}, and no mapping: give collate=, a "
+                "function that makes a batch (a mapping of tensors) of a list of items."
+            )
+        from transformers import default_data_collator
 
-            return index, default_data_collator(bare)
-        return index, self._collate(bare)
+        return index, default_data_collator(bare)
 
 
-def _head(model: nn.Module, dataset: Any, indices: list[int], layers: list[str]) -> dict[str, Any]:
+def _head(
+    model: nn.Module, dataset: Any, indices: list[int], columns: list[str], functions: Sequence[Any]
+) -> dict[str, Any]:
     """What tells one ranking from another."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -188,9 +203,19 @@ def _head(model: nn.Module, dataset: Any, indices: list[int], layers: list[str])
         "samples": len(dataset),
         "indices": hashlib.sha256(np.asarray(indices, np.int64).tobytes()).hexdigest(),
         "weights": weights.hexdigest(),
-        "layers": layers,
+        "layers": [name.removeprefix("norm/") for name in columns],
         "data": _look_of(dataset, indices),
+        "functions": [_name_of(function) for function in functions],
     }
+
+
+def _name_of(function: Any) -> str:
+    """What `losses=` and `collate=` are told by: their name, and the code of functions."""
+    from datasets.fingerprint import Hasher
+
+    named = function if hasattr(function, "__qualname__") else type(function)
+    code = getattr(function, "__code__", None)
+    return f"{named.__module__}.{named.__qualname__}" + ("" if code is None else f" {Hasher.hash(code)}")
 
 
 def _look_of(dataset: Any, indices: list[int]) -> str:

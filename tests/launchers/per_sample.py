@@ -22,6 +22,14 @@ from tests.trainer_kit import Images, Plain, plain_args
 CLIPPED = {"learning_rate": 1e-3, "optim": "adamw_torch", "max_grad_norm": 1e-2}
 
 
+WITHOUT_ZERO = {
+    "zero_optimization": {"stage": 0},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+
+
 class Head(Plain):
     """Says that it takes no num_items_in_batch, as Trainer wants of such a head."""
 
@@ -107,4 +115,11 @@ def main(out, stage):
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     low = {"fp16": True, "deepspeed": fp16(stage), **CLIPPED}
     found["fp16"] = measures(out / "fp16", 2, model=Low, settings=low, strict=True)
+    unset_hf_deepspeed_config()
+    if stage == 1:  # once: DeepSpeed without ZeRO is the same beside any
+        found["without zero"] = measures(out / "refused", 2, settings={"deepspeed": WITHOUT_ZERO})
+        unset_hf_deepspeed_config()
+        found["norms alone"] = measures(
+            out / "alone", 2, settings={"deepspeed": WITHOUT_ZERO}, noise_scale=False, strict=True
+        )
     torch.save(found, out / f"{rank}.pt")
