@@ -115,8 +115,10 @@ class HookedNorms(NormAccumulator):
         self._compiled.join(forward_pass, args, kwargs)  # first: its operations are none of the graph's
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
         before, self._trained = self._trained, [p.requires_grad for p in self._layer_of]
-        if not self._learned or before != self._trained or self._finder.asks_for_data or mixed:
-            self._following.begin(tensors_in((args, kwargs)), forward_pass.batch_size)
+        given = list(tensors_in((args, kwargs)))
+        other = self._finder.given.look(given, forward_pass.batch_size)
+        if not self._learned or before != self._trained or self._finder.asks_for_data or mixed or other:
+            self._following.begin(given, forward_pass.batch_size, self._finder.given.loose)
         else:
             self._graphs.begin(forward_pass)
 

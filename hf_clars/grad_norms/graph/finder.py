@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
-from hf_clars.grad_norms.graph.places import ContainerCall, announce, place_of, reaches
+from hf_clars.grad_norms.graph.places import ContainerCall, announce, inner_roots, place_of, reaches
 from hf_clars.grad_norms.graph.proofs import Proofs
-from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, WorstPlaces
+from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.one_product import OWN_NODES
@@ -41,6 +41,7 @@ class GraphFinder:
     Attributes:
         unknown: Whether something was met that is not known, so that the next pass must follow the data.
         moves_rows: Whether the model gives rows other places.
+        given: What is known of the tensors that it is called with.
         gated: Modules whose results are kept as gates from now on.
     """
 
@@ -58,6 +59,7 @@ class GraphFinder:
         self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
         self.moves_rows = False
         self._moved = WorstPlaces()
+        self.given = GivenRows()
         self._followed = 0
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
         self._layouts_now: dict[Node, list[Layout | None]] = {}
@@ -105,12 +107,19 @@ class GraphFinder:
         self._layouts_now.clear()
         for _ in range(4):
             walk = self._walk(forward_pass, outputs, taint)
+            if walk.lost and self.unknown:
+                # What is not known to take the data must have taken it before: these belong to samples.
+                ends = {node for node, k in walk.lost if _has_rows(node, k, forward_pass.batch_size)}
+                inner = inner_roots([t for t in outputs if t.grad_fn not in ends], forward_pass.batch_size)
+                walk = self._walk(forward_pass, outputs, taint, ends | {edge.node for edge, _ in inner})
             unproven = [c for c in forward_pass.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
             if not unproven and not unknown:
                 break
             if not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
+        loose = any(use.moved == MOVED for use in walk.uses)
+        self.moves_rows |= loose or any(c.plan.moved and not c.cancelled for c in forward_pass.rule_calls)
         measured: list[MeasuredUse] = []
         gates: dict[ContainerCall, Gate] = {}
         for use in walk.uses:
@@ -124,7 +133,13 @@ class GraphFinder:
         self._layouts_now.clear()
         return measured, list(gates.values())
 
-    def _walk(self, forward_pass: ForwardPass, outputs: Sequence[Tensor], taint: DataTaint | None) -> GraphWalk:
+    def _walk(
+        self,
+        forward_pass: ForwardPass,
+        outputs: Sequence[Tensor],
+        taint: DataTaint | None,
+        on_data: Collection[Node] = (),
+    ) -> GraphWalk:
         regions = {
             edge.node: Region(set(c.wanted.values()), c.input_node)
             for c in forward_pass.rule_calls
@@ -134,7 +149,7 @@ class GraphFinder:
         walk = GraphWalk(
             lambda leaf: None if (param := self.param_of(leaf)) in forward_pass.compiled else param,
             regions,
-            lambda node, signature: self._is_data(node, signature, taint, forward_pass.batch_size),
+            lambda node, signature: node in on_data or self._is_data(node, signature, taint, forward_pass.batch_size),
             self._whole.__contains__,
             forward_pass.batch_size,
             OWN_NODES,
@@ -281,6 +296,11 @@ class GraphFinder:
                 return container
         self.unknown = True
         raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), forward_pass.batch_size)
+
+
+def _has_rows(node: Node, output: int, batch: int) -> bool:
+    """Whether a value looks as if it had a row for every sample; one sample's have no need to."""
+    return batch == 1 or (shape_at(node, output) or ())[:1] == (batch,)
 
 
 def _key(use: Use) -> tuple[object, ...]:

@@ -103,6 +103,8 @@ class GraphWalk:
         uses: What was found.
         couplings: BatchNorm's operations.
         once: Whether a part of the graph can be differentiated only once, or not by the engine alone.
+        lost: What looks as if it were made of parameters alone, and is what the model returned, or what a call that a
+            rule measures was made on.
     """
 
     param_of: Callable[[Tensor], nn.Parameter | None]
@@ -115,6 +117,7 @@ class GraphWalk:
     uses: list[Use] = field(default_factory=list)
     couplings: list[Node] = field(default_factory=list)
     once: bool = False
+    lost: set[Edge] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._own: dict[Node, Signature | None] = {}
@@ -126,6 +129,8 @@ class GraphWalk:
         for root in outputs:
             if root.grad_fn is not None:
                 self._visit(root.grad_fn)
+                if self._leaves.get(root.grad_fn):
+                    self.lost.add((root.grad_fn, root.output_nr))
 
     def _visit(self, root: Node) -> None:
         """Depth first, children before parents, without recursion."""
@@ -165,10 +170,14 @@ class GraphWalk:
             self.couplings.append(node)
         elif name.startswith(_ONCE):
             self.once = True
-        if name in self.measured_by_itself:
-            return
         own = [(i, child, k) for i, (child, k) in enumerate(children) if child is not None and self._own[child]]
         if not own:
+            return
+        covered = self._covered.get(node, ())
+        if name in self.measured_by_itself:
+            self.lost |= {
+                (child, k) for _, child, k in own if any(p not in covered for p in self._leaves[child].values())
+            }
             return
         parts = tuple(None if child is None else self._own[child] for child, _ in children)
         all_own = len(own) == sum(child is not None for child, _ in children)
@@ -178,7 +187,6 @@ class GraphWalk:
             self._own[node] = signature
             self._leaves[node] = {v: p for _, child, _ in own for v, p in self._leaves[child].items()}
             return
-        covered = self._covered.get(node, ())
         for i, child, k in own:
             leaves = {v: p for v, p in self._leaves[child].items() if p not in covered}
             if leaves:
