@@ -56,6 +56,7 @@ class GraphFinder:
         self._takes_data: dict[Signature, bool] = {}
         self._mixed: set[Signature] = set()
         self._whole: set[Signature] = set()
+        self._tables: set[Signature] = set()
         self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
         self.moves_rows = False
         self._moved = WorstPlaces()
@@ -105,13 +106,12 @@ class GraphFinder:
             self.moves_rows |= taint.moves
             self._followed += 1
         self._layouts_now.clear()
-        for _ in range(4):
+        for _ in range(6):
             walk = self._walk(forward_pass, outputs, taint)
-            if walk.lost and self.unknown:
+            if walk.lost or (walk.bare and self.unknown):
                 # What is not known to take the data must have taken it before: these belong to samples.
-                ends = {node for node, k in walk.lost if _has_rows(node, k, forward_pass.batch_size)}
-                inner = inner_roots([t for t in outputs if t.grad_fn not in ends], forward_pass.batch_size)
-                walk = self._walk(forward_pass, outputs, taint, ends | {edge.node for edge, _ in inner})
+                inner = inner_roots(outputs, forward_pass.batch_size) if self.unknown else []
+                walk = self._walk(forward_pass, outputs, taint, walk.lost | {edge.node for edge, _ in inner})
             unproven = [c for c in forward_pass.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
             if not unproven and not unknown:
@@ -159,6 +159,8 @@ class GraphFinder:
         return walk
 
     def _is_data(self, node: Node, signature: Signature, taint: DataTaint | None, batch: int) -> bool:
+        if any((signature[0], i, part) in self._tables for i, part in enumerate(signature[1:])):
+            return False
         known = self._takes_data.get(signature)
         if taint is not None:
             found = node in taint.nodes
@@ -190,8 +192,9 @@ class GraphFinder:
             return known if fits else None
         if key in self._gate_of:
             return [None for _ in shapes]
-        spreads = use.moved or use.node.name().startswith(SPREADS)
-        if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not is_open(shapes[0], batch) and not spreads:
+        by_numbers = use.node.name() in _BY_INDEX and len(shapes[0]) == 2  # [B], or of as many positions
+        doubtful = use.moved or by_numbers or use.node.name().startswith(SPREADS)
+        if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not is_open(shapes[0], batch) and not doubtful:
             return [Layout()]
         return None
 
@@ -246,6 +249,11 @@ class GraphFinder:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
             return True
+        looked_up = use.node.name() in _BY_INDEX and use.key not in self._tables
+        if looked_up and all(f is not None and not f.layouts and f.everywhere() for f in found):
+            # Rows by numbers that all samples share, as those of positions: the use is where they meet the samples.
+            self._tables.add(use.key)
+            return True
         layouts: list[Layout | None] = []
         for shape, f in zip(shapes, found, strict=True):
             if f is not None and f.layouts:
@@ -296,11 +304,6 @@ class GraphFinder:
                 return container
         self.unknown = True
         raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), forward_pass.batch_size)
-
-
-def _has_rows(node: Node, output: int, batch: int) -> bool:
-    """Whether a value looks as if it had a row for every sample; one sample's have no need to."""
-    return batch == 1 or (shape_at(node, output) or ())[:1] == (batch,)
 
 
 def _key(use: Use) -> tuple[object, ...]:
