@@ -16,7 +16,7 @@ from hf_clars.grad_norms.explanation import CallTimes, LearnedWays
 from hf_clars.grad_norms.forward_pass import ForwardPass, asked_inside, differentiating
 from hf_clars.grad_norms.graph.finder import GraphFinder
 from hf_clars.grad_norms.graph.known import KnownGraphs
-from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, watch
+from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, count_repeated, watch
 from hf_clars.grad_norms.graph.places import ContainerCall
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
@@ -264,6 +264,8 @@ class HookedNorms(NormAccumulator):
         for gate in gates:
             forward_pass.gates.append(gate)
             gate.watch(forward_pass, self._deliver)
+        if again:
+            count_repeated(forward_pass)
         right = [call for call in forward_pass.rule_calls if not call.cancelled]
         for call in right:
             self._ever_captured.update(call.wanted.values())
