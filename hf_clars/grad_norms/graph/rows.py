@@ -120,6 +120,8 @@ def taken_rows(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     items = index if isinstance(index, tuple | list) and not _is_numbers(index) else (index,)
     leading = []
     for item in items:
+        if item is None:  # a new axis
+            continue
         if isinstance(item, Tensor) and item.dtype == torch.bool and item.dim():
             leading += list(item.nonzero().unbind(1)) if not item.is_meta else [item]
         elif isinstance(item, Tensor) or _is_numbers(item):
