@@ -134,3 +134,38 @@ def test_it_is_exact(kind):
 
 def loss_of(model, x):
     return (model(x) * torch.linspace(-1, 2, B, dtype=torch.float64)).sin().sum(1)
+
+
+class GivenPositions(nn.Module):
+    """Numbers of positions are given; a bare table, or one with a rule, is looked up by them."""
+
+    def __init__(self, bare):
+        super().__init__()
+        self.bare, self.table = bare, nn.Embedding(8, 4)
+        self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x, positions):
+        rows = self.table.weight[positions] if self.bare else self.table(positions)
+        return self.last(self.inner(x + rows).tanh()).mean(1)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("shape", [(4,), (8,), (7,), (1, 7), (4, 4)])
+def test_positions_that_are_given(shape, bare):
+    """They may be as many as the samples, and need no pass for each."""
+    torch.manual_seed(0)
+    model = GivenPositions(bare).double()
+    positions = torch.arange(shape[-1]).expand(shape)
+
+    def loss_of(m, x):
+        return (m(x, positions) * torch.tensor([1.0, -2.0], dtype=x.dtype)).sin().sum(1)
+
+    with PerSampleGradNorms(model) as norms:
+        for _ in range(4):
+            x = torch.randn(4, shape[-1], 4, dtype=torch.float64)
+            want = one_by_one(model, lambda m, i, x=x: loss_of(m, x)[i], 4)
+            model.zero_grad()
+            loss_of(model, x).mean().backward()
+            for name, expected in layer_norms(want, norms.layers).items():
+                torch.testing.assert_close(norms.per_sample[name], expected, rtol=1e-9, atol=1e-12)

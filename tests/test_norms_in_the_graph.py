@@ -130,10 +130,10 @@ class Standardized(nn.Module):
 class Checkpointed(nn.Module):
     """Bare scales inside an activation checkpoint."""
 
-    def __init__(self, reentrant):
+    def __init__(self, reentrant, inner=None):
         super().__init__()
         self.reentrant, self.embed, self.head = reentrant, nn.Linear(5, 5), nn.Linear(5, 4)
-        self.block = Around(Scale())
+        self.block = Around(inner or Scale())
 
     def forward(self, x):
         hidden = self.embed(x)
@@ -160,6 +160,15 @@ class Scale(nn.Module):
         return self.inner(torch.tanh(x) * self.gain) + self.shift
 
 
+class Steps(Scale):
+    """Takes its scale at each of some steps, and a layer's weight beside the layer."""
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.tanh(x) * self.gain + self.shift
+        return self.inner(x) + functional.linear(x, self.inner.weight)
+
+
 def vectors():
     return torch.randn(B, 5)
 
@@ -181,6 +190,7 @@ CASES = {
     "a standardized weight": (lambda: Standardized().eval(), lambda: torch.randn(B, 2, 5, 5)),
     "checkpointing": (lambda: Checkpointed(False), vectors),
     "reentrant checkpointing": (lambda: Checkpointed(True), vectors),
+    "reentrant checkpointing of steps": (lambda: Checkpointed(True, Steps()), vectors),
 }
 
 

@@ -16,7 +16,7 @@ from hf_clars.grad_norms.explanation import CallTimes, LearnedWays
 from hf_clars.grad_norms.forward_pass import ForwardPass, asked_inside, differentiating
 from hf_clars.grad_norms.graph.finder import GraphFinder
 from hf_clars.grad_norms.graph.known import KnownGraphs
-from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, watch
+from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, count_repeated, watch
 from hf_clars.grad_norms.graph.places import ContainerCall
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
@@ -115,8 +115,10 @@ class HookedNorms(NormAccumulator):
         self._compiled.join(forward_pass, args, kwargs)  # first: its operations are none of the graph's
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
         before, self._trained = self._trained, [p.requires_grad for p in self._layer_of]
-        if not self._learned or before != self._trained or self._finder.asks_for_data or mixed:
-            self._following.begin(tensors_in((args, kwargs)), forward_pass.batch_size)
+        given = list(tensors_in((args, kwargs)))
+        other = self._finder.given.look(given, forward_pass.batch_size)
+        if not self._learned or before != self._trained or self._finder.asks_for_data or mixed or other:
+            self._following.begin(given, forward_pass.batch_size, self._finder.given.loose)
         else:
             self._graphs.begin(forward_pass)
 
@@ -262,6 +264,8 @@ class HookedNorms(NormAccumulator):
         for gate in gates:
             forward_pass.gates.append(gate)
             gate.watch(forward_pass, self._deliver)
+        if again:
+            count_repeated(forward_pass)
         right = [call for call in forward_pass.rule_calls if not call.cancelled]
         for call in right:
             self._ever_captured.update(call.wanted.values())

@@ -128,15 +128,18 @@ def _decide(
     if moved == MOVED:
         known = None
     always = forward_pass.implicit or not hooked.path or forward_pass.batch_size == 1
-    simple = always or forward_pass.was_given(x)
-    sure = simple or (tainted is True and not moved and not _open(hooked, results[0], forward_pass))
+    simple = always or (forward_pass.was_given(x) and moved != MOVED)
+    # Numbers [B] may be those of B positions.
+    sure = simple or (tainted is True and x.dim() > 1 and not moved and not _open(hooked, results[0], forward_pass))
     lasts = known is not None or always
     if known is None and rows == 1 and sure:
         known = "certain"
         if forward_pass.batch_size > 1 and tainted is not None:
             hooked.calls[key] = known
     plan = CallPlan(hooked, rule, wanted, rows, key=key, axes=axes, layout=Layout(axes[0]))
-    plan.x_depends_on_data, plan.lasts = tainted is not False, lasts
+    # What a module that was never seen is called on may be made of parameters alone, and so may what numbers look up.
+    plan.x_depends_on_data = x.dim() > 1 and (x.dim() in hooked.data_dims if tainted is None else tainted)
+    plan.lasts = lasts
     plan.proven, plan.moved = known is not None or forward_pass.batch_size == 1, moved == MOVED
     if known is not None and rows == 1 and not rule.several_results:
         plan.way = _way(plan, x, output, all_measured=forward_pass.measured == forward_pass.batch_size)

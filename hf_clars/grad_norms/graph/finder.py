@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
-from hf_clars.grad_norms.graph.places import ContainerCall, announce, place_of, reaches
+from hf_clars.grad_norms.graph.places import ContainerCall, announce, inner_roots, place_of, reaches
 from hf_clars.grad_norms.graph.proofs import Proofs
-from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, WorstPlaces
+from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.one_product import OWN_NODES
@@ -41,6 +41,7 @@ class GraphFinder:
     Attributes:
         unknown: Whether something was met that is not known, so that the next pass must follow the data.
         moves_rows: Whether the model gives rows other places.
+        given: What is known of the tensors that it is called with.
         gated: Modules whose results are kept as gates from now on.
     """
 
@@ -55,9 +56,11 @@ class GraphFinder:
         self._takes_data: dict[Signature, bool] = {}
         self._mixed: set[Signature] = set()
         self._whole: set[Signature] = set()
+        self._tables: set[Signature] = set()
         self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
         self.moves_rows = False
         self._moved = WorstPlaces()
+        self.given = GivenRows()
         self._followed = 0
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
         self._layouts_now: dict[Node, list[Layout | None]] = {}
@@ -103,14 +106,20 @@ class GraphFinder:
             self.moves_rows |= taint.moves
             self._followed += 1
         self._layouts_now.clear()
-        for _ in range(4):
+        for _ in range(6):
             walk = self._walk(forward_pass, outputs, taint)
+            if walk.lost or (walk.bare and self.unknown):
+                # What is not known to take the data must have taken it before: these belong to samples.
+                inner = inner_roots(outputs, forward_pass.batch_size) if self.unknown else []
+                walk = self._walk(forward_pass, outputs, taint, walk.lost | {edge.node for edge, _ in inner})
             unproven = [c for c in forward_pass.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
             if not unproven and not unknown:
                 break
             if not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
+        loose = any(use.moved == MOVED for use in walk.uses)
+        self.moves_rows |= loose or any(c.plan.moved and not c.cancelled for c in forward_pass.rule_calls)
         measured: list[MeasuredUse] = []
         gates: dict[ContainerCall, Gate] = {}
         for use in walk.uses:
@@ -124,7 +133,13 @@ class GraphFinder:
         self._layouts_now.clear()
         return measured, list(gates.values())
 
-    def _walk(self, forward_pass: ForwardPass, outputs: Sequence[Tensor], taint: DataTaint | None) -> GraphWalk:
+    def _walk(
+        self,
+        forward_pass: ForwardPass,
+        outputs: Sequence[Tensor],
+        taint: DataTaint | None,
+        on_data: Collection[Node] = (),
+    ) -> GraphWalk:
         regions = {
             edge.node: Region(set(c.wanted.values()), c.input_node)
             for c in forward_pass.rule_calls
@@ -134,7 +149,7 @@ class GraphFinder:
         walk = GraphWalk(
             lambda leaf: None if (param := self.param_of(leaf)) in forward_pass.compiled else param,
             regions,
-            lambda node, signature: self._is_data(node, signature, taint, forward_pass.batch_size),
+            lambda node, signature: node in on_data or self._is_data(node, signature, taint, forward_pass.batch_size),
             self._whole.__contains__,
             forward_pass.batch_size,
             OWN_NODES,
@@ -144,6 +159,8 @@ class GraphFinder:
         return walk
 
     def _is_data(self, node: Node, signature: Signature, taint: DataTaint | None, batch: int) -> bool:
+        if any((signature[0], i, part) in self._tables for i, part in enumerate(signature[1:])):
+            return False
         known = self._takes_data.get(signature)
         if taint is not None:
             found = node in taint.nodes
@@ -175,8 +192,9 @@ class GraphFinder:
             return known if fits else None
         if key in self._gate_of:
             return [None for _ in shapes]
-        spreads = use.moved or use.node.name().startswith(SPREADS)
-        if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not is_open(shapes[0], batch) and not spreads:
+        by_numbers = use.node.name() in _BY_INDEX and len(shapes[0]) == 2  # [B], or of as many positions
+        doubtful = use.moved or by_numbers or use.node.name().startswith(SPREADS)
+        if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not is_open(shapes[0], batch) and not doubtful:
             return [Layout()]
         return None
 
@@ -230,6 +248,11 @@ class GraphFinder:
         if use.node.name().startswith(SPREADS) and found[0] and not found[0].layouts:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
+            return True
+        looked_up = use.node.name() in _BY_INDEX and use.key not in self._tables
+        if looked_up and all(f is not None and not f.layouts and f.everywhere() for f in found):
+            # Rows by numbers that all samples share, as those of positions: the use is where they meet the samples.
+            self._tables.add(use.key)
             return True
         layouts: list[Layout | None] = []
         for shape, f in zip(shapes, found, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -283,6 +284,15 @@ def batched_grads(
         pass
     rows = [grads([m[i] for m in stacks], False) for i in range(len(stacks[0]))]
     return [None if each[0] is None else torch.stack(each) for each in zip(*rows, strict=True)]
+
+
+def count_repeated(forward_pass: ForwardPass) -> None:
+    """A module's graph was made in the backward pass. Its call was counted once, whatever uses there are."""
+    measured = [m.use for m in forward_pass.open_uses.values() if isinstance(m, MeasuredUse)]
+    behind = [use for gate in forward_pass.gates for use in gate.uses for _ in gate.edges]
+    uses = Counter(p for use in (*measured, *behind) for p in use.leaves.values())
+    uses.update(p for c in forward_pass.rule_calls if not (c.cancelled or c.fired) for p in c.wanted.values())
+    forward_pass.several.update(p for p, times in uses.items() if times > 1)
 
 
 def refuse(use: Use, names: str, batch: int) -> BatchAxisError:

@@ -6,13 +6,15 @@ What follows them may be as long as the batch, and its rows are another sample's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SCATTERS = ("index_add", "index_copy", "index_put", "index_fill", "scatter", "masked_scatter", "__setitem__")
-"""How the names of functions begin that write rows back to where they came from."""
+_WRITES = {"index_add": 2, "index_copy": 2, "index_fill": 2, "index_reduce": 2, "scatter": 2, "scatter_add": 2}
+_WRITES |= {"scatter_reduce": 2, "index_put": 1, "masked_scatter": 1, "__setitem__": 1}
+"""Functions that write into what they are called on, and which argument says where; the third follows the axis."""
 
 _ALONG = {"index_select": 1, "gather": 1, "take_along_dim": 2, "roll": 2, "flip": 1, "sort": 1, "topk": 2}
 """Functions that move rows along some axes, and which argument says along which."""
@@ -20,6 +22,7 @@ _ALONG = {"index_select": 1, "gather": 1, "take_along_dim": 2, "roll": 2, "flip"
 _LAST_BY_DEFAULT = ("sort", "topk")
 _ALWAYS = ("take", "masked_select", "flipud", "_pack_padded_sequence")
 _JOINS = ("cat", "concat", "concatenate")
+_TAKES = {"__getitem__": 1, "index_select": 2, "gather": 2, "masked_select": 1}
 _TAKES_APART = {"unbind": 1, "select": 1, "narrow": 1, "split": 2, "chunk": 2, "tensor_split": 2, "vsplit": 0}
 """Functions that give parts of the batch, and which argument says along which axis, if it is not the first."""
 
@@ -46,6 +49,8 @@ def moves_rows(
     if name == "embedding":
         return len(args) > 1 and holds(args[1])
     x = args[0]
+    if name == "repeat_interleave":
+        return _repeats_unevenly(x, args, kwargs, holds)
     if not isinstance(x, Tensor) or not x.dim() or not holds(x):
         return False
     if name in ("matmul", "mm", "__matmul__", "__rmatmul__"):
@@ -63,6 +68,86 @@ def moves_rows(
         along = _axes_of(name, args, kwargs)
         return along is None or not axes.isdisjoint(k % x.dim() for k in along)
     return name in _ALWAYS
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Rows that were taken from a tensor, or written to one.
+
+    Attributes:
+        length: Of the tensor.
+        numbers: [N, axes]: which rows.
+    """
+
+    length: int
+    numbers: Tensor
+
+    def same_as(self, other: Taken) -> bool:
+        """Whether they are the same rows of a tensor as long."""
+        mine, others = self.numbers, other.numbers
+        same = self.length == other.length and mine.shape == others.shape and mine.device == others.device
+        return same and (mine is others or (not mine.is_meta and torch.equal(mine, others)))
+
+
+def is_write(name: str) -> bool:
+    """Whether a function writes into what it is called on."""
+    return name.rstrip("_") in _WRITES or name == "__setitem__"
+
+
+def taken_rows(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Taken]:
+    """Which rows a function takes, or writes; none where it does not go by numbers of rows.
+
+    Args:
+        name: The function's.
+        args: What it is called with, first the tensor.
+        kwargs: The same.
+    """
+    plain = name if name.startswith("__") else name.rstrip("_")
+    place = (_WRITES | _TAKES).get(plain)
+    x = args[0]
+    if place is None or not isinstance(x, Tensor) or not x.dim():
+        return []
+    given = (*args, *(kwargs[k] for k in ("dim", "index", "indices", "mask") if k in kwargs))
+    if len(given) <= place:
+        return []
+    index = given[place]
+    if place == 2:
+        if not isinstance(given[1], int) or given[1] % x.dim() or not isinstance(index, Tensor):
+            return []
+        by_row = index.reshape(len(index), -1) if index.dim() else index.view(1, 1)
+        uniform = by_row.shape[1] > 0 and index.dim() > 1 and index.stride(-1) == 0
+        return [Taken(len(x), by_row[:, :1] if uniform else by_row)]
+    items = index if isinstance(index, tuple | list) and not _is_numbers(index) else (index,)
+    leading = []
+    for item in items:
+        if item is None:  # a new axis
+            continue
+        if isinstance(item, Tensor) and item.dtype == torch.bool and item.dim():
+            leading += list(item.nonzero().unbind(1)) if not item.is_meta else [item]
+        elif isinstance(item, Tensor) or _is_numbers(item):
+            leading.append(torch.as_tensor(item).flatten())
+        elif isinstance(item, int) and not isinstance(item, bool):
+            leading.append(torch.tensor([item]))
+        elif isinstance(item, slice) and not leading and len(range(*item.indices(len(x)))) < len(x):
+            leading.append(torch.arange(*item.indices(len(x))))
+            break
+        else:
+            break
+    if not leading:
+        return []
+    if len({(t.shape, t.device) for t in leading}) > 1:
+        leading = leading[:1]
+    return [Taken(len(x), torch.stack(leading, 1))]
+
+
+def _is_numbers(item: Any) -> bool:
+    return isinstance(item, list) and all(isinstance(i, int) for i in item)
+
+
+def _repeats_unevenly(x: Any, args: Sequence[Any], kwargs: Mapping[str, Any], holds: Callable[[Tensor], bool]) -> bool:
+    """Whether rows, or their numbers, are repeated, each as often as the data say."""
+    repeats = kwargs.get("repeats", args[1] if len(args) > 1 else x)
+    return isinstance(repeats, Tensor) and repeats.numel() > 1 and holds(repeats)
 
 
 def _axes_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:

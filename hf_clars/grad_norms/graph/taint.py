@@ -7,7 +7,7 @@ first few do where rows are given other places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -16,16 +16,24 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from hf_clars.grad_norms.graph.rows import SCATTERS, moves_rows
+from hf_clars.grad_norms.graph.rows import Taken, is_write, moves_rows, taken_rows
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unseen_by_modes, unwrapped
+
+_FILLED = ("empty", "zeros", "ones", "full")
 
 _GIVES_NO_TENSOR = frozenset(
     {"dim", "size", "numel", "stride", "is_floating_point", "is_contiguous", "untyped_storage"}
 )
 
-BROUGHT_BACK, MOVED = 1, 2
-"""Rows that were given other places: and were written back since, so that one look tells; or that may be anywhere."""
+BROUGHT_BACK, MOVED, LOOSE = 1, 2, 3
+"""Rows that were given other places: and were written back since, so that one look tells; or that may be anywhere.
+
+Those of a tensor that was given without an axis of the batch, as the nodes of all graphs, may be anywhere from the
+start, until they meet what has one. So they are told apart here, and taken for `MOVED` by others."""
+
+_BLANK = (*(f"new_{kind}" for kind in _FILLED), *(f"{kind}_like" for kind in _FILLED))
+"""Functions that take of a tensor no more than its type, and perhaps its shape."""
 
 
 class DataTaint(TorchFunctionMode):
@@ -47,6 +55,8 @@ class DataTaint(TorchFunctionMode):
         self.moved_nodes: dict[Node, int] = {}
         self.moves = False
         self._moved: dict[int, int] = {}
+        self._blank: set[int] = set()
+        self._taken: list[tuple[Taken, int]] = []
         self._visited: set[Node] = set()
         # The references keep the keys from being given to other memory; they do not keep the memory.
         self._marked: dict[int, StorageReference] = {}
@@ -57,15 +67,19 @@ class DataTaint(TorchFunctionMode):
             storage = storage_of(t)
             if storage is not None:
                 self._marked[storage.key] = storage
+                self._blank.discard(storage.key)
                 if moved:
                     self._moved[storage.key] = moved
             node = node_of(t)
             if node is not None:
-                self._mark_nodes(node, moved)
+                self._mark_nodes(node, min(moved, MOVED))
 
     def moved(self, t: Tensor) -> int:
         """Where a tensor's rows are: 0 (as the batch's, as far as one can see), `BROUGHT_BACK` or `MOVED`."""
-        storage = storage_of(t) if self.moves else None
+        return min(self._place(t), MOVED)
+
+    def _place(self, t: Tensor) -> int:
+        storage = storage_of(t) if self._moved else None
         return 0 if storage is None else self._moved.get(storage.key, 0)
 
     def holds(self, t: Tensor) -> bool:
@@ -110,21 +124,64 @@ class DataTaint(TorchFunctionMode):
                 self._visited.add(node)
                 if self.holds(t):  # made by somebody's own function, which no mode sees
                     self.nodes.add(node)
+        held = [t for t in taken if self.holds(t)]
+        place = self._rows_after(name, args, kwargs or {}, held) if held else 0
         result = func(*args, **(kwargs or {}))
-        if any(self.holds(t) for t in taken):
-            changed = [args[0]] if name == "__setitem__" else []
-            self.mark(tensors_in((result, changed)), self._rows_after(name, args, kwargs or {}, taken))
+        if held:
+            results = list(tensors_in((result, [args[0]] if name == "__setitem__" else [])))
+            self.mark(results, self._met(held, results) if place == LOOSE else place)
+            if name in _BLANK:
+                self._blank.update(storage.key for t in results if (storage := storage_of(t)) is not None)
         return result
 
-    def _rows_after(self, name: str, args: Any, kwargs: Any, taken: list[Tensor]) -> int:
-        """Where the rows of a function's results are."""
-        if self.batch > 1 and moves_rows(name, args, kwargs, self.batch, self.holds):
+    def _rows_after(self, name: str, args: Any, kwargs: Any, held: list[Tensor]) -> int:
+        """Where the rows of a function's results are; looked at before, as it may change its argument.
+
+        Args:
+            name: The function's.
+            args: What it is called with.
+            kwargs: The same.
+            held: What of it depends on the data.
+        """
+        if self.batch < 2:
+            return 0
+        places = [self._place(t) for t in held]
+        if is_write(name):
+            return self._rows_written(name, args, kwargs, max(places))
+        if moves_rows(name, args, kwargs, self.batch, self.holds):
             self.moves = True
+            self._taken += [(rows, self._place(args[0])) for rows in taken_rows(name, args, kwargs)]
             return MOVED
-        moved = max(map(self.moved, taken)) if self.moves else 0
-        if moved and name.startswith(SCATTERS) and self.moved(taken[0]) != MOVED:
-            return BROUGHT_BACK
-        return moved
+        return max(places)
+
+    def _rows_written(self, name: str, args: Any, kwargs: Any, place: int) -> int:
+        """Rows stay where they are written to. What was blank has only those that come back as they were taken."""
+        into = args[0]
+        storage = storage_of(into)
+        blank = not self.holds(into) or (storage is not None and storage.key in self._blank)
+        if not blank:
+            return max(self.moved(into), min(place, BROUGHT_BACK))
+        written = taken_rows(name, args, kwargs)
+        if not written:
+            return place
+        before = [place for rows, place in self._taken if written[0].same_as(rows)]
+        self.moves |= not before
+        return max(BROUGHT_BACK, *before) if before else MOVED
+
+    def _met(self, held: list[Tensor], results: list[Tensor]) -> int:
+        """Where rows are after some without an axis of the batch were taken: a table of positions keeps the others'."""
+        loose = [t for t in held if self._place(t) == LOOSE]
+        rest = [t for t in held if self._place(t) != LOOSE]
+        moved = max(map(self._place, rest), default=LOOSE)
+        rows = {len(t) for t in results if t.dim()}
+        if any(has_batch_axis(t, self.batch) for t in rest) or rows.isdisjoint(len(t) for t in loose if t.dim()):
+            return moved
+        return LOOSE
+
+
+def has_batch_axis(t: Tensor, batch: int) -> bool:
+    """Whether the batch may be the first axis, or the second as in a recurrent net's state."""
+    return t.dim() > 0 and (len(t) == batch or (t.dim() == 3 and t.shape[1] == batch))
 
 
 def node_of(t: Tensor) -> Node | None:
@@ -154,11 +211,28 @@ class WorstPlaces:
             moves_rows: Whether the model gives rows other places.
         """
         if taint is None:
-            return self._seen.get(key, MOVED) if moves_rows else 0
+            return self._seen.get(key, MOVED if moves_rows else 0)
         place = found(taint)
         if taint.batch > 1:
             self._seen[key] = max(place, self._seen.get(key, 0))
         return place
+
+
+class GivenRows:
+    """Which tensors that a model is called with have no axis of the batch, in any pass: by their number.
+
+    The nodes of all graphs of a batch may be as many as the batch has samples, or a multiple of it, by chance.
+    """
+
+    def __init__(self) -> None:
+        self.loose: set[int] = set()
+
+    def look(self, given: Sequence[Tensor], batch: int) -> bool:
+        """Returns whether one is so for the first time."""
+        now = {i for i, t in enumerate(given) if batch > 1 and t.dim() and not has_batch_axis(t, batch)}
+        new = not now <= self.loose
+        self.loose |= now
+        return new
 
 
 class Following:
@@ -176,11 +250,12 @@ class Following:
         self.taint: DataTaint | None = None
         self.also: Callable[[], None] = lambda: None
 
-    def begin(self, given: Iterable[Tensor], batch: int) -> None:
-        """Follow what depends on these tensors of B samples from now on."""
+    def begin(self, given: Iterable[Tensor], batch: int, loose: Container[int]) -> None:
+        """Follow what depends on these tensors of B samples from now on; on some of them samples have no axis."""
         self.end()
         self.taint = DataTaint(batch)
-        self.taint.mark(given)
+        for i, t in enumerate(given):
+            self.taint.mark([t], LOOSE if i in loose else 0)
         self.taint.__enter__()
 
     def end(self) -> DataTaint | None:

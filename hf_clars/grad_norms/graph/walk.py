@@ -103,6 +103,8 @@ class GraphWalk:
         uses: What was found.
         couplings: BatchNorm's operations.
         once: Whether a part of the graph can be differentiated only once, or not by the engine alone.
+        lost: Operations that look as if they took parameters alone, although a rule's call is made on what they give.
+        bare: Whether something that the model returned looks so.
     """
 
     param_of: Callable[[Tensor], nn.Parameter | None]
@@ -115,6 +117,8 @@ class GraphWalk:
     uses: list[Use] = field(default_factory=list)
     couplings: list[Node] = field(default_factory=list)
     once: bool = False
+    lost: set[Node] = field(default_factory=set)
+    bare: bool = False
 
     def __post_init__(self) -> None:
         self._own: dict[Node, Signature | None] = {}
@@ -126,6 +130,7 @@ class GraphWalk:
         for root in outputs:
             if root.grad_fn is not None:
                 self._visit(root.grad_fn)
+                self.bare |= bool(self._leaves.get(root.grad_fn))
 
     def _visit(self, root: Node) -> None:
         """Depth first, children before parents, without recursion."""
@@ -165,10 +170,12 @@ class GraphWalk:
             self.couplings.append(node)
         elif name.startswith(_ONCE):
             self.once = True
-        if name in self.measured_by_itself:
-            return
         own = [(i, child, k) for i, (child, k) in enumerate(children) if child is not None and self._own[child]]
         if not own:
+            return
+        covered = self._covered.get(node, set())
+        if name in self.measured_by_itself:
+            self.lost |= {child for _, child, _ in own if not covered >= set(self._leaves[child].values())}
             return
         parts = tuple(None if child is None else self._own[child] for child, _ in children)
         all_own = len(own) == sum(child is not None for child, _ in children)
@@ -178,7 +185,6 @@ class GraphWalk:
             self._own[node] = signature
             self._leaves[node] = {v: p for _, child, _ in own for v, p in self._leaves[child].items()}
             return
-        covered = self._covered.get(node, ())
         for i, child, k in own:
             leaves = {v: p for v, p in self._leaves[child].items() if p not in covered}
             if leaves:
