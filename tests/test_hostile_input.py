@@ -33,7 +33,7 @@ from hf_clars.records import (
     load_optimizer_state,
     save_optimizer_state,
 )
-from hf_clars.records.differences import weight_differences
+from hf_clars.records.differences import described_file, tensor_differences
 from hf_clars.trainer.config import parse_config
 from tests.image_files import picture
 from tests.trainer_kit import Plain
@@ -151,7 +151,7 @@ class Cases:
 
     def weights_file(self, chance: random.Random) -> None:
         content = hostile_header(chance) if chance.random() < 0.5 else mutated(chance, self.weights)
-        assert isinstance(weight_differences([self._with(content)], self.model), list)
+        assert isinstance(tensor_differences(described_file(self._with(content)), self.model), list)
 
     def manifest(self, chance: random.Random) -> None:
         good = {"format": checkpoints.FORMAT, "version": "1", "settings": {"a": 1}, "files": {"case": 3, "x/y": 2}}

@@ -313,11 +313,6 @@ class LayerwiseOptimizer(GroupedOptimizer):
         """Whether steps measure the share of signal, and so log it."""
         return False
 
-    @property
-    def measures_norms(self) -> bool:
-        """Whether steps measure norms of the gradient, and so are held when one is not finite: all methods do."""
-        return True
-
     @abstractmethod
     def _measure(self, tensors: StepTensors) -> LayerMeasures:
         """The step's norms and rates."""

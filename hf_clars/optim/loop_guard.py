@@ -96,7 +96,6 @@ class LoopGuard:
         self._handles: list[RemovableHandle] = []
         self._watch_weights = True
         self._watch_loss = True
-        self.forward_seen = False
         self.attach(model)
 
     def attach(self, model: nn.Module) -> None:
@@ -131,7 +130,6 @@ class LoopGuard:
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.is_grad_enabled():
             return
-        self.forward_seen = True
         prepare = self._before_forward()
         if prepare is not None:
             prepare()
@@ -232,7 +230,6 @@ class LoopGuard:
             self._watch_weights = False
             self._places.clear()
             self._steps.remove()
-        self.forward_seen = False
         self.scale.stepped()
 
     @property

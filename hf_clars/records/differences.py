@@ -21,25 +21,6 @@ SHOWN = 3
 Described = tuple[tuple[int, ...], str]
 
 
-def weight_differences(paths: Iterable[Path], model: nn.Module) -> list[str]:
-    """Compare the tensors of safetensors files with a model's by name, shape and dtype; nothing is loaded.
-
-    Args:
-        paths: The files of one checkpoint.
-        model: The model that is to be filled.
-
-    Returns:
-        One entry a difference; empty when the files fill the model.
-
-    Raises:
-        RecordError: A file is damaged.
-    """
-    found: dict[str, Tensor] = {}
-    for path in paths:
-        found |= described_file(path)
-    return tensor_differences(found, model)
-
-
 def tensor_differences(given: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     """Compare tensors with those of a model's state dict by name, shape and dtype.
 

@@ -23,7 +23,7 @@ from research.cifar10.tables import agreement, heading, method_table, named, num
 from research.cifar10.verdict import HEADLINES, decide, in_setting, words
 
 RULE = Path(__file__).with_name("verdict.yaml")
-EPOCHS = 12
+FULL, SMALL = (16, 12), (8, 4)  # width and epochs of ResNet-8: the study's, and what a CPU can do of it
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[str]:
@@ -53,9 +53,10 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
     if lines := by_batch(gpu) or by_batch(given):
         best = envelope(gpu if by_batch(gpu) else given)
         picture("batches.png", figures.plot_batches, lines, best, "Each method tuned at each batch size, one seed")
-    if lines := one_setting(gpu):
-        title = "Tuned at B = 512, run as it is at the others"
-        picture("one_setting.png", figures.plot_batches, lines, envelope(gpu), title)
+    for name, group, size in (("one_setting.png", gpu, FULL), ("one_setting_cpu.png", cpu, SMALL)):
+        if lines := one_setting(group, size):
+            title = f"Tuned at B = 512, run as it is at the others: width {size[0]}, {size[1]} epochs"
+            picture(name, figures.plot_batches, lines, envelope(group, size), title)
     return names
 
 
@@ -97,10 +98,10 @@ def _best_by_batch(rows: Sequence[Row], fixed: dict[str, Any]) -> dict[str, Row]
     return found
 
 
-def envelope(rows: Sequence[Row]) -> dict[int, float]:
-    """{B: the best accuracy of all methods and rates on seed 0}, of ResNet-8."""
+def envelope(rows: Sequence[Row], size: tuple[int, int] = FULL) -> dict[int, float]:
+    """{B: the best accuracy of all methods and rates on seed 0}, of ResNet-8 of a width and so many epochs."""
     found: dict[int, float] = {}
-    for s, accuracy in Runs(_of_batches(rows)).accuracy.items():
+    for s, accuracy in Runs(_of_size(rows, size)).accuracy.items():
         if s.seed == 0:
             found[s.batch] = max(accuracy, found.get(s.batch, 0.0))
     return found
@@ -109,24 +110,28 @@ def envelope(rows: Sequence[Row]) -> dict[int, float]:
 def by_batch(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
     """{method: {B: accuracy at its best rate there}} on seed 0, of what ran at two batch sizes or more."""
     found: dict[str, dict[int, float]] = {}
-    for s, accuracy in Runs(_of_batches(rows)).accuracy.items():
+    for s, accuracy in Runs(_of_size(rows, FULL)).accuracy.items():
         if s.seed == 0:
             line = found.setdefault(named(s), {})
             line[s.batch] = max(accuracy, line.get(s.batch, 0.0))
     return {name: line for name, line in sorted(found.items()) if len(line) > 1}
 
 
-def one_setting(rows: Sequence[Row], *, equal_steps: bool = False) -> dict[str, dict[int, float]]:
+def one_setting(
+    rows: Sequence[Row], size: tuple[int, int] = FULL, *, equal_steps: bool = False
+) -> dict[str, dict[int, float]]:
     """{method: {B: accuracy at the rate that was best at B = 512}} on seed 0, of what ran at two batch sizes or more.
 
     Args:
         rows: Of one maker.
+        size: Width and epochs of ResNet-8.
         equal_steps: As many updates at every B, in place of as many samples.
     """
-    runs = Runs(r for r in rows if (r["network"], r["width"]) == ("resnet8", 16))
+    width, epochs = size
+    runs = Runs(r for r in rows if (r["network"], r["width"]) == ("resnet8", width))
     sizes = sorted({s.batch for s in runs.accuracy})
     found: dict[str, dict[int, float]] = {}
-    for s in {kind(s): s for s in runs.accuracy if (s.batch, s.epochs) == (TUNED_AT, EPOCHS)}.values():
+    for s in {kind(s): s for s in runs.accuracy if (s.batch, s.epochs) == (TUNED_AT, epochs)}.values():
         best = runs.best([replace(s, seed=0)])
         if best is not None:
             at = {b: moved(best, b) for b in sizes}
@@ -136,18 +141,19 @@ def one_setting(rows: Sequence[Row], *, equal_steps: bool = False) -> dict[str, 
     return {name: line for name, line in sorted(found.items()) if len(line) > 1}
 
 
-def _of_batches(rows: Sequence[Row]) -> list[Row]:
-    return [r for r in rows if (r["network"], r["width"], r["epochs"]) == ("resnet8", 16, EPOCHS)]
+def _of_size(rows: Sequence[Row], size: tuple[int, int]) -> list[Row]:
+    return [r for r in rows if (r["network"], r["width"], r["epochs"]) == ("resnet8", *size)]
 
 
-def batch_table(rows: Sequence[Row], *, equal_steps: bool = False) -> str:
+def batch_table(rows: Sequence[Row], size: tuple[int, int] = FULL, *, equal_steps: bool = False) -> str:
     """One setting for many batch sizes: each method at the rate that was best at B = 512, and the best of all.
 
     Args:
         rows: Of one maker.
+        size: Width and epochs of ResNet-8.
         equal_steps: See `one_setting`; the best of all is of equal samples, and left out.
     """
-    lines, best = one_setting(rows, equal_steps=equal_steps), envelope(rows)
+    lines, best = one_setting(rows, size, equal_steps=equal_steps), envelope(rows, size)
     sizes = sorted({b for line in lines.values() for b in line})
     if not lines:
         return "Not run yet."
@@ -165,10 +171,9 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
         pictures: Names of those that are beside it.
     """
     by_maker = {maker: [r for r in rows if r["made_by"] == maker] for maker in MADE_BY}
-    on_gpu = [r for r in by_maker["product"] if r["device"] == "cuda"]
-    cpu = sum(r["device"] == "cpu" for r in by_maker["product"])
+    on_gpu, on_cpu = ([r for r in by_maker["product"] if r["device"] == device] for device in ("cuda", "cpu"))
     counts = f"{len(by_maker['prototype'])} runs of a prototype on an H100, {len(by_maker['product'])} of the "
-    counts += f"product's classes ({cpu} of them on a CPU)"
+    counts += f"product's classes ({len(on_cpu)} of them on a CPU)"
     captions = {
         "rates.png": "Accuracy over the rate; hollow: other seeds.",
         "rates_cpu.png": "The same by the product's classes on a CPU: a network half as wide, a third of the epochs.",
@@ -177,6 +182,7 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
         "layers.png": "The same for every layer of one run.",
         "batches.png": "Each method at its own best rate at each batch size, below the best of all.",
         "one_setting.png": "Each method at the rate that was best at B = 512, below the best of all.",
+        "one_setting_cpu.png": "The same by the product's classes on a CPU: three rates at most, 4 epochs.",
     }
     parts = [
         "# Does LARS need a warmup, if it measures how much of its gradient is signal?",
@@ -203,6 +209,9 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
         batch_table(on_gpu),
         "The same with as many updates as at B = 512, as far as 48 epochs go:",
         batch_table(on_gpu, equal_steps=True),
+        "By the product's classes on a CPU (`research/cifar10/one_setting_cpu.yaml`): a network half as wide, "
+        "4 epochs each, three rates at most, one seed:",
+        batch_table(on_cpu, SMALL),
         "By the prototype, as far as its grids met:",
         batch_table(by_maker["prototype"]),
         "## All methods",
