@@ -8,13 +8,14 @@ model's output is followed through the graph, once: the rows at which it arrives
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils.hooks import RemovableHandle
 
 from hf_clars.grad_norms.torch_internals import shape_at
 
@@ -125,22 +126,70 @@ def prove(
         RuntimeError: From torch, if the graph can be differentiated only once.
     """
     left: list[Arrival | None] = [None] * len(places)
+    edges = [edge for edge, _ in places]
     for sample in samples:
+
+        def look(i: int, g: Tensor | None, sample: int = sample) -> None:
+            if g is not None and bool((touched := g.ne(0)).any()):
+                before = left[i] or Arrival(candidates(places[i][1], batch))
+                right = [layout for layout in before.layouts if _holds_only(touched, layout, sample, batch)]
+                missed = {k for k in range(g.dim()) if not _rows_touched(touched, k).all()}
+                left[i] = Arrival(right, before.missed | missed, before.samples + 1)
+
         starts = []
         for _, like in roots:
             starts.append(torch.zeros_like(like))
             starts[-1][sample] = _numbers(like[sample])
-        arrived = _follow(roots, [edge for edge, _ in places], starts, couplings)
-        for i, (g, (_, shape)) in enumerate(zip(arrived, places, strict=True)):
-            if g is None or not bool(g.ne(0).any()):
-                continue
-            before = left[i] or Arrival(candidates(shape, batch))
-            touched = g.ne(0)
-            right = [layout for layout in before.layouts if _holds_only(touched, layout, sample, batch)]
-            missed = {k for k in range(g.dim()) if not _rows_touched(touched, k).all()}
-            left[i] = Arrival(right, before.missed | missed, before.samples + 1)
-        del starts, arrived, g  # as large as the model's activations: not twice
+        _look_on_the_way(roots, edges, starts, couplings, look)
     return left
+
+
+def _look_on_the_way(
+    roots: Sequence[tuple[GradientEdge, Tensor]],
+    edges: Sequence[GradientEdge],
+    starts: Sequence[Tensor],
+    couplings: Sequence[Node],
+    look: Callable[[int, Tensor | None], None],
+) -> None:
+    """Follow gradients, and look at each as it comes: together they are as large as the model's activations.
+
+    What autograd is asked for it holds to the end. So it is asked for the deepest alone, and passes by the others.
+    """
+    numbers: dict[Node, list[int]] = {}
+    for i, edge in enumerate(edges):
+        numbers.setdefault(edge.node, []).append(i)
+    last = [i for node in _deepest(set(numbers)) for i in numbers.pop(node)]
+
+    def watch(node: Node, here: Sequence[int]) -> RemovableHandle:
+        def passing(grads: Sequence[Tensor | None]) -> None:
+            for i in here:
+                look(i, grads[edges[i].output_nr])
+
+        return node.register_prehook(passing)
+
+    handles = [watch(node, here) for node, here in numbers.items()]
+    try:
+        for i, g in zip(last, _follow(roots, [edges[i] for i in last], starts, couplings), strict=True):
+            look(i, g)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _deepest(nodes: set[Node]) -> set[Node]:
+    """Those from which none of the others can be reached."""
+    above: dict[Node, bool] = {}
+    stack = [(node, False) for node in nodes]
+    while stack:
+        node, children_done = stack.pop()
+        children = [child for child, _ in node.next_functions if child is not None]
+        if children_done:
+            above[node] = any(child in nodes or above[child] for child in children)
+        elif node not in above:
+            above[node] = False
+            stack.append((node, True))
+            stack += [(child, False) for child in children if child not in above]
+    return {node for node in nodes if not above[node]}
 
 
 def stay(
