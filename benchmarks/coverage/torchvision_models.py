@@ -76,15 +76,39 @@ def build(name: str) -> Subject:
     settings: dict[str, Any] = {} if name == "raft_small" else {"num_classes": 5}
     if name in ("vit_b_32", "maxvit_t"):
         settings["image_size" if name.startswith("vit") else "input_size"] = size[0] if name.startswith("vit") else size
-    if name.startswith("mvit"):
-        settings |= {"temporal_size": size[0], "spatial_size": size[1:]}
     if name.startswith(("googlenet", "inception")):
         settings |= {"init_weights": False}
+    if name == "inception_v3":
+        settings |= {"aux_logits": False}  # that head takes images of 299 pixels
     if "deeplab" in name or "fcn" in name or "lraspp" in name:
         settings |= {"weights_backbone": None}
     torch.manual_seed(0)
-    model = torchvision.models.get_model(name, weights=None, **settings).train()
+    small = name.startswith("mvit")
+    model = _small_mvit(name, size) if small else torchvision.models.get_model(name, weights=None, **settings)
+    model.train()
     stir(model)
     x = torch.randn(B, 3, *size, generator=torch.Generator().manual_seed(3))
     batch = {"": (x, x.flip(-1)) if name == "raft_small" else (x,)}
     return Subject(model, batch, note=f"{size[-1]} pixels")
+
+
+def _small_mvit(name: str, size: tuple[int, ...]) -> torch.nn.Module:
+    """Two blocks with the operations of a version; the library's own builder is for 16 frames of 224 pixels alone."""
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+    second = name == "mvit_v2_s"
+    widths = ((16, 16), (16, 32)) if second else ((16, 32), (32, 32))
+    blocks = [
+        MSBlockConfig(
+            num_heads=2,
+            input_channels=before,
+            output_channels=after,
+            kernel_q=[3, 3, 3] if i or second else [],
+            kernel_kv=[3, 3, 3],
+            stride_q=[1, 2, 2] if i else [1, 1, 1] if second else [],
+            stride_kv=[1, 2, 2],
+        )
+        for i, (before, after) in enumerate(widths)
+    ]
+    parts = {"residual_pool": second, "rel_pos_embed": second, "proj_after_attn": second}
+    return MViT(size[1:], size[0], blocks, residual_with_cls_embed=False, num_classes=5, **parts)
