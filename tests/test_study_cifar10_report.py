@@ -16,6 +16,7 @@ from PIL import Image
 from research.cifar10.plan import Done
 from research.cifar10.report import (
     batch_table,
+    best_by_batch,
     draw,
     envelope,
     one_setting,
@@ -203,3 +204,10 @@ def test_a_process_that_is_killed_takes_its_run_along_and_nothing_else(tmp_path)
         assert (found[0]["rate"], "accuracy" in found[0], workers.pending) == (0.02, True, 0)
     finally:
         workers.end()
+
+
+def test_one_picture_of_shares_is_of_one_width_and_length(tmp_path):
+    small, full = replace(TINY, batch=2048, width=8, epochs=4), replace(TINY, batch=2048, width=16, epochs=12)
+    rows = [kept_row(replace(small, batch=b), 40.0) for b in (512, 2048, 8192)] + [kept_row(full, 73.0)]
+    assert [r["width"] for r in best_by_batch(rows, {"method": "signal_lars"}).values()] == [8, 8, 8]
+    assert [r["width"] for r in best_by_batch(rows[2:], {"method": "signal_lars"}).values()] == [16]

@@ -45,7 +45,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
         ("shares.png", gpu or given, own if gpu else factor, "SignalLARS" if gpu else "LARS x [1 + 49 s]^(-1/2)"),
         ("shares_cpu.png", cpu, own, "SignalLARS"),
     ):
-        if measured := _best_by_batch(group, fixed):
+        if measured := best_by_batch(group, fixed):
             picture(name, figures.plot_shares, measured, f"{what}, {_short(next(iter(measured.values())))}")
     if shown := run_with_shares(gpu or cpu):
         title = f"Share of signal in each layer: {heading(place(shown)).split(':')[0]}"
@@ -89,13 +89,21 @@ def _rates(rows: Sequence[Row]) -> tuple[Runs, list[tuple[str, Settings]], str] 
     return (runs, lines, title) if sum(len(runs.rates(s)) > 1 for _, s in lines) > 1 else None
 
 
-def _best_by_batch(rows: Sequence[Row], fixed: dict[str, Any]) -> dict[str, Row]:
-    fitting = [r for r in rows if all(r[k] == v for k, v in fixed.items())]
-    found: dict[str, Row] = {}
-    for batch in sorted({r["batch"] for r in fitting}):
-        best = max((r for r in fitting if r["batch"] == batch), key=lambda r: r["accuracy"])
-        found[f"B = {batch:,} ({figures.updates(best):,} updates)"] = best
-    return found
+def best_by_batch(rows: Sequence[Row], fixed: dict[str, Any]) -> dict[str, Row]:
+    """The best run at each batch size, of one width and so many epochs: those that ran at the most batch sizes.
+
+    Args:
+        rows: Kept runs.
+        fixed: What they must be.
+
+    Returns:
+        {name for the legend: run}.
+    """
+    by_size: dict[tuple[int, int], dict[int, Row]] = {}
+    for r in sorted((r for r in rows if all(r[k] == v for k, v in fixed.items())), key=lambda r: r["accuracy"]):
+        by_size.setdefault((r["width"], r["epochs"]), {})[r["batch"]] = r
+    _, best = max(by_size.items(), key=lambda item: (len(item[1]), item[0]), default=((0, 0), {}))
+    return {f"B = {batch:,} ({figures.updates(r):,} updates)": r for batch, r in sorted(best.items())}
 
 
 def envelope(rows: Sequence[Row], size: tuple[int, int] = FULL) -> dict[int, float]:
