@@ -91,7 +91,7 @@ def built(tmp_path_factory):
 
 def build(kind, source, out):
     code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=200)
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def installed(built, tmp_path_factory):
     """A folder with the unpacked wheel, as pip lays it out."""
     folder = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
-    subprocess.run([*pip, str(built[0])], check=True, capture_output=True, timeout=200)
+    subprocess.run([*pip, str(built[0])], check=True, capture_output=True)
     return folder
 
 

@@ -38,6 +38,11 @@ def in_sequence():
     return nn.Sequential(*layers, nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(32, 5))
 
 
+def small():
+    """Enough of a network where a promise is not about layers: compilers take their time."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Flatten(), nn.Linear(64, 5))
+
+
 def images(batch):
     return (torch.randn(batch, 3, 6, 6),)
 
@@ -156,7 +161,7 @@ def test_blocks_compiled_one_by_one_inside_a_model_that_is_not():
 
 def test_clars_with_accumulation_and_evaluation_between_steps():
     torch.manual_seed(0)
-    model = Images()
+    model = small()
     plain = copy.deepcopy(model)
     optimizers = [CLARS(m, 1.0, eta=0.02, weight_decay=1e-4) for m in (model, plain)]
     call = whole(model)
@@ -234,7 +239,7 @@ def test_a_second_backward_pass_is_seen():
 
 def test_paused_norms_measure_nothing_in_compiled_code():
     torch.manual_seed(0)
-    model = Images()
+    model = small()
     with PerSampleGradNorms(model) as norms:
         call = whole(model)
         norms.paused = True
@@ -298,11 +303,16 @@ class Tokens(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("settings", "checkpointed"),
-    [({}, False), ({}, True), ({"samples": 3}, True), ({"loss_reduction": "mean_tokens"}, False)],
+    ("settings", "checkpointed", "batches"),
+    [
+        ({}, False, (4, 4, 4)),
+        ({}, True, (4, 4, 4)),
+        ({"samples": 3}, True, (4, 4, 6)),
+        ({"loss_reduction": "mean_tokens"}, False, (4, 4, 6)),
+    ],
     ids=str,
 )
-def test_samples_and_means_over_tokens(settings, checkpointed):
+def test_samples_and_means_over_tokens(settings, checkpointed, batches):
     """A checkpointed block with all samples and with some; what a mean is over does not reach the block."""
     torch.manual_seed(0)
     model = Tokens(checkpointed)
@@ -310,7 +320,7 @@ def test_samples_and_means_over_tokens(settings, checkpointed):
     plain.checkpointed = False
     norms, expected = PerSampleGradNorms(model, **settings), PerSampleGradNorms(plain, **settings)
     call = whole(model)
-    for batch in (4, 4, 6):
+    for batch in batches:
         ids, labels = torch.randint(0, 30, (batch, 7)), torch.randint(0, 5, (batch, 7))
         labels[0, 3:] = -100
         for m, run in ((model, call), (plain, plain)):
