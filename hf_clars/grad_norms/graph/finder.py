@@ -227,7 +227,8 @@ class GraphFinder:
             if coupled and found is not None and _is_hidden(found, place_of(call.edges[0])[1], forward_pass.batch_size):
                 raise _no_proof(call, forward_pass.batch_size)
             coupled = coupled and found is not None and not found.layouts
-            right = found is None or layout in found.layouts or (coupled and found.everywhere(layout.axis))
+            unasked = found is not None and not found.layouts and not found.samples
+            right = found is None or layout in found.layouts or (coupled and (unasked or found.everywhere(layout.axis)))
             if not right:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():
@@ -248,12 +249,11 @@ class GraphFinder:
             return False  # no gradient arrived: nothing is learned
         if any(f is not None and _is_hidden(f, shape, batch) for f, shape in zip(found, shapes, strict=True)):
             raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), batch)
-        told = not any(f is not None and f.mixed for f in found)
-        if told and use.node.name().startswith(SPREADS) and found[0] and not found[0].layouts:
+        if use.node.name().startswith(SPREADS) and found[0] and found[0].samples and not found[0].layouts:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
             return True
-        looked_up = told and use.node.name() in _BY_INDEX and use.key not in self._tables
+        looked_up = use.node.name() in _BY_INDEX and use.key not in self._tables
         if looked_up and all(f is not None and not f.layouts and f.everywhere() for f in found):
             # Rows by numbers that all samples share, as those of positions: the use is where they meet the samples.
             self._tables.add(use.key)

@@ -98,7 +98,7 @@ class Proofs:
         if not roots and question.given:
             roots = inner_roots(outputs, batch)
         if not roots:
-            return [_nothing_told(samples) for _ in places]
+            return [_nothing_told(()) for _ in places]
         try:
             with quietly(), undisturbed(forward_pass.params()):
                 return self._layouts(question, roots, outputs, believed, returned=bool(whole))
