@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 
-from hf_clars.grad_norms.graph.layout import Layout, stay
+from hf_clars.grad_norms.graph.layout import Layout, Root, stay
 
 
 @pytest.mark.parametrize("coupled", [False, True])
@@ -19,4 +19,6 @@ def test_one_look_at_all_samples_misses_none(exchanged, coupled):
     for made, right in ((h.sin(), True), (h.sin()[order], False), (h.sin() + 1e-9 * h[order], False)):
         out = functional.batch_norm(made, None, None, training=True) if coupled else made.tanh()
         nodes = [out.grad_fn] if coupled else []
-        assert stay([(get_gradient_edge(out), out.detach())], [(get_gradient_edge(h), Layout())], 40, nodes) == right
+        assert (
+            stay([Root(get_gradient_edge(out), out.detach())], [(get_gradient_edge(h), Layout())], 40, nodes) == right
+        )

@@ -33,7 +33,7 @@ def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> Tensor
     watched, place, shape = None, output.output_nr, output.shape
     node = output.grad_fn
     if is_view(output):
-        node = product_before_view(output) if call.plan.lasts and not call.on_given else None
+        node = product_before_view(output) if call.plan.lasts and call.given_rows is None else None
         if node is None:
             watched = own_place(output)
             node, place = watched.grad_fn, 0

@@ -76,7 +76,7 @@ class RuleCall:
         places: Where its results come from in the graph, until the forward pass ends: (operation, which result).
         input_node: Where its input comes from.
         fused: Whether its weight gradient comes from this engine.
-        on_given: Whether its input is what the model was called with.
+        given_rows: Whose rows are whose in its results, if that is known from what the model was called with.
         proven: Whether its rows are known to belong to samples as the plan says.
         cancelled: Whether they turned out not to.
         fired: Whether its gradient has come.
@@ -93,7 +93,7 @@ class RuleCall:
     input_node: Node | None = None
     proven: bool = True
     fused: bool = False
-    on_given: bool = False
+    given_rows: Layout | None = None
     cancelled: bool = False
     fired: bool = False
     autocast: torch.dtype | None = None

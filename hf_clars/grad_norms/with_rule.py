@@ -64,7 +64,11 @@ def capture(
         return None
     _check_device(hooked, forward_pass, x)
     measured = RuleCall(plan, forward_pass, proven=plan.proven or forward_pass.implicit or recomputed)
-    measured.on_given = forward_pass.was_given(x)
+    axis = 0 if forward_pass.was_given(x) else None
+    if axis is None and taint is not None and x.dim() > 1 and not x.requires_grad:
+        axis = taint.axis_of(x)
+    if axis is not None and not plan.moved and (axis == 0 or plan.rule.weight_sharing_axes):
+        measured.given_rows = Layout(axis)
     if not recomputed:
         for param in plan.wanted.values():
             forward_pass.add_use(param)

@@ -65,6 +65,7 @@ class GraphFinder:
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
         self._layouts_now: dict[Node, list[Layout | None]] = {}
         self._gate_of: dict[tuple[object, ...], HookedModule] = {}
+        self._gates: dict[HookedModule, bool] = {}
 
     @property
     def asks_for_data(self) -> bool:
@@ -111,7 +112,7 @@ class GraphFinder:
             if walk.lost or (walk.bare and self.unknown):
                 # What is not known to take the data must have taken it before: these belong to samples.
                 inner = inner_roots(outputs, forward_pass.batch_size) if self.unknown else []
-                walk = self._walk(forward_pass, outputs, taint, walk.lost | {edge.node for edge, _ in inner})
+                walk = self._walk(forward_pass, outputs, taint, walk.lost | {root.edge.node for root in inner})
             unproven = [c for c in forward_pass.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
             if not unproven and not unknown:
@@ -120,18 +121,17 @@ class GraphFinder:
                 break
         loose = any(use.moved == MOVED for use in walk.uses)
         self.moves_rows |= loose or any(c.plan.moved and not c.cancelled for c in forward_pass.rule_calls)
-        measured: list[MeasuredUse] = []
+        found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
+        gated = [use for use, at_node in found if at_node is None]
+        if gated:
+            self._look_at_gates(forward_pass, outputs, walk, containers)
         gates: dict[ContainerCall, Gate] = {}
-        for use in walk.uses:
-            at_node = self._at_node(use, forward_pass)
-            if at_node is not None:
-                measured.append(at_node)
-                continue
+        for use in gated:
             container = self._container_of(use, forward_pass, containers)
             edges = container.batch_first(forward_pass.batch_size)
             gates.setdefault(container, Gate(edges, str(container.hooked), forward_pass.packed)).uses.append(use)
         self._layouts_now.clear()
-        return measured, list(gates.values())
+        return [at_node for _, at_node in found if at_node is not None], list(gates.values())
 
     def _walk(
         self,
@@ -223,10 +223,12 @@ class GraphFinder:
         for call, found in zip(unproven, proven, strict=False):
             call.proven = True
             layout = call.plan.layout
-            coupled = (
-                call.rows_per_sample == 1 and call.plan.x_depends_on_data and found is not None and not found.layouts
-            )
-            right = found is None or layout in found.layouts or (coupled and found.everywhere(layout.axis))
+            coupled = call.rows_per_sample == 1 and call.plan.x_depends_on_data
+            if coupled and found is not None and _is_hidden(found, place_of(call.edges[0])[1], forward_pass.batch_size):
+                raise _no_proof(call, forward_pass.batch_size)
+            coupled = coupled and found is not None and not found.layouts
+            unasked = found is not None and not found.layouts and not found.samples
+            right = found is None or layout in found.layouts or (coupled and (unasked or found.everywhere(layout.axis)))
             if not right:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():
@@ -245,7 +247,9 @@ class GraphFinder:
     ) -> bool:
         if all(f is None for f in found):
             return False  # no gradient arrived: nothing is learned
-        if use.node.name().startswith(SPREADS) and found[0] and not found[0].layouts:
+        if any(f is not None and _is_hidden(f, shape, batch) for f, shape in zip(found, shapes, strict=True)):
+            raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), batch)
+        if use.node.name().startswith(SPREADS) and found[0] and found[0].samples and not found[0].layouts:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
             return True
@@ -288,12 +292,29 @@ class GraphFinder:
             return MeasuredUse(use, [Layout(), *[None for _ in shapes[1:]]], name, careful=forward_pass.packed)
         return None
 
+    def _look_at_gates(
+        self,
+        forward_pass: ForwardPass,
+        outputs: Sequence[Tensor],
+        walk: GraphWalk,
+        containers: Sequence[ContainerCall],
+    ) -> None:
+        """Learn which modules return as many rows as the batch has samples, but not the samples: time comes first."""
+        batch = forward_pass.batch_size
+        new = [(c.hooked, place_of(e)) for c in containers for e in c.batch_first(batch) if c.hooked not in self._gates]
+        self._gates.update({hooked: True for hooked, _ in new})
+        asked = [(hooked, place) for hooked, place in new if is_open(place[1], batch)]
+        places = [place for _, place in asked]
+        found = self._proofs.layouts(forward_pass, outputs, walk, places, (batch - 1, 0), ()) if asked else None
+        for (hooked, _), f in zip(asked, found or (), strict=False):
+            self._gates[hooked] &= f is None or Layout() in f.layouts
+
     def _container_of(self, use: Use, forward_pass: ForwardPass, containers: Sequence[ContainerCall]) -> ContainerCall:
         """The innermost module around a use whose results have the batch first."""
         key = _key(use)
         wanted = self._gate_of.get(key)
         for container in containers:
-            if wanted is not None and container.hooked is not wanted:
+            if wanted not in (None, container.hooked) or not self._gates.get(container.hooked, True):
                 continue
             starts = [edge.node for edge in container.batch_first(forward_pass.batch_size)]
             if starts and reaches(starts, use.node, container.inputs):
@@ -310,6 +331,11 @@ def _key(use: Use) -> tuple[object, ...]:
     return (use.key, tuple(len(s) for s in use.result_shapes))
 
 
+def _is_hidden(found: Arrival, shape: Sequence[int], batch: int) -> bool:
+    """Whether nothing tells which axis is the samples', although the first looks so."""
+    return found.mixed and shape[0] == batch and is_open(shape, batch)
+
+
 def _is_meta(call: RuleCall) -> bool:
     """Whether a call was made on tensors without values."""
     return call.forward_pass.device is not None and call.forward_pass.device.type == "meta"
@@ -318,7 +344,7 @@ def _is_meta(call: RuleCall) -> bool:
 def _no_proof(call: RuleCall, batch: int) -> BatchAxisError:
     """The error for rows that cannot be proven to be a sample's."""
     return BatchAxisError(
-        f"{call.hooked} is called on {call.rows_per_sample} rows for each of the {batch} samples, and this model's "
-        "graph does not tell whose they are: let the model return its outputs beside the loss, put the batch first, "
-        f"freeze the parameters, or {WITHOUT_SAMPLES}."
+        f"{call.hooked} is called on {batch * call.rows_per_sample} rows or more, and this model's graph does not tell "
+        f"which of the {batch} samples they belong to: let the model return each sample's own outputs, as embeddings, "
+        f"beside a loss or what else mixes samples, put the batch first, freeze the parameters, or {WITHOUT_SAMPLES}."
     )

@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
-from hf_clars.grad_norms.torch_internals import shape_at
-
 Shape = Sequence[int]
 
 
@@ -92,19 +90,57 @@ class Arrival:
         layouts: Those that are right, the likeliest first.
         missed: Axes of which it left rows out. Where there are none, samples are coupled, or the rows belong to none.
         samples: Of how many samples it arrived: what belongs to one alone, as `x[i]`, is coupled to no other.
+        mixed: Whether all that it could be followed from mixes samples: it arrives everywhere, and that tells nothing.
     """
 
     layouts: list[Layout]
     missed: set[int] = field(default_factory=set)
     samples: int = 0
+    mixed: bool = False
+
+    def is_anyones(self) -> bool:
+        """Whether each of several samples touched every row of every axis."""
+        return not self.layouts and not self.missed and self.samples > 1
 
     def everywhere(self, axis: int = 0) -> bool:
         """Whether each of several samples touched every row of an axis."""
         return axis not in self.missed and self.samples > 1
 
 
+@dataclass(frozen=True)
+class Root:
+    """A place in the graph from which samples' gradients are followed.
+
+    Attributes:
+        edge: The place.
+        like: A tensor of its shape, type and device.
+        layout: Which rows are whose there.
+    """
+
+    edge: GradientEdge
+    like: Tensor
+    layout: Layout = field(default_factory=Layout)
+
+    def of_one(self, sample: int, batch: int) -> Tensor:
+        """Numbers for one sample, zeros for the others."""
+        start = torch.zeros_like(self.like, memory_format=torch.contiguous_format)
+        rows = self._rows(start, batch)
+        rows[sample] = _numbers(rows[sample])
+        return start
+
+    def of_all(self, factors: Tensor) -> Tensor:
+        """Numbers for all samples, each sample's times its factor."""
+        start = _numbers(self.like)
+        rows = self._rows(start, len(factors))
+        rows.mul_(_for_rows(factors, rows))
+        return start
+
+    def _rows(self, t: Tensor, batch: int) -> Tensor:
+        return self.layout.samples_first(t, batch)
+
+
 def prove(
-    roots: Sequence[tuple[GradientEdge, Tensor]],
+    roots: Sequence[Root],
     places: Sequence[tuple[GradientEdge, tuple[int, ...]]],
     batch: int,
     samples: Iterable[int],
@@ -113,7 +149,7 @@ def prove(
     """Follow one sample's gradient, for some samples.
 
     Args:
-        roots: Places that are known to be [B, ...], or [B * rows, ...], each with a tensor [B, ...] of its size.
+        roots: Where to begin.
         places: What to look at, with its shape.
         batch: B > 1.
         samples: Which: the last and the first tell one layout from another, but only all tell that no rows were moved.
@@ -136,16 +172,13 @@ def prove(
                 missed = {k for k in range(g.dim()) if not _rows_touched(touched, k).all()}
                 left[i] = Arrival(right, before.missed | missed, before.samples + 1)
 
-        starts = []
-        for _, like in roots:
-            starts.append(torch.zeros_like(like))
-            starts[-1][sample] = _numbers(like[sample])
+        starts = [root.of_one(sample, batch) for root in roots]
         _look_on_the_way(roots, edges, starts, couplings, look)
     return left
 
 
 def _look_on_the_way(
-    roots: Sequence[tuple[GradientEdge, Tensor]],
+    roots: Sequence[Root],
     edges: Sequence[GradientEdge],
     starts: Sequence[Tensor],
     couplings: Sequence[Node],
@@ -193,7 +226,7 @@ def _deepest(nodes: set[Node]) -> set[Node]:
 
 
 def stay(
-    roots: Sequence[tuple[GradientEdge, Tensor]],
+    roots: Sequence[Root],
     places: Sequence[tuple[GradientEdge, Layout]],
     batch: int,
     couplings: Sequence[Node],
@@ -218,14 +251,15 @@ def stay(
     plain: Sequence[Tensor | None] = ()
     for digit in range(-1, math.ceil(math.log(batch, _POWERS) - 1e-9)):
         exact = [1.0 if digit < 0 else 2.0 ** (i // _POWERS**digit % _POWERS) for i in range(batch)]
-        factors = torch.tensor(exact, device=roots[0][1].device)
-        starts = [_times(_numbers(like), factors) for _, like in roots]
+        factors = torch.tensor(exact, device=roots[0].like.device)
+        starts = [root.of_all(factors) for root in roots]
         arrived = _follow(roots, [edge for edge, _ in places], starts, couplings)
         plain = plain or arrived
         for before, g, (_, layout) in zip(plain, arrived, places, strict=True):
             if before is None or g is None:
                 continue
-            rows = _times(layout.samples_first(before, batch), factors)
+            rows = layout.samples_first(before, batch)
+            rows = rows * _for_rows(factors, rows)
             if not torch.equal(rows, layout.samples_first(g, batch)) or not bool(g.isfinite().all()):
                 return False
     return True
@@ -234,20 +268,19 @@ def stay(
 _POWERS = 16
 
 
-def _times(rows: Tensor, factors: Tensor) -> Tensor:
-    """Each row times its factor, in the rows' type."""
-    return rows * factors.to(rows).view(-1, *[1] * (rows.dim() - 1))
+def _for_rows(factors: Tensor, rows: Tensor) -> Tensor:
+    """A factor for each row, in the rows' type."""
+    return factors.to(rows).view(-1, *[1] * (rows.dim() - 1))
 
 
 def _follow(
-    roots: Sequence[tuple[GradientEdge, Tensor]],
+    roots: Sequence[Root],
     edges: Sequence[GradientEdge],
     starts: Sequence[Tensor],
     couplings: Sequence[Node],
 ) -> tuple[Tensor | None, ...]:
-    given = [t.view(shape_at(e.node, e.output_nr) or t.shape) for t, (e, _) in zip(starts, roots, strict=True)]
     with _uncoupled(couplings):
-        return torch.autograd.grad([e for e, _ in roots], edges, given, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad([r.edge for r in roots], edges, starts, retain_graph=True, allow_unused=True)
 
 
 def _numbers(like: Tensor) -> Tensor:

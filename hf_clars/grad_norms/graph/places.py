@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from hf_clars.grad_norms.graph.layout import Layout, Root
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.pytree import tensors_in
@@ -61,9 +62,15 @@ def reaches(starts: Sequence[Node], node: Node, ends: set[Node]) -> bool:
     return False
 
 
-def inner_roots(outputs: Sequence[Tensor], batch: int) -> list[tuple[GradientEdge, Tensor]]:
+def root_at(node: Node, output: int, device: torch.device, layout: Layout) -> Root:
+    """A place as one to follow gradients from."""
+    like = torch.empty(shape_at(node, output) or (), dtype=dtype_at(node, output), device=device)
+    return Root(GradientEdge(node, output), like, layout)
+
+
+def inner_roots(outputs: Sequence[Tensor], batch: int) -> list[Root]:
     """Below a loss that a model returns alone: the first values that have rows."""
-    found: list[tuple[GradientEdge, Tensor]] = []
+    found: list[Root] = []
     device = outputs[0].device if outputs else torch.device("cpu")
     stack = [(t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None]
     seen = set(stack)
@@ -71,8 +78,7 @@ def inner_roots(outputs: Sequence[Tensor], batch: int) -> list[tuple[GradientEdg
         node, output = stack.pop()
         shape = shape_at(node, output)
         if shape and shape[0] and shape[0] % batch == 0:
-            like = torch.empty(batch, shape[0] // batch, *shape[1:], dtype=dtype_at(node, output), device=device)
-            found.append((GradientEdge(node, output), like))
+            found.append(root_at(node, output, device, Layout()))
             continue
         for child, i in node.next_functions:
             if child is not None and (child, i) not in seen and child.next_functions:

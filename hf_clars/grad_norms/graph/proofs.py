@@ -1,21 +1,58 @@
-"""Asks a pass's graph whose rows are whose: one sample after the other, or all at once what is believed already."""
+"""Asks a pass's graph whose rows are whose: one sample after the other, or all at once what is believed already.
+
+Gradients are followed from what the model returned. Where that mixes samples, as the products of every text with every
+image, they arrive everywhere, and nothing is told. What layers made of the model's own inputs shows it: there the first
+axis is the samples'. Then each output is asked by itself, and below those that mix the first values that do not.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.forward_pass import ForwardPass, quietly
-from hf_clars.grad_norms.graph.layout import Arrival, Layout, prove, stay
-from hf_clars.grad_norms.graph.places import inner_roots, place_of
+from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root, candidates, prove, stay
+from hf_clars.grad_norms.graph.places import inner_roots, place_of, root_at
 from hf_clars.grad_norms.graph.walk import GraphWalk
 from hf_clars.grad_norms.pytree import differentiable_in
+from hf_clars.grad_norms.torch_internals import shape_at
 from hf_clars.grad_norms.undisturbed import undisturbed
 
 Place = tuple[GradientEdge, tuple[int, ...]]
+_MOST = 64
+"""Values that are tried as roots below outputs that mix samples."""
+
+
+@dataclass
+class _Question:
+    """What is asked of a graph.
+
+    Attributes:
+        places: What to look at.
+        given: What layers made of the model's own inputs, where it is known whose rows are whose.
+        batch: B.
+        samples: Whose gradients are followed.
+        couplings: See `prove`.
+    """
+
+    places: Sequence[Place]
+    given: Sequence[tuple[Place, Layout]]
+    batch: int
+    samples: Sequence[int]
+    couplings: Sequence[Node]
+
+    def ask(self, roots: Sequence[Root]) -> tuple[list[Arrival | None], bool | None]:
+        """Where gradients arrive at the places; whether at what was given only in own rows (None: nowhere)."""
+        asked = [*self.places, *(place for place, _ in self.given)]
+        found = prove(roots, asked, self.batch, self.samples, self.couplings)
+        pairs = zip(found[len(self.places) :], self.given, strict=True)
+        own = [layout in f.layouts for f, (_, layout) in pairs if f is not None]
+        return found[: len(self.places)], all(own) if own else None
 
 
 class Proofs:
@@ -52,34 +89,93 @@ class Proofs:
             For each place where the gradients arrived; None if the graph cannot be asked.
         """
         batch = forward_pass.batch_size
-        whole = [t for t in differentiable_in(outputs) if t.dim() and t.shape[0] == batch]
         if batch < 2 or walk.once or self._is_split() or any(t.is_meta for t in outputs):
             return None
-        roots = [(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
-        checks: list[Place] = []
-        if not roots:
+        whole = [t for t in differentiable_in(outputs) if t.dim() and t.shape[0] == batch]
+        roots = [Root(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
+        given = [(place_of(c.edges[0]), c.given_rows) for c in forward_pass.rule_calls if c.edges and c.given_rows]
+        question = _Question(places, given, batch, samples, walk.couplings)
+        if not roots and question.given:
             roots = inner_roots(outputs, batch)
-            checks = [
-                place_of(c.edges[0])
-                for c in forward_pass.rule_calls
-                if c.edges and c.proven and not c.cancelled and c.on_given
-            ]
-            if not roots or not checks:
-                return None
-        asked = [*places, *checks]
-        wanted = [*believed, *(Layout() for _ in checks)]
-        sure = [(edge, la) for (edge, shape), la in zip(asked, wanted, strict=False) if la and la.sizes(shape, batch)]
-        at_once = self._all_at_once and len(believed) > 0 and len(sure) == len(asked)
+        if not roots:
+            return [_nothing_told(()) for _ in places]
         try:
             with quietly(), undisturbed(forward_pass.params()):
-                if at_once and stay(roots, sure, batch, walk.couplings):
-                    return [Arrival([layout]) for _, layout in sure[: len(places)]]
-                found = prove(roots, asked, batch, samples, walk.couplings)
+                return self._layouts(question, roots, outputs, believed, returned=bool(whole))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
             return None  # a graph that can be differentiated only once
-        if at_once and all(f is None or la in f.layouts for f, (_, la) in zip(found, sure, strict=True)):
+
+    def _layouts(
+        self,
+        question: _Question,
+        roots: Sequence[Root],
+        outputs: Sequence[Tensor],
+        believed: Sequence[Layout | None],
+        *,
+        returned: bool,
+    ) -> list[Arrival | None]:
+        """Arguments as above; `returned`: whether the roots are what the model returned."""
+        batch, places = question.batch, question.places
+        wanted = [*zip(places, believed, strict=False), *question.given]
+        sure = [(edge, la) for (edge, shape), la in wanted if la and la.sizes(shape, batch)]
+        at_once = self._all_at_once and len(believed) > 0 and len(sure) == len(places) + len(question.given)
+        if at_once and stay(roots, sure, batch, question.couplings):
+            return [Arrival([layout]) for _, layout in sure[: len(places)]]
+        found, own = question.ask(roots)
+        if own is False or (own is None and (not returned or any(f and f.is_anyones() for f in found))):
+            return _apart(question, outputs, found, returned=returned)
+        if at_once and all(f is None or la in f.layouts for f, (_, la) in zip(found, sure, strict=False)):
             self._all_at_once = False  # this model's gradients come out in other digits each time
-        wrong = [f for f in found[len(places) :] if f is not None and Layout() not in f.layouts]
-        return None if wrong else found[: len(places)]
+        return found
+
+
+def _apart(
+    question: _Question, outputs: Sequence[Tensor], together: Sequence[Arrival | None], *, returned: bool
+) -> list[Arrival | None]:
+    """The same with one root after the other; what mixes samples gives way to what it was made of.
+
+    Args:
+        question: What to ask.
+        outputs: What the model returned.
+        together: What all roots together have told.
+        returned: Whether these were what the model returned.
+    """
+    settled: dict[int, Arrival] = {}
+    wanted = {i for i, f in enumerate(together) if f is not None}
+    queue = deque((t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None)
+    ends = set(queue)
+    seen = set(queue)
+    tries = 0
+    while queue and tries < _MOST and not wanted <= settled.keys():
+        node, output = queue.popleft()
+        shape = shape_at(node, output) or ()
+        found: list[Arrival | None] = []
+        own: bool | None = False
+        for layout in _likely(shape, question.batch):
+            tries += 1
+            found, own = question.ask([root_at(node, output, outputs[0].device, layout)])
+            if own is not False:
+                break
+        if own or (own is None and (node, output) in ends):
+            told = {i: f for i, f in enumerate(found) if f is not None and (own or not f.is_anyones())}
+            settled = told | {i: f for i, f in settled.items() if i not in told or not f.is_anyones()}
+        elif question.given:
+            below = [
+                (c, k) for c, k in node.next_functions if c is not None and c.next_functions and (c, k) not in seen
+            ]
+            seen.update(below)
+            queue += below
+    mixed = {i: replace(f, mixed=f.is_anyones()) for i, f in enumerate(together) if f is not None and returned}
+    unsettled = {i: _nothing_told(question.samples) for i in wanted}
+    return [(unsettled | mixed | settled).get(i) for i in range(len(together))]
+
+
+def _nothing_told(samples: Sequence[int]) -> Arrival:
+    return Arrival([], samples=len(samples), mixed=True)
+
+
+def _likely(shape: Sequence[int], batch: int) -> list[Layout]:
+    """Layouts to try of a value: of one axis the outermost rows, or the innermost."""
+    return [layout for layout in candidates(shape, batch) if layout.outer in (1, -1)]

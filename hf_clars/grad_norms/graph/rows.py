@@ -21,6 +21,31 @@ _ALONG = {"index_select": 1, "gather": 1, "take_along_dim": 2, "roll": 2, "flip"
 
 _LAST_BY_DEFAULT = ("sort", "topk")
 _ALWAYS = ("take", "masked_select", "flipud", "_pack_padded_sequence")
+_TURNS = ("transpose", "permute", "swapaxes", "swapdims")
+_SUMS = ("sum", "mean", "var", "softmax", "log_softmax", "cat", "concat", "unsqueeze")
+_IN_ORDER = ("view", "reshape", "flatten", "unflatten", "contiguous")
+_LAYERS = ("embedding", "linear", "layer_norm", "rms_norm", "group_norm", "conv1d", "conv2d", "conv3d")
+_EACH = {"to", "type", "float", "half", "bfloat16", "double", "clone", "detach", "dropout", "masked_fill", "clamp"}
+_EACH |= {
+    "relu",
+    "gelu",
+    "silu",
+    "tanh",
+    "sigmoid",
+    "sin",
+    "cos",
+    "exp",
+    "log",
+    "sqrt",
+    "rsqrt",
+    "square",
+    "neg",
+    "abs",
+}
+_EACH |= {f"{sign}{op}" for sign in ("", "r", "i") for op in ("add", "sub", "mul", "div", "truediv", "pow")}
+"""Functions after which it is known which axis is the samples': they name axes, read and write in order, are layers
+that look at rows one by one, or look at each number by itself."""
+
 _JOINS = ("cat", "concat", "concatenate")
 _TAKES = {"__getitem__": 1, "index_select": 2, "gather": 2, "masked_select": 1}
 _TAKES_APART = {"unbind": 1, "select": 1, "narrow": 1, "split": 2, "chunk": 2, "tensor_split": 2, "vsplit": 0}
@@ -68,6 +93,42 @@ def moves_rows(
         along = _axes_of(name, args, kwargs)
         return along is None or not axes.isdisjoint(k % x.dim() for k in along)
     return name in _ALWAYS
+
+
+def axis_after(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], held: Sequence[Tensor], axis: int, result: Tensor
+) -> int | None:
+    """Which axis of a function's result is surely the samples', each sample's rows together; None: not sure.
+
+    Args:
+        name: The function's.
+        args: What it was called with.
+        kwargs: The same.
+        held: What of it depends on the data.
+        axis: Which axis of these is.
+        result: The result.
+    """
+    dims = held[0].dim()
+    if name in _TURNS or name in _SUMS:
+        given = [*args[1:], *(v for k, v in kwargs.items() if k.startswith("dim"))]
+        given = list(given[0]) if given and isinstance(given[0], tuple | list) else given
+        named = [k % dims for k in given if isinstance(k, int) and not isinstance(k, bool)]
+        if name in _SUMS:
+            return axis if named and min(named) > axis else None
+        if name == "permute":
+            return named.index(axis) if len(named) == dims else None
+        return {named[0]: named[1], named[1]: named[0]}.get(axis, axis) if len(named) == 2 else None
+    first = held[0].shape[: axis + 1]
+    if name == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return axis if len(index) > axis and all(item == slice(None) for item in index[: axis + 1]) else None
+    if name in _IN_ORDER:
+        return axis if axis == 0 or result.shape[: axis + 1] == first else None
+    if name in _LAYERS:
+        sure = held[0] is args[0] and len(held) == 1 and (axis == 0 or name in ("embedding", "linear", "layer_norm"))
+    else:
+        sure = name.strip("_") in _EACH and all(t.dim() == result.dim() and t.shape[: axis + 1] == first for t in held)
+    return axis if sure and result.shape[: axis + 1] == first else None
 
 
 @dataclass(frozen=True)

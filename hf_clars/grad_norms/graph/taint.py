@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from hf_clars.grad_norms.graph.rows import Taken, is_write, moves_rows, taken_rows
+from hf_clars.grad_norms.graph.rows import Taken, axis_after, is_write, moves_rows, taken_rows
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unseen_by_modes, unwrapped
 
@@ -56,6 +56,7 @@ class DataTaint(TorchFunctionMode):
         self.moves = False
         self._moved: dict[int, int] = {}
         self._blank: set[int] = set()
+        self._axes: dict[tuple[int, tuple[int, ...]], int] = {}
         self._taken: list[tuple[Taken, int]] = []
         self._visited: set[Node] = set()
         # The references keep the keys from being given to other memory; they do not keep the memory.
@@ -81,6 +82,21 @@ class DataTaint(TorchFunctionMode):
     def _place(self, t: Tensor) -> int:
         storage = storage_of(t) if self._moved else None
         return 0 if storage is None else self._moved.get(storage.key, 0)
+
+    def axis_of(self, t: Tensor) -> int | None:
+        """Which axis of a tensor is surely the samples', each sample's rows together; None: not known."""
+        storage = storage_of(t) if self._axes else None
+        return None if storage is None or self._place(t) else self._axes.get((storage.key, t.stride()))
+
+    def note_axis(self, t: Tensor, axis: int | None) -> None:
+        """Say which it is."""
+        storage = storage_of(t)
+        if storage is None:
+            return
+        if axis is None or t.dim() <= axis or not t.shape[axis] or t.shape[axis] % self.batch:
+            self._axes.pop((storage.key, t.stride()), None)
+        else:
+            self._axes[storage.key, t.stride()] = axis
 
     def holds(self, t: Tensor) -> bool:
         """Whether a tensor depends on the data; what compiled code made is taken to."""
@@ -126,10 +142,14 @@ class DataTaint(TorchFunctionMode):
                     self.nodes.add(node)
         held = [t for t in taken if self.holds(t)]
         place = self._rows_after(name, args, kwargs or {}, held) if held else 0
+        axes = {self.axis_of(t) for t in held}
         result = func(*args, **(kwargs or {}))
         if held:
             results = list(tensors_in((result, [args[0]] if name == "__setitem__" else [])))
             self.mark(results, self._met(held, results) if place == LOOSE else place)
+            axis = axes.pop() if len(axes) == 1 else None
+            for t in results:
+                self.note_axis(t, None if axis is None else axis_after(name, args, kwargs or {}, held, axis, t))
             if name in _BLANK:
                 self._blank.update(storage.key for t in results if (storage := storage_of(t)) is not None)
         return result
@@ -256,6 +276,7 @@ class Following:
         self.taint = DataTaint(batch)
         for i, t in enumerate(given):
             self.taint.mark([t], LOOSE if i in loose else 0)
+            self.taint.note_axis(t, 0 if i not in loose and t.dim() and len(t) == batch else None)
         self.taint.__enter__()
 
     def end(self) -> DataTaint | None:
