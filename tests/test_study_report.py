@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +102,19 @@ def test_the_first_thing_said_is_whether_clars_wins():
     assert said[2].startswith("- mnag+warmup: 80.00 ± 0.71 %; CLARS is 1.00 points above it (within two")
     assert len(said) == 3
     assert not verdict(by_arm(finals("lars", [0.8]))["n", 8])
+
+
+def test_of_one_run_each_nothing_is_called_more_than_chance():
+    rows = finals("clars", [0.80]) + finals("lars", [0.84])
+    assert verdict(by_arm(rows)["n", 8])[0].endswith("4.00 points below it (of one run, so what is chance is not known).")
+    text = results_text(rows)
+    assert "nothing is tuned; one seed." in text
+    assert "tuned |" not in text
+
+
+def test_the_kept_page_of_figures_1_and_3_is_what_its_runs_give():
+    kept = Path(__file__).parents[1] / "model_cards" / "figures_1_and_3"
+    assert results_text(read_parquet(kept / "runs.parquet")) in (kept / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_seed_that_diverged_counts_as_0_and_an_edge_is_named():

@@ -34,6 +34,9 @@ def plot_curves(path: Path, panels: Mapping[str, Curves], *, ylabel: str = "test
             for arm, seeds in curves.items():
                 if arm.endswith(WARMUP) == warm:
                     _draw_seeds(axes, seeds, colours[_plain(arm)])
+            if curves and warm and not any(arm.endswith(WARMUP) for arm in curves):
+                axes.axis("off")
+                continue
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             _finish(axes, _panel_title(title, warm), "epoch", ylabel)
         _same_limits(row)

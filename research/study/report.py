@@ -59,6 +59,8 @@ def _beside(own: ArmRows, rival: ArmRows) -> str:
     error = 100 * math.sqrt(_squared_error(own) + _squared_error(rival))
     side = "above" if gap > 0 else "below"
     clear = "more than two standard errors" if abs(gap) > 2 * error else "within two standard errors"
+    if min(len(own.final), len(rival.final)) < 2:
+        clear = "of one run, so what is chance is not known"
     return f"{plain(rival.name)}: {accuracy_text(rival)} %; CLARS is {abs(gap):.2f} points {side} it ({clear})."
 
 
@@ -80,8 +82,11 @@ def arm_table(arms: Sequence[ArmRows]) -> str:
     header = ["method", "tuned", "chosen", "held-out accuracy, %", "test accuracy, %"]
     header += [f"epochs to {milestone:.0%}" for milestone in MILESTONES]
     header += ["diverged in tuning", "diverged, final", f"below {CHANCE:.0%}, all runs"]
-    ranked = sorted(arms, key=lambda arm: -_mean(arm))
-    return table(header, [_line(arm) for arm in ranked])
+    lines = [_line(arm) for arm in sorted(arms, key=lambda arm: -_mean(arm))]
+    if not any(arm.tuning for arm in arms):  # nothing is said of tuning
+        kept = [i for i, name in enumerate(header) if name in ("method", "test accuracy, %", "diverged, final")]
+        header, lines = [header[i] for i in kept], [[line[i] for i in kept] for line in lines]
+    return table(header, lines)
 
 
 def _line(arm: ArmRows) -> list[str]:
@@ -146,6 +151,9 @@ def _overview(arms: Sequence[ArmRows]) -> str:
     budget = sorted({len(arm.tuning) for arm in arms})
     waiting = [arm.name for arm in arms if not arm.final]
     unfinished = f"**Unfinished**: no final runs yet of {', '.join(map(plain, waiting))}. " if waiting else ""
+    if budget == [0]:
+        how = "one seed" if seeds == 1 else f"{seeds} seeds, mean ± standard deviation"
+        return f"{unfinished}{len(rows)} runs of {rows[0]['parameters']:,} parameters; nothing is tuned; {how}."
     return (
         f"{unfinished}{len(rows)} runs of {rows[0]['parameters']:,} parameters; "
         f"{' or '.join(map(str, budget))} values a method{more}; {seeds} seeds at the chosen value: mean ± standard "
