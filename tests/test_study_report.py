@@ -106,7 +106,8 @@ def test_the_first_thing_said_is_whether_clars_wins():
 
 def test_of_one_run_each_nothing_is_called_more_than_chance():
     rows = finals("clars", [0.80]) + finals("lars", [0.84])
-    assert verdict(by_arm(rows)["n", 8])[0].endswith("4.00 points below it (of one run, so what is chance is not known).")
+    said = verdict(by_arm(rows)["n", 8])[0]
+    assert said.endswith("4.00 points below it (of one run, so what is chance is not known).")
     text = results_text(rows)
     assert "nothing is tuned; one seed." in text
     assert "tuned |" not in text
