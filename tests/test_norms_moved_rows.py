@@ -163,32 +163,6 @@ class Experts(nn.Module):
         return self.run(x) if self.again is None else checkpoint(self.run, x, use_reentrant=self.again)
 
 
-class Written(nn.Module):
-    """Rows are written to other places of something blank: in another order, or into a buffer for each expert."""
-
-    def __init__(self, place):
-        super().__init__()
-        self.place = place
-        self.gate, self.weights, self.last = nn.Linear(4, B), nn.Parameter(torch.randn(B, 4, 4)), nn.Linear(4, 4)
-
-    def forward(self, x):
-        if self.place == "order":
-            order, out = by_value(x), torch.zeros_like(x)
-            out[order] = x
-            return self.last(out)[order]
-        if self.place == "index_copy":
-            order = by_value(x)
-            return self.last(torch.zeros_like(x).index_copy(0, order, x))[order]
-        chosen, n = self.gate(x).argmax(-1), len(x)
-        place = functional.one_hot(chosen, B).cumsum(0).gather(1, chosen[:, None])[:, 0] - 1
-        if self.place == "buffers":
-            buffers = x.new_zeros(B, n, 4)
-            buffers[chosen, place] = x
-        else:
-            buffers = x.new_zeros(B * n, 4).index_add(0, chosen * n + place, x).view(B, n, 4)
-        return self.last(torch.bmm(buffers, self.weights)[chosen, place])
-
-
 class OneByOne(nn.Module):
     """One sample after the other; its tokens may be as many as the samples."""
 
@@ -232,10 +206,6 @@ MODELS = {
     "rolled": lambda: Flips("roll"),
     "index_select": lambda: Flips("index_select"),
     "a matrix of ones": lambda: Flips("matrix"),
-    "written in another order": lambda: Written("order"),
-    "copied to other places": lambda: Written("index_copy"),
-    "a buffer for each expert": lambda: Written("buffers"),
-    "a buffer for each expert, added to": lambda: Written("added"),
     "experts of samples": experts,
     "experts of samples, by assignment": lambda: experts(place="mask"),
     "experts of samples, bare weights": lambda: experts(bare=True),

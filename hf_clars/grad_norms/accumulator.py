@@ -84,14 +84,17 @@ class NormAccumulator:
     def _on_model_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active:
             return
-        batched = next((t for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
+        given = list(tensors_in((args, kwargs)))
+        batched = next((t for t in given if t.dim() > 0), None)
         if batched is not None:
             forward_pass = self._open(batched.shape[0])
-            forward_pass.note_given(tensors_in((args, kwargs)))
-            self._begin(forward_pass, args, kwargs)
+            forward_pass.note_given(given)
+            self._begin(forward_pass, given, args, kwargs)
 
-    def _begin(self, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Subclasses may prepare a pass here."""
+    def _begin(
+        self, forward_pass: ForwardPass, given: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Subclasses may prepare a pass here; `given` are the tensors that the model is called with."""
 
     def _on_model_result(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.active or not self._passes:

@@ -108,14 +108,15 @@ class HookedNorms(NormAccumulator):
         """As the accumulator's; False also while the graph is differentiated for the norms' sake."""
         return not (self.paused or differentiating()) and super().active
 
-    def _begin(self, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(
+        self, forward_pass: ForwardPass, given: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         forward_pass.times, forward_pass.moves_rows = self._times, self._finder.moves_rows
         self._following.end()
         self._containers.clear()
         self._compiled.join(forward_pass, args, kwargs)  # first: its operations are none of the graph's
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
         before, self._trained = self._trained, [p.requires_grad for p in self._layer_of]
-        given = list(tensors_in((args, kwargs)))
         other = self._finder.given.look(given, forward_pass.batch_size)
         if not self._learned or before != self._trained or self._finder.asks_for_data or mixed or other:
             self._following.begin(given, forward_pass.batch_size, self._finder.given.loose)

@@ -112,10 +112,12 @@ class PerSampleGradNorms(HookedNorms):
         super().rebind(swapped)
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
 
-    def _begin(self, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(
+        self, forward_pass: ForwardPass, given: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if self.loss_reduction == "mean_tokens":
             forward_pass.weights = label_counts(self.model, kwargs)
-        super()._begin(forward_pass, args, kwargs)
+        super()._begin(forward_pass, given, args, kwargs)
 
     def _check_result(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
         super()._check_result(forward_pass, outputs)

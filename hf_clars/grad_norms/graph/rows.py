@@ -26,22 +26,8 @@ _SUMS = ("sum", "mean", "var", "softmax", "log_softmax", "cat", "concat", "unsqu
 _IN_ORDER = ("view", "reshape", "flatten", "unflatten", "contiguous")
 _LAYERS = ("embedding", "linear", "layer_norm", "rms_norm", "group_norm", "conv1d", "conv2d", "conv3d")
 _EACH = {"to", "type", "float", "half", "bfloat16", "double", "clone", "detach", "dropout", "masked_fill", "clamp"}
-_EACH |= {
-    "relu",
-    "gelu",
-    "silu",
-    "tanh",
-    "sigmoid",
-    "sin",
-    "cos",
-    "exp",
-    "log",
-    "sqrt",
-    "rsqrt",
-    "square",
-    "neg",
-    "abs",
-}
+_EACH |= {"relu", "gelu", "silu", "tanh", "sigmoid"}
+_EACH |= {"sin", "cos", "exp", "log", "sqrt", "rsqrt", "square", "neg", "abs"}
 _EACH |= {f"{sign}{op}" for sign in ("", "r", "i") for op in ("add", "sub", "mul", "div", "truediv", "pow")}
 """Functions after which it is known which axis is the samples': they name axes, read and write in order, are layers
 that look at rows one by one, or look at each number by itself."""
