@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from hf_clars.grad_norms.torch_internals import NOTHING
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +141,4 @@ def timed(
     times: CallTimes | None, params: Iterable[nn.Parameter], device: torch.device
 ) -> AbstractContextManager[None]:
     """`times.taking(...)`, if there are times to be taken."""
-    return _NOTHING if times is None else times.taking(params, device)
-
-
-_NOTHING = nullcontext()
+    return NOTHING if times is None else times.taking(params, device)

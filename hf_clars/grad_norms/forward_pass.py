@@ -106,7 +106,7 @@ class ForwardPass:
         weights: Tokens of each sample, [B], where the loss is a mean over tokens.
         backward_seen: Whether a gradient has reached this pass.
         closed: Whether its norms have been taken.
-        given: What the model was called with: (memory, shape, strides) of tensors with more axes than the batch.
+        given: What the model was called with, of tensors with more axes than the batch: {shape: (memory, strides)}.
         trace: What its graph is known by so far, see `graph/known.py`; None if it must be walked.
         begun_at: How many operations torch had recorded when it began.
         times: Takes the time of each call's norms, if they are timed.
@@ -144,7 +144,7 @@ class ForwardPass:
     weights: Tensor | None = None
     backward_seen: bool = False
     closed: bool = False
-    given: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
+    given: dict[tuple[int, ...], set[tuple[int | None, tuple[int, ...]]]] = field(default_factory=dict)
     trace: list[Any] | None = None
     begun_at: int = 0
     times: CallTimes | None = None
@@ -167,12 +167,15 @@ class ForwardPass:
 
     def note_given(self, tensors: Iterable[Tensor]) -> None:
         """Remember what the model was called with: the first axis of that is the batch by contract."""
-        found = [(t, memory_of(t)) for t in tensors if t.dim() > 1 and t.shape[0] == self.batch_size]
-        self.given = {(place, t.shape, t.stride()) for t, place in found if place is not None}
+        for t in tensors:
+            place = memory_of(t) if t.dim() > 1 and t.shape[0] == self.batch_size else None
+            if place is not None:
+                self.given.setdefault(t.shape, set()).add((place, t.stride()))
 
     def was_given(self, x: Tensor) -> bool:
         """Whether a module's input is what the model was called with."""
-        return bool(self.given) and x.dim() > 1 and (memory_of(x), x.shape, x.stride()) in self.given
+        alike = self.given.get(x.shape)
+        return alike is not None and (memory_of(x), x.stride()) in alike
 
     def arrive(self, ticket: int, what: str) -> None:
         """Note that a use's gradient has come.

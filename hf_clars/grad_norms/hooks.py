@@ -68,29 +68,30 @@ class BoundHook:
         if torch.compiler.is_compiling():
             if self.traced is not None and self.traced.ready(*args):
                 return self.traced(*args, **kwargs)
-            return self._outside(args, kwargs, compiled=True)
+            return self._outside(args, kwargs)
         method = self.method()
         if method is None or _idle(method.__self__):  # type: ignore[attr-defined]
             return None  # before all else: so it is in most steps of a run that is measured now and then
-        return self._outside(args, kwargs)
+        return self._run(method, args, kwargs)
 
     @torch.compiler.disable(
         reason="hf_clars: the model that is measured was not called as a whole, or a hook here cannot be compiled: "
         "call the model, or compile without fullgraph=True"
     )
-    def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool = False) -> Any:
-        """Outside compiled code, or between two pieces of it."""
+    def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Between two pieces of compiled code."""
         method = self.method()
-        if method is None:
+        if method is None or _idle(method.__self__):  # type: ignore[attr-defined]
             return None
-        owner = method.__self__  # type: ignore[attr-defined]
-        if _idle(owner):
-            return None
-        if compiled:
-            owner.meets_compiler = True
+        method.__self__.meets_compiler = True  # type: ignore[attr-defined]
+        return self._run(method, args, kwargs)
+
+    @torch.compiler.disable(reason="hf_clars: called between two pieces of compiled code")
+    def _run(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             return method(*self.first, *args, **kwargs)
         except Exception as error:
+            owner = method.__self__  # type: ignore[attr-defined]
             take_error = getattr(owner, "take_error", None)
             if take_error is None or ends_recomputation(error):
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,32 +23,40 @@ def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> Tensor
     Returns:
         What takes the output's place; None to leave it.
     """
-    held = [hold(saved)]
-
-    def on_gradient(g: Tensor) -> None:
-        if call.arrived():
-            # Let go at once, as autograd does with what it saved, and not when the whole graph goes.
-            call.measure(held.pop()(), g.detach())
-
-    watched, place, shape = None, output.output_nr, output.shape
-    node = output.grad_fn
+    watched, place, node = None, output.output_nr, output.grad_fn
     if is_view(output):
-        node = product_before_view(output) if call.plan.lasts and call.given_rows is None else None
+        node, place = product_before_view(output) if call.plan.lasts and call.given_rows is None else None, 0
         if node is None:
             watched = own_place(output)
-            node, place = watched.grad_fn, 0
+            node = watched.grad_fn
         else:  # a function of our own in Python takes longer than the layer's other hooks together
-            call.places, place = [(node, 0)], 0
-
-    def on_gradients(grads: Sequence[Tensor | None]) -> None:
-        g = grads[place]
-        if g is not None:
-            on_gradient(g.view(shape))
-
+            call.places = ((node, 0),)
     # At the operation, and not at the tensor: after all that hooks of the user's make of the gradient.
     assert node is not None
-    node.register_prehook(call.forward_pass.guarded(on_gradients))
+    node.register_prehook(call.forward_pass.guarded(_Watch(call, Held(saved), place, output.shape)))
     return watched
+
+
+class _Watch:
+    """A hook on the operation that a module's output comes from; only the graph holds it, and what it holds.
+
+    Args:
+        call: The module's call.
+        held: What the rule saved.
+        place: Which of the operation's results the output is.
+        shape: The output's.
+    """
+
+    __slots__ = ("call", "held", "place", "shape")
+
+    def __init__(self, call: RuleCall, held: Held, place: int, shape: torch.Size) -> None:
+        self.call, self.held, self.place, self.shape = call, held, place, shape
+
+    def __call__(self, grads: Sequence[Tensor | None]) -> None:
+        g = grads[self.place]
+        if g is not None and self.call.arrived():
+            g = g.detach() if g.requires_grad else g
+            self.call.measure(self.held.take(), g if g.shape == self.shape else g.view(self.shape))
 
 
 def observe_several(call: RuleCall, saved: tuple[Tensor, ...], results: Sequence[Tensor], axes: Sequence[int]) -> None:
@@ -60,40 +68,48 @@ def observe_several(call: RuleCall, saved: tuple[Tensor, ...], results: Sequence
         results: Differentiable results, in places of their own in the graph.
         axes: The batch axis of each.
     """
-    held = [hold(saved)]
+    held = Held(saved)
 
     def on_gradients(grads: Sequence[Tensor | None]) -> None:
         if call.arrived():
             first = tuple(None if g is None else g.detach().movedim(a, 0) for g, a in zip(grads, axes, strict=True))
-            call.measure(held.pop()(), first)
+            call.measure(held.take(), first)
 
     torch.autograd.graph.register_multi_grad_hook(list(results), call.forward_pass.guarded(on_gradients), mode="all")
 
 
-def hold(tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
-    """Keep tensors the way autograd keeps them: activation checkpointing and offloading apply to them too.
+class Held:
+    """Tensors kept the way autograd keeps them: activation checkpointing and offloading apply to them too.
 
     Args:
         tensors: Any number.
-
-    Returns:
-        A function that gives them back.
     """
-    if saved_tensors_are_packed():
-        # Kept itself, and not its node alone: torch 2.8 frees with it what the node saved.
-        kept = _Holder.apply(torch.empty(0, requires_grad=True), *tensors)
-        return lambda: kept.grad_fn.saved_tensors
-    versions = [t._version for t in tensors]
 
-    def unchanged() -> tuple[Tensor, ...]:
-        if versions != [t._version for t in tensors]:
+    __slots__ = ("_packed", "_tensors", "_versions")
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._tensors, self._versions, self._packed = tensors, [t._version for t in tensors], None
+        if saved_tensors_are_packed():
+            # Kept itself, and not its node alone: torch 2.8 frees with it what the node saved.
+            self._packed = _Holder.apply(torch.empty(0, requires_grad=True), *tensors)
+            self._tensors = ()
+
+    def take(self) -> tuple[Tensor, ...]:
+        """Give them back, once. They are let go of, as autograd does with what it saved, before the graph goes.
+
+        Raises:
+            RuntimeError: One was changed in place meanwhile.
+        """
+        if self._packed is not None:
+            kept, self._packed = self._packed, None
+            return kept.grad_fn.saved_tensors
+        tensors, self._tensors = self._tensors, ()
+        if self._versions != [t._version for t in tensors]:
             raise RuntimeError(
                 "A tensor that is needed for gradient norms was modified by an in-place operation after the module "
                 "that took it had run. Make that operation out of place."
             )
         return tensors
-
-    return unchanged
 
 
 class _Holder(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,10 +20,15 @@ from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.registry import LayerRule, is_shipped
 from hf_clars.grad_norms.rule_results import compare_squares, given_by
 from hf_clars.grad_norms.tied_tables import TiedTable, tied_table
-from hf_clars.grad_norms.torch_internals import no_autocast, no_grad
+from hf_clars.grad_norms.torch_internals import NOTHING, no_autocast, no_grad
 
 FIRST_AXIS = Layout()
 _EXACT = (torch.float32, torch.float64)
+
+
+def _each(fn: Callable[[Tensor], Tensor], tensors: Any) -> Any:
+    """A function of a tensor, or of each in a tuple that has them; the other entries are None."""
+    return fn(tensors) if isinstance(tensors, Tensor) else tuple(None if t is None else fn(t) for t in tensors)
 
 
 @dataclass(eq=False, slots=True)
@@ -43,6 +49,10 @@ class CallPlan:
         proven: Whether rows are known to belong to samples as `rows_per_sample` says.
         moved: Whether rows of the batch may be anywhere: each pass must prove anew whose they are.
         lasts: Whether calls that look alike may follow it too.
+        shipped: Whether the rule is this package's.
+        folded: Whether rows of a sample are measured one by one, and their gradients added up.
+        by_squares: Whether the rule has squared norms without the gradients.
+        size: Numbers that `wanted` have.
     """
 
     hooked: HookedModule
@@ -57,6 +67,16 @@ class CallPlan:
     proven: bool = True
     moved: bool = False
     lasts: bool = False
+    shipped: bool = field(init=False)
+    folded: bool = field(init=False)
+    by_squares: bool = field(init=False)
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shipped = is_shipped(self.rule)
+        self.folded = self.rows_per_sample > 1 and not self.rule.weight_sharing_axes
+        self.by_squares = not self.folded and self.rule.squares_without_grads
+        self.size = sum(p.numel() for p in self.wanted.values())
 
     @property
     def module(self) -> nn.Module:
@@ -89,7 +109,7 @@ class RuleCall:
     forward_pass: ForwardPass
     repeats: bool = False
     tokens: Tensor | None = None
-    places: list[tuple[Node, int]] = field(default_factory=list)
+    places: tuple[tuple[Node, int], ...] = ()
     input_node: Node | None = None
     proven: bool = True
     fused: bool = False
@@ -129,9 +149,9 @@ class RuleCall:
         if self.places:
             pass  # it is watched at a place of its own
         elif isinstance(output, Tensor):
-            self.places = [(output.grad_fn, output.output_nr)] if output.grad_fn is not None else []
+            self.places = ((output.grad_fn, output.output_nr),) if output.grad_fn is not None else ()
         else:
-            self.places = [(t.grad_fn, t.output_nr) for t in tensors_in(output) if t.grad_fn is not None]
+            self.places = tuple((t.grad_fn, t.output_nr) for t in tensors_in(output) if t.grad_fn is not None)
         self.input_node = x.grad_fn
 
     @property
@@ -150,7 +170,7 @@ class RuleCall:
 
     def leave_graph(self) -> None:
         """Let go of its places in the graph."""
-        self.places, self.input_node = [], None
+        self.places, self.input_node = (), None
 
     def arrived(self) -> bool:
         """Note that the gradient has come; False if it is to be left unmeasured.
@@ -160,7 +180,8 @@ class RuleCall:
         """
         if self.repeats or self.cancelled or differentiating():
             return False
-        self.forward_pass.mark(self.forward_pass)
+        if not self.forward_pass.backward_seen:
+            self.forward_pass.mark(self.forward_pass)
         if self.fired:
             raise second_backward(self.hooked)
         self.fired = True
@@ -171,7 +192,7 @@ class RuleCall:
     def is_looked_at(self) -> bool:
         """Whether the form of what the rule gives is looked at: always that of a user's rule."""
         forward_pass = self.forward_pass
-        return forward_pass.check is not None or forward_pass.keeps_errors or not is_shipped(self.rule)
+        return forward_pass.check is not None or forward_pass.keeps_errors or not self.plan.shipped
 
     @property
     def shared(self) -> set[str]:
@@ -186,21 +207,27 @@ class RuleCall:
             saved: What the rule saved.
             g: Gradient of the module's output; a tuple for a module with several results.
         """
-        plan, grads = self.plan, g if isinstance(g, tuple) else (g,)
-        some = next(t for t in grads if t is not None)
-        count = self.forward_pass.measured * plan.rows_per_sample
-        if count < some.shape[0]:
-            saved, grads = plan.rule.take(saved, count), tuple(None if t is None else t[:count] for t in grads)
-        time = timed(self.forward_pass.times, self.wanted.values(), some.device)
-        with no_grad(), no_autocast(some.device.type), quietly(), time:
-            if any(t is not None and t.dtype not in _EXACT for t in (*grads, *saved)):
-                saved = tuple(at_least_float32(t) for t in saved)
-                grads = tuple(None if t is None else at_least_float32(t) for t in grads)
-            if plan.rows_per_sample > 1 and plan.rule.weight_sharing_axes:
-                split = (self.forward_pass.measured, plan.rows_per_sample)
-                saved = tuple(t.unflatten(0, split) for t in saved)
-                grads = tuple(None if t is None else t.unflatten(0, split) for t in grads)
-            self._add(saved, grads if isinstance(g, tuple) else grads[0], self.autocast or some.dtype)
+        plan, forward_pass = self.plan, self.forward_pass
+        some = next(t for t in g if t is not None) if isinstance(g, tuple) else g
+        measured, rows = forward_pass.measured, plan.rows_per_sample
+        if measured * rows < some.shape[0]:
+            saved, g = plan.rule.take(saved, measured * rows), _each(lambda t: t[: measured * rows], g)
+        with self._aside(some.device):
+            if some.dtype not in _EXACT or any(t.dtype not in _EXACT for t in saved):
+                saved, g = _each(at_least_float32, saved), _each(at_least_float32, g)
+            if rows > 1 and not plan.folded:
+                saved, g = (_each(lambda t: t.unflatten(0, (measured, rows)), each) for each in (saved, g))
+            self._add(saved, g, self.autocast or some.dtype)
+
+    def _aside(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Where norms are taken: no graph, no autocast, and unnoticed by trackers if it is a user's code that runs."""
+        around = no_grad(), no_autocast(device.type), timed(self.forward_pass.times, self.wanted.values(), device)
+        if self.plan.shipped and around == (NOTHING, NOTHING, NOTHING):
+            return NOTHING  # as it nearly always is
+        stack = ExitStack()
+        for context in (*around, quietly()):
+            stack.enter_context(context)
+        return stack
 
     def _tables(self) -> dict[str, TiedTable]:
         """Those of the shared parameters that are tables looked up by some of their uses."""
@@ -210,37 +237,40 @@ class RuleCall:
     def _add(self, saved: tuple[Tensor, ...], g: Any, dtype: torch.dtype) -> None:
         plan, forward_pass = self.plan, self.forward_pass
         names: Set[str] = plan.wanted.keys()
-        tables = self._tables() if forward_pass.several else {}
-        for name, table in tables.items():
-            table.measure(self, name, saved, g)
-            self._check_by_sum(name, saved, g, None, dtype)
-        if tables:
+        shared: Set[str] = set()
+        if forward_pass.several:
+            tables = self._tables()
+            for name, table in tables.items():
+                table.measure(self, name, saved, g)
+                self._check_by_sum(name, saved, g, None, dtype)
             names = names - tables.keys()
-        folded = plan.rows_per_sample > 1 and not plan.rule.weight_sharing_axes
-        by_grads: Set[str] = names
-        if not folded and plan.rule.squares_without_grads:
-            by_grads = self.shared.intersection(names)
-            single = names - by_grads if by_grads else names
-            for name, squares in self._ask("squared_norms", saved, g, single).items() if single else ():
+            shared = self.shared & names
+        by_squares = names - shared if shared else names
+        if not plan.by_squares:
+            by_squares, shared = set(), names
+        if by_squares:
+            for name, squares in self._ask("squared_norms", saved, g, by_squares).items():
                 forward_pass.add_squares(plan.hooked.layers[name], squares)
-                self._check_by_sum(name, saved, g, squares, dtype)
-        grads = self._ask("per_sample_grads", saved, g, by_grads) if by_grads else {}
-        for name, t in grads.items():
-            t = t.unflatten(0, (forward_pass.measured, plan.rows_per_sample)).sum(1) if folded else t
-            if forward_pass.check is not None:
-                forward_pass.check.add_grads(plan.wanted[name], t, dtype)
-            self._add_grads(name, t)
+                if forward_pass.check is not None:
+                    self._check_by_sum(name, saved, g, squares, dtype)
+        if shared:
+            for name, t in self._ask("per_sample_grads", saved, g, shared).items():
+                t = t.unflatten(0, (forward_pass.measured, plan.rows_per_sample)).sum(1) if plan.folded else t
+                if forward_pass.check is not None:
+                    forward_pass.check.add_grads(plan.wanted[name], t, dtype)
+                forward_pass.add_grads(plan.wanted[name], plan.hooked.layers[name], t)
 
     def _ask(
         self, method: Literal["per_sample_grads", "squared_norms"], saved: tuple[Tensor, ...], g: Any, names: Set[str]
     ) -> dict[str, Tensor]:
         """What the rule's method gives for some parameters."""
-        found = getattr(self.rule, method)(self.module, saved, g, names)
+        rule = self.plan.rule
+        found = getattr(rule, method)(self.module, saved, g, names)
         if not self.is_looked_at:
             return found if found.keys() == names else {name: found[name] for name in names}
-        found = given_by(self.rule, method, found, self.hooked, names, len(next(iter(tensors_in(g)))))
-        if method == "squared_norms" and self.forward_pass.check is not None and not is_shipped(self.rule):
-            compare_squares(self.rule, self.hooked, found, self._ask("per_sample_grads", saved, g, names))
+        found = given_by(rule, method, found, self.hooked, names, len(next(iter(tensors_in(g)))))
+        if method == "squared_norms" and self.forward_pass.check is not None and not self.plan.shipped:
+            compare_squares(rule, self.hooked, found, self._ask("per_sample_grads", saved, g, names))
         return found
 
     def _check_by_sum(
@@ -251,10 +281,6 @@ class RuleCall:
             total = self.rule.summed_grad(self.module, saved, g, name, elements=self.wanted[name].numel())
             size = total.norm() if squares is None else squares.clamp(min=0).sqrt().sum()
             self.forward_pass.check.add(self.wanted[name], total, size, dtype)
-
-    def _add_grads(self, name: str, grads: Tensor) -> None:
-        """Add per-sample gradients [measured, *shape]."""
-        self.forward_pass.add_grads(self.wanted[name], self.hooked.layers[name], grads)
 
     def add_squares(self, squares: dict[str, Tensor], sums: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Add the squared norms that the rule's own backward pass gave, {local parameter name: [measured]}.
@@ -268,7 +294,7 @@ class RuleCall:
             for name, t in squares.items():
                 if name in self.wanted:
                     self.forward_pass.add_squares(self.hooked.layers[name], t)
-            self._check_fused({n: t for n, t in sums.items() if n in self.wanted}, dtype, True)
+            self._check_fused({n: t for n, t in sums.items() if n in self.wanted}, dtype)
 
     def summed_grads(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         """The batch gradient as the sum of the per-sample ones, whose norms are added on the way.
@@ -280,39 +306,41 @@ class RuleCall:
         Returns:
             {local parameter name: Tensor of its shape}, in float32 at least.
         """
+        plan, forward_pass = self.plan, self.forward_pass
         measured = self.arrived()
         shared = self.shared
         tables = self._tables() if shared and measured else {}
         sums: dict[str, Tensor] = {}
         parts: dict[str, list[Tensor]] = {}
-        size = sum(p.numel() for p in self.wanted.values())
-        left = self.forward_pass.measured if measured else 0
-        for x_part, g_part in slices_of(x, g, elements_per_sample=size):
-            grads = self._ask("per_sample_grads", (x_part,), g_part, self.wanted.keys())
-            for name, t in grads.items():
+        left = forward_pass.measured if measured else 0
+        for x_part, g_part in slices_of(x, g, elements_per_sample=plan.size):
+            for name, t in self._ask("per_sample_grads", (x_part,), g_part, plan.wanted.keys()).items():
                 t = at_least_float32(t)
                 sums[name] = sums[name] + t.sum(0) if name in sums else t.sum(0)
                 if not left:
                     continue
-                mine = t.detach()[:left]
+                mine = t.detach() if t.requires_grad else t
+                mine = mine[:left] if left < len(mine) else mine
                 if name in tables:
                     tables[name].add_grads(mine)
                 elif x_part is x:
-                    self._add_grads(name, mine)
+                    forward_pass.add_grads(plan.wanted[name], plan.hooked.layers[name], mine)
                 else:
                     parts.setdefault(name, []).append(mine if name in shared else squared_sum(mine))
             left = max(0, left - len(x_part))
         for name, part in parts.items():
+            param, layer = plan.wanted[name], plan.hooked.layers[name]
             if name in shared:
-                self._add_grads(name, torch.cat(part))
+                forward_pass.add_grads(param, layer, torch.cat(part))
             else:
-                self.forward_pass.add_squares(self.hooked.layers[name], torch.cat(part))
-        self._check_fused(sums, g.dtype, measured)
+                forward_pass.add_squares(layer, torch.cat(part))
+        if measured and forward_pass.check is not None:
+            self._check_fused(sums, g.dtype)
         return sums
 
-    def _check_fused(self, sums: dict[str, Tensor], dtype: torch.dtype, measured: bool) -> None:
-        if self.forward_pass.check is not None and measured:
-            for name, total in sums.items():
-                if self.forward_pass.check.wants(self.wanted[name]):
-                    total = total.detach()
-                    self.forward_pass.check.add(self.wanted[name], total, total.norm(), dtype)
+    def _check_fused(self, sums: dict[str, Tensor], dtype: torch.dtype) -> None:
+        check = self.forward_pass.check
+        for name, total in sums.items() if check is not None else ():
+            if check.wants(self.wanted[name]):
+                total = total.detach()
+                check.add(self.wanted[name], total, total.norm(), dtype)

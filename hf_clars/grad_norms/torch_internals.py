@@ -98,8 +98,8 @@ def storage_of(t: Tensor) -> StorageReference | None:
         return None
 
 
-_NOTHING = nullcontext()
-
+NOTHING = nullcontext()
+"""A context that does nothing."""
 
 COMPILED = "CompiledFunction"
 """How the name of compiled code's place in the graph begins."""
@@ -116,12 +116,12 @@ _has_autocast = functools.cache(torch.amp.is_autocast_available)  # takes as lon
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
     on = _has_autocast(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else _NOTHING
+    return torch.autocast(device, enabled=False) if on else NOTHING
 
 
 def no_grad() -> AbstractContextManager[Any]:
     """`torch.no_grad()`, which takes its time also where gradients are off, as in a backward pass."""
-    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+    return torch.no_grad() if torch.is_grad_enabled() else NOTHING
 
 
 def is_view(t: Tensor) -> bool:

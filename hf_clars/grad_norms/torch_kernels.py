@@ -35,7 +35,7 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
         return centred.sum(2) * rstd, g.flatten(2).sum(2)
     rows = (1, channels[0] * channels[1], -1)
     mean, rstd = (t.repeat(channels[0]) if t.dim() == 1 else t.reshape(-1) for t in (mean, rstd))  # takes no strides
-    _, weighted, plain = torch.ops.aten.native_batch_norm_backward(
+    _, weighted, plain = torch.ops.aten.native_batch_norm_backward.default(
         g.view(rows),
         x.view(rows),
         mean,  # a weight is no factor in these sums; but CUDA's kernel reads its device and type
@@ -82,6 +82,6 @@ def _convolution_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, dilation, groups = (settings[name] for name in ("stride", "padding", "dilation", "groups"))
     no_output_padding = (0,) * (x.dim() - 2)
-    return torch.ops.aten.convolution_backward(
+    return torch.ops.aten.convolution_backward.default(  # an operator with its overload is called in half the time
         g, x, weight, None, stride, padding, dilation, False, no_output_padding, groups, which
     )

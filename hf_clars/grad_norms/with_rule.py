@@ -17,11 +17,11 @@ from hf_clars.grad_norms.observation import observe, observe_several, own_place
 from hf_clars.grad_norms.one_product import Way, fuse_weight_grad, is_fused, replace_backward
 from hf_clars.grad_norms.plain_backward import note_call
 from hf_clars.grad_norms.pytree import differentiable_in, is_differentiable, map_tensors
-from hf_clars.grad_norms.registry import is_shipped
 from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
 from hf_clars.grad_norms.rule_results import saved_by
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+_UNKNOWN: Any = object()
 
 
 def capture(
@@ -48,12 +48,11 @@ def capture(
     Returns:
         What takes the output's place; None to leave it.
     """
-    look = None
+    look, plan = None, _UNKNOWN
     if taint is None and not recomputed and isinstance(output, Tensor):
         look = _look(hooked, forward_pass, x, output)
-    if look is not None and look in hooked.plans:
-        plan = hooked.plans[look]
-    else:
+        plan = hooked.plans.get(look, _UNKNOWN)
+    if plan is _UNKNOWN:
         plan = _decide(hooked, forward_pass, x, output, taint, recomputed=recomputed)
         if look is None or not (plan is None or plan.lasts):
             forward_pass.trace = None
@@ -83,7 +82,7 @@ def capture(
 def _look(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor) -> tuple[Any, ...]:
     """What calls must have in common to be measured by one plan; weights that are made of others are no leaves."""
     module = hooked.module
-    used = [getattr(module, name) for name in hooked.params]
+    used = [hooked.in_use(name) for name in hooked.params]
     return (
         (forward_pass.batch_size, forward_pass.measured, forward_pass.implicit, module.training),
         (x.shape, x.stride(), x.dtype, x.device),
@@ -217,13 +216,14 @@ def _follow(call: RuleCall, x: Tensor, given: Call, output: Any) -> Any:
     plan, rule = call.plan, call.plan.rule
     if plan.way is not None and not is_fused(output):
         call.fused = True
-        if call.forward_pass.keeps_errors or not is_shipped(rule):
+        if call.forward_pass.keeps_errors or not plan.shipped:
             note_call(call, x, given)
         return plan.way(call, x, output)
     args, kwargs = given
     plain = isinstance(args, tuple) and len(args) == 1 and args[0] is x and not kwargs
     args, kwargs = ((x.detach(),), {}) if plain else map_tensors(lambda t: t.detach(), given)
-    saved = saved_by(rule, call.hooked, rule.save(plan.module, args, kwargs, output, plan.wanted.keys()))
+    saved = rule.save(plan.module, args, kwargs, output, plan.wanted.keys())
+    saved = saved if plan.shipped else saved_by(rule, call.hooked, saved)
     call.tokens = rule.lookup_tokens(saved)
     if not rule.several_results:
         return observe(call, saved, output)

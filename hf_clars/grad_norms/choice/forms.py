@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import torch
@@ -187,6 +188,12 @@ def cheapest_form(use: WeightUse, device: str, *, replaces_weight_grad: bool = T
         device: `tensor.device.type`.
         replaces_weight_grad: Whether the product may stand in for autograd's weight gradient.
     """
-    if device != "cuda" or use.positions == 1:
-        return costs.cheapest_form(use, device, replaces_weight_grad=replaces_weight_grad)
-    return form_choices.take("torch" if replaces_weight_grad else "torch beside", use)
+    if use.positions == 1:
+        return "outer"
+    if device == "cuda":
+        return form_choices.take("torch" if replaces_weight_grad else "torch beside", use)
+    by_model = costs.cheapest_form if torch.compiler.is_compiling() else _by_model
+    return by_model(use, device, replaces_weight_grad=replaces_weight_grad)
+
+
+_by_model = lru_cache(1 << 12)(costs.cheapest_form)

@@ -25,7 +25,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Form = Literal["outer", "gram", "product", "rows", "grouped"]
 
@@ -75,8 +75,7 @@ class Machine:
 CPU = Machine(1.2e11, 4e10, 8e6, 1.2e10)
 
 
-@dataclass(frozen=True)
-class WeightUse:
+class WeightUse(NamedTuple):
     """The shapes of one use of a weight. As a string it is the name by which times are kept.
 
     Attributes:
