@@ -116,8 +116,8 @@ def begin_pass(
         checked: Whether this code hands over what the sum check compares.
 
     Returns:
-        Zeros [rows, B], whose "gradient" will be the squared norms; zeros [rows, 1], whose "gradient" will say how often
-        each row was used; the number of the pass.
+        Zeros [rows, B], whose "gradient" will be the squared norms; zeros [rows, 1], whose "gradient" will say how
+        often each row was used; the number of the pass.
     """
     found = _receivers.get(receiver)
     number = 0 if found is None else found.compiled_pass_begins(like.shape[0], weights, checked)
