@@ -35,18 +35,21 @@ def fuse_weight_grad(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
     Returns:
         The same values in the same memory.
     """
-    names = list(call.wanted)
-    return _OneProduct.apply(call, names, output.detach(), x, *(call.hooked.in_use(n) for n in names))
+    # Under autocast the module computed with a copy of its input in the lower precision.
+    return _behind(call, x, output, _as(x, output.dtype), call.hooked.in_use("weight"))
 
 
 def replace_backward(call: RuleCall, x: Tensor, output: Tensor) -> Tensor:
     """The module's output, whose gradient now goes through the rule's own backward pass. Arguments as above."""
-    names = list(call.wanted)
-    operands = call.rule.operands(call.module, x, output)
+    used, *more = call.rule.operands(call.module, x, output)
     weight = call.rule.weight_as_used(call.module, call.hooked.in_use("weight"), output)
+    return _behind(call, x, output, used.detach(), weight, *more)
+
+
+def _behind(call: RuleCall, x: Tensor, output: Tensor, used: Tensor, weight: Tensor, *more: Tensor) -> Tensor:
+    names = list(call.wanted)
     # The output travels in a list: as a tensor argument it would come back as a view, which in-place ReLUs refuse.
-    params = (call.hooked.in_use(n) for n in names)
-    return _WholeBackward.apply(call, names, [output], (weight, *operands[1:]), x, operands[0], *params)
+    return _OwnBackward.apply(call, names, [output], more, x, used, weight, *(call.hooked.in_use(n) for n in names))
 
 
 def is_fused(output: Tensor) -> bool:
@@ -54,44 +57,8 @@ def is_fused(output: Tensor) -> bool:
     return output.grad_fn is not None and output.grad_fn.name() in OWN_NODES
 
 
-class _OneProduct(torch.autograd.Function):
-    """Identity on the output; see `fuse_weight_grad`."""
-
-    @staticmethod
-    def forward(ctx: Any, call: RuleCall, names: list[str], output: Tensor, x: Tensor, *params: Tensor) -> Tensor:
-        ctx.call, ctx.names, ctx.dtype = call, names, output.dtype
-        ctx.param_dtypes = [p.dtype for p in params]
-        # Under autocast the module computed with a copy of its input in the lower precision.
-        x_kept = x if x.dtype == output.dtype else x.to(output.dtype)
-        ctx.save_for_backward(x_kept, params[names.index("weight")])
-        ctx.x_dtype = x.dtype
-        ctx.mark_dirty(output)  # the same tensor, so that a following in-place activation works on it as before
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        call: RuleCall = ctx.call
-        wanted, x_grad = ctx.needs_input_grad[3], None
-        with no_autocast(g.device.type), timed(call.forward_pass.times, call.wanted.values(), g.device):
-            try:
-                sums = {} if differentiating() else call.summed_grads(x, g)
-                if wanted:
-                    x_grad = call.rule.input_grad(call.module, x, _as(weight, ctx.dtype), g)
-                if call.is_looked_at:
-                    asked = (x_grad, x.shape) if wanted else None
-                    check_backward(call.rule, "input_grad", call.hooked, sums, call.wanted, asked)
-                x_grad, sums = _compared(call, ctx.names, x, g, x_grad, sums, wanted)
-            except Exception as error:
-                if not call.forward_pass.takes(error):
-                    raise
-                x_grad, sums = plain_backward(call, ctx.names, x, g, input_wanted=wanted)
-            grads = [_as(sums[n], d) if sums else None for n, d in zip(ctx.names, ctx.param_dtypes, strict=True)]
-        return None, None, None, None if x_grad is None else _as(x_grad, ctx.x_dtype), *grads
-
-
-class _WholeBackward(torch.autograd.Function):
-    """Identity on the output; see `replace_backward`."""
+class _OwnBackward(torch.autograd.Function):
+    """Identity on the output; its backward pass stands for the module's."""
 
     @staticmethod
     def forward(
@@ -102,54 +69,64 @@ class _WholeBackward(torch.autograd.Function):
         more: tuple[Tensor, ...],
         x: Tensor,
         used: Tensor,
+        weight: Tensor,
         *params: Tensor,
     ) -> Tensor:
         output = held[0]
         ctx.call, ctx.names, ctx.dtype, ctx.x_dtype, ctx.x_shape = call, names, output.dtype, x.dtype, x.shape
         ctx.param_dtypes = [p.dtype for p in params]
-        ctx.save_for_backward(more[0], used.detach(), *more[1:])
+        ctx.save_for_backward(weight, used, *more)
         return output.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        call: RuleCall = ctx.call
-        weight, *saved = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[4]
-        with no_autocast(g.device.type), timed(call.forward_pass.times, call.wanted.values(), g.device):
-            try:
-                x_grad, sums = _by_rule(call, tuple(saved), weight, g, wanted)
-                if call.is_looked_at:
-                    asked = (x_grad, ctx.x_shape) if wanted else None
-                    check_backward(call.rule, "whole_backward", call.hooked, sums, call.wanted, asked)
-                x_grad, sums = _compared(call, ctx.names, saved[0], g, x_grad, sums, wanted)
-            except Exception as error:
-                if not call.forward_pass.takes(error):
-                    raise
-                x_grad, sums = plain_backward(call, ctx.names, saved[0], g, input_wanted=wanted)
-            grads = [_as(sums[n], d) if sums else None for n, d in zip(ctx.names, ctx.param_dtypes, strict=True)]
-        return None, None, None, None, None if x_grad is None else _as(x_grad, ctx.x_dtype), None, *grads
+        # Kernels cannot be differentiated; what is made of torch's operations can, if someone makes a graph of it.
+        return (_once_only if ctx.call.plan.way is replace_backward else _backward)(ctx, g)
 
 
-def _by_rule(
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    call: RuleCall = ctx.call
+    weight, *saved = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[4]
+    with no_autocast(g.device.type), timed(call.forward_pass.times, call.wanted.values(), g.device):
+        try:
+            x_grad, sums = _gradients(call, tuple(saved), weight, g, wanted)
+            if call.is_looked_at:
+                asked = (x_grad, ctx.x_shape) if wanted else None
+                method = "input_grad" if call.plan.way is fuse_weight_grad else "whole_backward"
+                check_backward(call.rule, method, call.hooked, sums, call.wanted, asked)
+            x_grad, sums = _compared(call, ctx.names, saved[0], g, x_grad, sums, wanted)
+        except Exception as error:
+            if not call.forward_pass.takes(error):
+                raise
+            x_grad, sums = plain_backward(call, ctx.names, saved[0], g, input_wanted=wanted)
+        grads = [_as(sums[n], d) if sums else None for n, d in zip(ctx.names, ctx.param_dtypes, strict=True)]
+    x_grad = None if x_grad is None else _as(x_grad, ctx.x_dtype)
+    return None, None, None, None, x_grad, None, None, *grads
+
+
+_once_only = once_differentiable(_backward)
+
+
+def _gradients(
     call: RuleCall, saved: tuple[Tensor, ...], weight: Tensor, g: Tensor, input_wanted: bool
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """The input's gradient and the parameters', by the rule's own backward pass, whose norms are added.
+    """The input's gradient and the parameters', whose norms are added on the way.
 
     Args:
         call: The call.
-        saved: What `operands` returned.
+        saved: The input as it was used, and what else `operands` returned.
         weight: The weight.
         g: Gradient of the output.
         input_wanted: Whether the input's gradient is asked for.
     """
-    module, rule = call.module, call.rule
-    if differentiating():  # only the input's gradient leads on
-        if not input_wanted:
-            return None, {}
-        return rule.whole_backward(module, saved, weight, g, input_wanted=True).input_grad, {}
-    if call.shared:  # several uses add up before they are squared: that takes the samples' gradients
-        sums = call.summed_grads(saved[0], g)
+    module, rule, asked = call.module, call.rule, not differentiating()  # else only the input's gradient leads on
+    whole = call.plan.way is replace_backward
+    if whole and not asked:
+        done = rule.whole_backward(module, saved, weight, g, input_wanted=True) if input_wanted else None
+        return None if done is None else done.input_grad, {}
+    if not whole or call.shared:  # several uses add up before they are squared: that takes the samples' gradients
+        sums = call.summed_grads(saved[0], g) if asked else {}
         return rule.input_grad(module, saved[0], _as(weight, g.dtype), g) if input_wanted else None, sums
     done = rule.whole_backward(module, saved, weight, g, input_wanted=input_wanted, measured=call.forward_pass.measured)
     call.add_squares(done.squares, done.grads, g.dtype)
@@ -184,8 +161,8 @@ def _compared(
 Way = Callable[[RuleCall, Tensor, Tensor], Tensor]
 """`fuse_weight_grad` or `replace_backward`."""
 
-OWN_NODES = tuple(f"{function.__name__}Backward" for function in (_OneProduct, _WholeBackward))
-"""Names of these functions' places in the graph."""
+OWN_NODES = (f"{_OwnBackward.__name__}Backward",)
+"""Names of this function's place in the graph."""
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
