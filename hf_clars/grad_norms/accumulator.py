@@ -162,10 +162,11 @@ class NormAccumulator:
         if self.engine_dropped_a_batch():
             self.reset()
             return
-        if not any(p.backward_seen for p in self._passes):
+        done = [p for p in self._passes if p.backward_seen]
+        if not done:
             return
         gone = all(p.grad is None for p in self._layer_of) and not self._engine_holds_gradients()
-        if gone or self._watch.cleared():
+        if gone or self._watch.cleared(param for p in done for param in p.uses):
             self.reset()
 
     def _engine_holds_gradients(self) -> bool:
