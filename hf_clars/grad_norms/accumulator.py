@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.distributed import keeps_gradients_elsewhere
+from hf_clars.grad_norms.errors import MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals, differentiating, note_caller
 from hf_clars.grad_norms.gradient_watch import GradientWatch
 from hf_clars.grad_norms.hooks import ModelReturns, PassBegins, PlacedHooks
@@ -87,6 +88,11 @@ class NormAccumulator:
         given = list(tensors_in((args, kwargs)))
         batched = next((t for t in given if t.dim() > 0), None)
         if batched is not None:
+            if module is not self.model and next(module.parameters(), None) is None:
+                raise MixedDevicesError(
+                    "nn.DataParallel calls copies of the model, whose parts of the batch are not measured as one: use "
+                    "DistributedDataParallel, or let the process see a single device (CUDA_VISIBLE_DEVICES=0)."
+                )
             forward_pass = self._open(batched.shape[0])
             forward_pass.note_given(given)
             self._begin(forward_pass, given, args, kwargs)

@@ -20,8 +20,9 @@ from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, count_repeated,
 from hf_clars.grad_norms.graph.places import ContainerCall
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
-from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_hooked_modules, refuse_replaced
+from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds, PlacedHooks
+from hf_clars.grad_norms.model_parts import ModelParts
 from hf_clars.grad_norms.pytree import tensor_given, tensors_in
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
 from hf_clars.grad_norms.with_rule import capture, repeat
@@ -50,7 +51,6 @@ class HookedNorms(NormAccumulator):
         self._containers: list[ContainerCall] = []
         self._learned = False
         self._trained: list[bool] = []
-        self._unused = 0
         self._ways = LearnedWays(self._name_of)
         self._times: CallTimes | None = None
         self._module_hooks = PlacedHooks()
@@ -61,6 +61,7 @@ class HookedNorms(NormAccumulator):
 
     def _hook_modules(self) -> None:
         self._hooked = find_hooked_modules(self.model, self._layer_of)
+        self._parts = ModelParts(self.model, self._hooked, self._layer_of, self._engine_holds_gradients)
         self._compiled = CompiledPasses(self, self._hooked)  # type: ignore[arg-type]  # the subclass is what exists
         self._following.also = self._compiled.calls.end
         self._call_hook.traced = self._compiled.model_hook(begins=True)
@@ -108,11 +109,16 @@ class HookedNorms(NormAccumulator):
         """As the accumulator's; False also while the graph is differentiated for the norms' sake."""
         return not (self.paused or differentiating()) and super().active
 
+    def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
+        self._parts.refuse_changes()
+        return super()._open(batch_size, implicit=implicit)
+
     def _begin(
         self, forward_pass: ForwardPass, given: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         forward_pass.times, forward_pass.moves_rows = self._times, self._finder.moves_rows
         self._following.end()
+        self._in_use.begin()
         self._containers.clear()
         self._compiled.join(forward_pass, args, kwargs)  # first: its operations are none of the graph's
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
@@ -238,7 +244,6 @@ class HookedNorms(NormAccumulator):
         finally:
             for call in forward_pass.rule_calls:
                 call.leave_graph()
-        self._look_for_unused(sum(self._trained) - len(forward_pass.uses))
         if taint is not None and forward_pass.batch_size > 1:
             self._learned, self._finder.unknown = True, False
 
@@ -291,12 +296,6 @@ class HookedNorms(NormAccumulator):
             self._ever_captured.add(param)
         for measured in found:
             watch(forward_pass, measured, self._deliver)
-
-    def _look_for_unused(self, unused: int) -> None:
-        """Parameters that train and are not used may belong to a module that was replaced."""
-        if unused != self._unused:
-            refuse_replaced(self.model, self._hooked)
-            self._unused = unused
 
     # ---- compiled code ---------------------------------------------------------------------------------------
 
