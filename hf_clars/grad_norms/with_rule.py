@@ -14,7 +14,7 @@ from hf_clars.grad_norms.graph.layout import Layout, is_open
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
 from hf_clars.grad_norms.observation import observe, observe_several, own_place
-from hf_clars.grad_norms.one_product import Way, fuse_weight_grad, is_fused, replace_backward
+from hf_clars.grad_norms.one_product import Way, fuse_weight_grad, is_taken, replace_backward
 from hf_clars.grad_norms.plain_backward import note_call
 from hf_clars.grad_norms.pytree import differentiable_in, is_differentiable, map_tensors
 from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
@@ -214,7 +214,7 @@ def _check_device(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor) ->
 def _follow(call: RuleCall, x: Tensor, given: Call, output: Any) -> Any:
     """Take the weight gradient over, or watch the ordinary one."""
     plan, rule = call.plan, call.plan.rule
-    if plan.way is not None and not is_fused(output):
+    if plan.way is not None and not is_taken(output):
         call.fused = True
         if call.forward_pass.keeps_errors or not plan.shipped:
             note_call(call, x, given)
