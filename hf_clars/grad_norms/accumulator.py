@@ -187,7 +187,7 @@ class NormAccumulator:
     def _close(self) -> None:
         """Turn passes that have had their backward into norms."""
         for forward_pass in self._passes:
-            if forward_pass.closed or not forward_pass.backward_seen:
+            if (forward_pass.closed and forward_pass.error is None) or not forward_pass.backward_seen:
                 continue
             norms = forward_pass.norms(self._layer_of, len(self.layers))
             if norms is None:

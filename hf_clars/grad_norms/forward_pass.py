@@ -181,10 +181,10 @@ class ForwardPass:
         """Note that a use's gradient has come.
 
         Raises:
-            SecondBackwardError: If it had come already.
+            SecondBackwardError: If it had come already, or the norms of the pass were taken.
         """
         self.mark(self)
-        if ticket in self.fired:
+        if self.closed or ticket in self.fired:
             raise second_backward(what)
         self.fired.add(ticket)
 
@@ -321,9 +321,10 @@ def second_backward(what: object) -> SecondBackwardError:
     """The error for a second backward pass through one forward pass."""
     return SecondBackwardError(
         f"A second backward pass reached {what} through the same forward pass: a second backward(), or "
-        "torch.autograd.grad before it. A sample's gradient norm is that of all its losses together: add the losses "
-        "and call backward() once. Where a loss needs a gradient of its own (a gradient penalty with "
-        f"create_graph=True), its norms cannot be told by sample: {WITHOUT_SAMPLES}, or LARS."
+        "torch.autograd.grad before it, or norms were read, or another pass begun, before all was done. A sample's "
+        "gradient norm is that of all its losses together: add the losses and call backward() once. Where a loss needs "
+        "a gradient of its own (a gradient penalty with create_graph=True), its norms cannot be told by sample: "
+        f"{WITHOUT_SAMPLES}, or LARS."
     )
 
 

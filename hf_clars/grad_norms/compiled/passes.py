@@ -120,7 +120,7 @@ class CompiledPasses:
         if forward_pass is None or differentiating():
             return
         forward_pass.mark(forward_pass)
-        if number in self._arrived:
+        if number in self._arrived or forward_pass.closed:
             self._norms._stop_check()
             raise second_backward("the compiled model")
         if failed := self._used_twice(forward_pass, uses):
