@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.errors import MixedDevicesError, UncoveredParameterError
+from hf_clars.layers import param_layers
 from hf_clars.optim import CLARS
 from tests.oracle import layer_norms, one_by_one
 
@@ -225,7 +227,7 @@ def test_layers_that_change_places_are_named():
 def test_of_a_part_of_the_model_the_rest_is_not_asked_for():
     torch.manual_seed(0)
     model = Net()
-    layers = [layer for layer in PerSampleGradNorms(model).layers if layer.name == "body.1"]
+    layers = [layer for layer in param_layers(model) if layer.name == "body.1"]
     with PerSampleGradNorms(model, layers=layers) as norms:
         for change in (None, freeze, thaw, append_layer):
             if change is not None:
@@ -272,6 +274,23 @@ def test_an_optimizer_whose_model_was_changed_says_so():
     optimizer = CLARS(model)
     loss_of(model, data()).backward()
     optimizer.step()
+
+
+def test_an_optimizer_that_nobody_keeps_has_nothing_to_say_of_a_changed_model():
+    model = Net()
+    gc.collect()
+    gc.disable()  # as between two collections
+    try:
+        for _ in range(3):
+            replace_head(model)
+            optimizer = CLARS(model)
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss_of(model, data()).backward()
+                optimizer.step()
+            del optimizer
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("made_of", ["weights", "numbers"])
@@ -365,3 +384,58 @@ def test_models_in_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+class Interrupted(Net):
+    """In the middle of a forward pass, another thread calls the model too."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call, self.errors, self.again = call, [], False
+
+    def forward(self, x):
+        if self.again:
+            return super().forward(x)
+        first = checkpoint(self.body[0], x + self.shift, use_reentrant=False)
+        self.again = True
+        thread = threading.Thread(target=self.interrupt)
+        thread.start()
+        thread.join()
+        self.again = False
+        return self.body[1:](first) * self.scale
+
+    def interrupt(self):
+        try:
+            self.call(self)
+        except Exception as error:
+            self.errors.append(error)
+
+
+def test_another_thread_may_evaluate_the_model_meanwhile():
+    torch.manual_seed(0)
+    model = Interrupted(torch.no_grad()(lambda model: model(data(3))))
+    with PerSampleGradNorms(model) as norms:
+        for _ in range(5):
+            model.zero_grad()
+            x = data()
+            wanted = expected_here(model, x, norms)
+            loss_of(model, x).backward()
+            assert_exact(norms, wanted)
+    assert model.errors == []
+
+
+def test_another_thread_that_calls_the_model_with_gradients_is_refused():
+    torch.manual_seed(0)
+    model = Interrupted(lambda model: model(data(3)))
+    with PerSampleGradNorms(model) as norms:
+        for count in range(1, 5):
+            model.zero_grad()
+            x = data()
+            loss_of(model, x).backward()
+            found = norms.per_sample
+            assert [str(e)[:40] for e in model.errors] == ["The model was called in two threads at o"] * count
+            model.errors, kept = [], model.errors
+            wanted = expected_here(model, x, norms)
+            model.errors = kept
+            for name, values in found.items():
+                torch.testing.assert_close(values, wanted[name], rtol=1e-9, atol=1e-12)

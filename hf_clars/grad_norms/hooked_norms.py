@@ -110,6 +110,7 @@ class HookedNorms(NormAccumulator):
         return not (self.paused or differentiating()) and super().active
 
     def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
+        self._following.enter(whole=not implicit)
         self._parts.refuse_changes()
         return super()._open(batch_size, implicit=implicit)
 
@@ -137,7 +138,7 @@ class HookedNorms(NormAccumulator):
         if not self._passes or self.paused or differentiating() or inside_function_transform():
             return
         if not torch.is_grad_enabled():
-            self._passes[-1].without_grad[hooked] += bool(hooked.params)
+            self._passes[-1].without_grad[hooked] += bool(hooked.params) and not self._following.elsewhere
             return
         if inside_backward():
             self._on_repeated_container_call(hooked, output)
@@ -173,7 +174,7 @@ class HookedNorms(NormAccumulator):
         self._in_use.learn(hooked)
         taint = self._following.taint
         if not torch.is_grad_enabled():
-            if last is not None:
+            if last is not None and not self._following.elsewhere:
                 last.without_grad[hooked] += 1
                 if hooked.moved_at(x, taint, last.moves_rows) == MOVED:
                     last.moved_without_grad.add(hooked)
