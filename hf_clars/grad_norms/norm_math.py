@@ -17,6 +17,8 @@ from torch import Tensor
 
 # What is made per sample (gradients, Gram matrices) exists for at most this many elements at once: 64 MiB in float32.
 MAX_ELEMENTS = 1 << 24
+# On a CPU for no more than this many, or two samples: 8 MiB stay in cache, and are not asked of the system each time.
+CACHED_ELEMENTS = 1 << 21
 # Below this many numbers it is the number of operations that counts.
 SMALL = 1 << 15
 # On CUDA a slice may take this part of the memory that is free when the first one is cut.
@@ -147,7 +149,7 @@ def in_slices(norms_of: Callable[..., Tensor], *tensors: Tensor, elements_per_sa
 
 
 def slices_of(*tensors: Tensor, elements_per_sample: int) -> Iterator[tuple[Tensor, ...]]:
-    """Slices of the batch axis of several tensors, at most `MAX_ELEMENTS` elements each; on CUDA `_room`."""
+    """Slices of the batch axis of several tensors: of `samples_at_once` each, on CUDA of as many as have `_room`."""
     step = _samples_at_once(tensors[0], elements_per_sample)
     if tensors[0].shape[0] <= step:
         return iter([tensors])
@@ -155,8 +157,17 @@ def slices_of(*tensors: Tensor, elements_per_sample: int) -> Iterator[tuple[Tens
 
 
 def _samples_at_once(t: Tensor, elements_per_sample: int) -> int:
-    there = on_cuda(t) and not torch.compiler.is_compiling()
-    return max(1, (_room(t.device) if there else MAX_ELEMENTS) // max(1, elements_per_sample))
+    if torch.compiler.is_compiling():  # each slice would be code of its own
+        return max(1, MAX_ELEMENTS // max(1, elements_per_sample))
+    if on_cuda(t):
+        return max(1, _room(t.device) // max(1, elements_per_sample))
+    return samples_at_once(elements_per_sample)
+
+
+def samples_at_once(elements_per_sample: int) -> int:
+    """Samples in a slice on a CPU, where each needs so many numbers."""
+    each = max(1, elements_per_sample)
+    return max(1, min(MAX_ELEMENTS // each, max(2, CACHED_ELEMENTS // each)))
 
 
 @cache

@@ -334,13 +334,15 @@ class RuleCall:
                 forward_pass.add_grads(param, layer, torch.cat(part))
             else:
                 forward_pass.add_squares(layer, torch.cat(part))
-        if measured and forward_pass.check is not None:
+        if measured:
             self._check_fused(sums, g.dtype)
         return sums
 
     def _check_fused(self, sums: dict[str, Tensor], dtype: torch.dtype) -> None:
         check = self.forward_pass.check
-        for name, total in sums.items() if check is not None else ():
+        if check is None:
+            return
+        for name, total in sums.items():
             if check.wants(self.wanted[name]):
                 total = total.detach()
                 check.add(self.wanted[name], total, total.norm(), dtype)

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from hf_clars.grad_norms.norm_math import samples_at_once
+
 Form = Literal["outer", "gram", "product", "rows", "grouped"]
 
 Kind = Literal["cpu", "cpu beside", "torch", "torch beside", "linear", "convolution", "pointwise"]
@@ -39,7 +41,7 @@ milliseconds a unit}}}. `float32`: how much longer a product of float32 takes th
 
 #: Products with short sums run below full speed: at half of it for sums over this many positions. A batched matrix
 #: product (Linear layers, 1x1 kernels) minds little, a convolution with the samples as groups minds more.
-_HALF_SPEED_MATRIX, _HALF_SPEED_CONVOLUTION = 8, 64
+_HALF_SPEED_MATRIX, _HALF_SPEED_CONVOLUTION = 8, 32
 #: Passes over memory: a gradient is written, and read for its square and for the sum.
 _PRODUCT_PASSES = 3
 #: A tap of a convolution's Gram form reads two [T, T] matrices and writes one.
@@ -55,24 +57,22 @@ class Machine:
 
     Attributes:
         flops: Arithmetic operations a second of a large matrix product.
-        bandwidth: Bytes a second of a pass over temporaries that stay in cache.
-        cache: Bytes up to which they do.
-        far_bandwidth: Bytes a second of a pass over larger ones.
+        bandwidths: Bytes a second of a pass over temporaries, by the bytes up to which that holds, in rising order.
     """
 
     flops: float
-    bandwidth: float
-    cache: float
-    far_bandwidth: float
+    bandwidths: tuple[tuple[float, float], ...]
 
-    def passes(self, size: float, times: int = 1) -> float:
-        """Seconds of some passes over a tensor of this size in bytes."""
-        return times * size / (self.bandwidth if size <= self.cache else self.far_bandwidth)
+    def passes(self, size: float, times: int = 1, *, at_once: float | None = None) -> float:
+        """Seconds of some passes over temporaries of this size in bytes, of which so many exist at once; or all."""
+        held = size if at_once is None else at_once
+        return times * size / next(speed for most, speed in self.bandwidths if held <= most)
 
 
-#: Measured on two cores of a server (AVX-512, float32): in cache, and in BERT-base, whose gradients of 8 samples are
-#: 19 and 75 MB a layer.
-CPU = Machine(1.2e11, 4e10, 8e6, 1.2e10)
+#: From here on the C library asks the system for a tensor's memory each time.
+SYSTEM_BYTES = 1 << 25
+#: Measured on two cores of a server (AVX-512, float32): what stays in cache, what does not, and what is asked for anew.
+CPU = Machine(1.2e11, ((9e6, 4e10), (SYSTEM_BYTES, 1.2e10), (math.inf, 3e9)))
 
 
 class WeightUse(NamedTuple):
@@ -126,15 +126,18 @@ class WeightUse(NamedTuple):
         flops = 2 * batch * (inputs * self.width_in + outputs * self.width_out)
         taps = sum(k for k in self.kernel if k > 1)
         traffic = batch * self.element_size * (inputs + outputs + _TAP_PASSES * taps * between)
-        return flops / machine.flops + machine.passes(traffic)
+        return flops / machine.flops + machine.passes(traffic, at_once=min(traffic, SYSTEM_BYTES))
 
     def product_seconds(self, machine: Machine, *, replaces_weight_grad: bool = True) -> float:
         """Time of the per-sample gradients, beyond the ordinary weight gradient if they replace it."""
-        elements = self.samples * self.groups * math.prod(self.kernel) * self.width_in * self.width_out
+        each = self.groups * math.prod(self.kernel) * self.width_in * self.width_out
+        elements, at_once = self.samples * each, min(self.samples, samples_at_once(each)) * each
         half_speed = _HALF_SPEED_CONVOLUTION if math.prod(self.kernel) > 1 else _HALF_SPEED_MATRIX
         sum_length = half_speed + (0 if replaces_weight_grad else self.positions)
         flops = 2 * elements * sum_length
-        return flops / machine.flops + machine.passes(elements * self.element_size, _PRODUCT_PASSES)
+        return flops / machine.flops + machine.passes(
+            elements * self.element_size, _PRODUCT_PASSES, at_once=at_once * self.element_size
+        )
 
 
 def amounts(kind: Kind, form: Form, use: WeightUse) -> dict[str, float]:
