@@ -77,46 +77,6 @@ def test_accumulated_passes_are_one_batch_until_the_gradients_are_cleared():
     norms.remove()
 
 
-class Heads(nn.Module):
-    """Each pass uses one of many."""
-
-    def __init__(self):
-        super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(4, 3) for _ in range(7)).double()
-
-    def forward(self, x, number):
-        return self.heads[number](x)
-
-
-@pytest.mark.parametrize("to_none", [True, False])
-def test_cleared_gradients_of_any_parameter_begin_a_batch(to_none):
-    torch.manual_seed(0)
-    model = Heads()
-    norms = PerSampleGradNorms(model)
-    for number in (0, 2, 2, 5, 6, 5, 1, 1):  # the first, the middle and the last are watched from the start
-        model.zero_grad(set_to_none=to_none)
-        parts = [torch.randn(size, 4, dtype=torch.double) for size in (2, 3)]
-        for x in parts:
-            (model(x, number).square().sum() / len(x)).backward()
-        x, linear = torch.cat(parts), model.heads[number]
-        wanted = 2 * linear(x).detach().norm(dim=1) * (1 + x.square().sum(1)).sqrt()
-        for name, values in norms.per_sample.items():
-            torch.testing.assert_close(values, wanted if name == f"heads.{number}" else torch.zeros_like(wanted))
-    norms.remove()
-
-
-def test_cleared_gradients_begin_a_batch_of_the_microbatch_estimator():
-    torch.manual_seed(0)
-    model = Heads()
-    optimizer = CLARS(model, lr=0.0, estimator="microbatch")
-    for number in (2, 2, 5, 5):
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad.zero_()
-        model(torch.randn(3, 4, dtype=torch.double), number).square().sum().backward()
-        assert optimizer.norms.totals().captured == 1
-
-
 def test_evaluation_between_training_passes_is_not_counted():
     model = small_model().eval()
     x, y = batch(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,8 +108,9 @@ class NormAccumulator:
             return
         forward_pass = self._passes[-1]
         outputs = [t for t in tensors_in(output) if t.requires_grad]
-        self._check_result(forward_pass, outputs)
         mark = forward_pass.guarded(lambda _, p=forward_pass: None if differentiating() else self._mark(p))
+        forward_pass.graph = weakref.ref(mark)
+        self._check_result(forward_pass, outputs)
         for tensor in outputs:
             tensor.register_hook(mark)
 
@@ -133,7 +135,7 @@ class NormAccumulator:
         self._drop_if_cleared()
         measured = batch_size
         if self.samples is not None:
-            held = sum(p.measured for p in self._passes)
+            held = sum(p.measured for p in self._passes if may_count(p))
             measured = max(0, min(batch_size, self.samples - held))
         keeps_errors = self.take_error is not None
         opened = ForwardPass(
@@ -246,3 +248,10 @@ class NormAccumulator:
         self.repeats = False
         self._watch.hooks.remove()
         self._hooks.remove()
+
+
+def may_count(forward_pass: ForwardPass) -> bool:
+    """Whether a gradient has reached a pass, or may do so: a pass may fail, or its result be thrown away."""
+    unknown = forward_pass.implicit or forward_pass.begun_compiled
+    graph = forward_pass.graph
+    return forward_pass.backward_seen or (unknown if graph is None else graph() is not None)

@@ -106,6 +106,7 @@ class ForwardPass:
         weights: Tokens of each sample, [B], where the loss is a mean over tokens.
         backward_seen: Whether a gradient has reached this pass.
         closed: Whether its norms have been taken.
+        graph: Lives as long as what the model returned can be differentiated; None: nothing was returned that is known.
         given: What the model was called with, of tensors with more axes than the batch: {shape: (memory, strides)}.
         trace: What its graph is known by so far, see `graph/known.py`; None if it must be walked.
         begun_at: How many operations torch had recorded when it began.
@@ -144,6 +145,7 @@ class ForwardPass:
     weights: Tensor | None = None
     backward_seen: bool = False
     closed: bool = False
+    graph: Callable[[], Any] | None = None
     given: dict[tuple[int, ...], set[tuple[int | None, tuple[int, ...]]]] = field(default_factory=dict)
     trace: list[Any] | None = None
     begun_at: int = 0

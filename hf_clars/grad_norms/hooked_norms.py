@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.accumulator import NormAccumulator
+from hf_clars.grad_norms.accumulator import NormAccumulator, may_count
 from hf_clars.grad_norms.compiled.calls import CompiledCall
 from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
@@ -153,7 +153,7 @@ class HookedNorms(NormAccumulator):
 
     def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
         """Reentrant checkpointing makes the graph of a module only now."""
-        forward_pass = next((p for p in reversed(self._passes) if p.recomputed[hooked]), None)
+        forward_pass = next((p for p in self._under_way() if p.recomputed[hooked]), None)
         if forward_pass is not None:
             forward_pass.recomputed[hooked] -= 1
             self._watch_uses(forward_pass, [t for t in tensors_in(output) if t.requires_grad], None, [], again=True)
@@ -197,14 +197,13 @@ class HookedNorms(NormAccumulator):
     def _on_repeated_call(
         self, hooked: HookedModule, x: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any
     ) -> Any:
-        """Activation checkpointing runs the module again.
+        """Activation checkpointing runs the module again, and wants the same tensors to be saved in the same order.
 
-        Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
-        it, and only wants the same tensors to be saved in the same order.
+        Reentrant checkpointing ran it without gradients before, so this is the call to capture.
         """
         if asked_inside(self._passes, hooked.params.values()):
             return None
-        for forward_pass in reversed(self._left or self._passes):
+        for forward_pass in self._under_way():
             if forward_pass.recomputed[hooked] and not differentiating() and not self.paused:
                 forward_pass.recomputed[hooked] -= 1
                 self._ever_captured.update(hooked.trainable().values())
@@ -213,9 +212,12 @@ class HookedNorms(NormAccumulator):
                 for made in forward_pass.rule_calls[known:]:
                     self._ways.note(made.in_words(), made.wanted.values())
                 return replaced
-            if any(c.hooked is hooked for c in forward_pass.rule_calls):
-                return repeat(hooked, forward_pass, x, call, output)
-        return None
+        return repeat(hooked, self._under_way(), x, call, output)
+
+    def _under_way(self) -> list[ForwardPass]:
+        """Passes that a recomputation may belong to: those that a gradient has reached first, and the latest first."""
+        alive = (p for p in (self._left or self._passes) if may_count(p))
+        return sorted(alive, key=lambda p: p.backward_seen)[::-1]
 
     # ---- the end of the forward pass -------------------------------------------------------------------------
 
