@@ -24,6 +24,8 @@ class CompiledRow:
         seconds: The same with norms.
         ratio: Between them.
         largest_error: Of a norm against the uncompiled one, relative to the layer's largest norm.
+        gradient_error: Of a parameter's batch gradient against the uncompiled one, relative to it: what float32 and the
+            compiler make of the same network, with norms or without.
     """
 
     network: str
@@ -32,6 +34,7 @@ class CompiledRow:
     seconds: list[float]
     ratio: Ratio
     largest_error: float
+    gradient_error: float = float("nan")
 
 
 COMPILED = ("resnet20", "resnet-50", "vit-tiny", "bert-base", "gpt2", "llama-100m")
@@ -62,8 +65,10 @@ def measure_compiled(network: Network, rounds: int) -> CompiledRow:
         step(measured)
         right, found = expected.per_sample, norms.per_sample
     error = max(float((found[n] - t).abs().max() / t.abs().max().clamp(min=1e-12)) for n, t in right.items())
-    del reference
+    pairs = [(p.grad, q.grad) for p, q in zip(measured.parameters(), reference.parameters(), strict=True)]
+    of_gradient = max(float((a - b).norm() / b.norm()) for a, b in pairs if a is not None and b is not None)
+    del reference, pairs
     seconds = alternate({"plain": lambda: step(plain), "norms": lambda: step(measured)}, rounds, label=network.name)
     ratio = ratios(seconds, "plain")["norms"]
     norms.remove()
-    return CompiledRow(network.name, tuple(x.shape), seconds["plain"], seconds["norms"], ratio, error)
+    return CompiledRow(network.name, tuple(x.shape), seconds["plain"], seconds["norms"], ratio, error, of_gradient)

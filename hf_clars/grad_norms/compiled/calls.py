@@ -85,8 +85,9 @@ class CompiledCalls:
         self.whole = bool(self.params) and not missing
         self.reason = ", ".join(missing)
         wide = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
-        self.leaf = torch.zeros((), dtype=wide, requires_grad=True)
-        self.place = torch.zeros(())
+        # Of one number, and not without axes: the compiler takes those for numbers of Python, and begins anew.
+        self.leaf = torch.zeros(1, dtype=wide, requires_grad=True)
+        self.place = torch.zeros(1)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called: make rows. In compiled code and outside."""
@@ -153,7 +154,7 @@ class CompiledCall:
     Attributes:
         names: Of its parameters.
         rows: For each a row of zeros [B], while the model is called.
-        uses: For each a zero.
+        uses: For each a zero, [1].
         ran: Whether compiled code has called it.
     """
 

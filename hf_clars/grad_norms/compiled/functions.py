@@ -36,7 +36,7 @@ class Watched(torch.autograd.Function):
         saved = ctx.saved_tensors
         with no_autocast(g.device.type):
             squares = ctx.call.squares(ctx.names, saved, g, ctx.batch)
-        return g, None, None, *squares, *(torch.ones_like(t[0]) for t in squares), *(None for _ in saved)
+        return g, None, None, *squares, *(t.new_ones(1) for t in squares), *(None for _ in saved)
 
 
 class OneProduct(torch.autograd.Function):
@@ -69,4 +69,4 @@ class OneProduct(torch.autograd.Function):
             if x_grad is not None:
                 x_grad = x_grad.to(ctx.x_dtype)
         grads = [total.to(dtype) for total, dtype in zip(sums, ctx.param_dtypes, strict=True)]
-        return None, None, None, None, x_grad, *squares, *(torch.ones_like(t[0]) for t in squares), *grads
+        return None, None, None, None, x_grad, *squares, *(t.new_ones(1) for t in squares), *grads

@@ -68,7 +68,7 @@ class Told:
 
     def __init__(self, receiver: Any) -> None:
         self.receiver = enlist(receiver)
-        self.place = torch.zeros(())
+        self.place = torch.zeros(1)
 
     def ready(self, *args: Any) -> bool:
         """It can always do its work."""
@@ -108,7 +108,7 @@ def begin_pass(
     """A forward pass begins.
 
     Args:
-        leaf: A scalar that requires a gradient, so that one comes back.
+        leaf: One number that requires a gradient, so that one comes back.
         like: A tensor [B, ...] that the model was called with.
         weights: Tokens of each sample [B], where the loss is a mean over tokens.
         receiver: Its number, see `enlist`.
@@ -116,12 +116,12 @@ def begin_pass(
         checked: Whether this code hands over what the sum check compares.
 
     Returns:
-        Zeros [rows, B], whose "gradient" will be the squared norms; zeros [rows], whose "gradient" will say how often
-        each row was used; the number of the pass.
+        Zeros [rows, B], whose "gradient" will be the squared norms; zeros [rows, 1], whose "gradient" will say how
+        often each row was used; the number of the pass.
     """
     found = _receivers.get(receiver)
     number = 0 if found is None else found.compiled_pass_begins(like.shape[0], weights, checked)
-    squares, uses = (like.new_zeros(shape, dtype=leaf.dtype) for shape in ((rows, like.shape[0]), (rows,)))
+    squares, uses = (like.new_zeros(shape, dtype=leaf.dtype) for shape in ((rows, like.shape[0]), (rows, 1)))
     return squares, uses, torch.tensor(number)
 
 
@@ -129,7 +129,7 @@ def begin_pass(
 def _(
     leaf: Tensor, like: Tensor, weights: Tensor | None, receiver: int, rows: int, checked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    squares, uses = (like.new_empty(shape, dtype=leaf.dtype) for shape in ((rows, like.shape[0]), (rows,)))
+    squares, uses = (like.new_empty(shape, dtype=leaf.dtype) for shape in ((rows, like.shape[0]), (rows, 1)))
     return squares, uses, torch.empty((), dtype=torch.int64)
 
 
@@ -154,14 +154,14 @@ def deliver(squares: Tensor, uses: Tensor, number: Tensor, receiver: int) -> Ten
     """
     found = _receivers.get(receiver)
     if found is not None:
-        squares, uses = squares.detach().clone(), uses.detach().clone()
+        squares, uses = squares.detach().clone(), uses.detach().flatten().clone()
         found.compiled_norms_arrive(int(number), squares, uses)
-    return torch.zeros((), dtype=squares.dtype)
+    return torch.zeros(1, dtype=squares.dtype)
 
 
 @deliver.register_fake
 def _(squares: Tensor, uses: Tensor, number: Tensor, receiver: int) -> Tensor:
-    return torch.empty((), dtype=squares.dtype)
+    return torch.empty(1, dtype=squares.dtype)
 
 
 @torch.library.custom_op("hf_clars::check_sum", mutates_args=(), **_OUTSIDE)

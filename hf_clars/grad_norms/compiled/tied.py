@@ -76,7 +76,7 @@ class TiedLookup(torch.autograd.Function):
             rows = call.rule.row_grads(call.module, saved, at_least_float32(g))
             both = (rows * at_least_float32(at_tokens).view(rows.shape)).flatten(1).sum(1)
         squares = squares + 2 * both.to(squares.dtype)
-        return g, None, None, squares, torch.ones_like(squares[0]), *(None for _ in saved)
+        return g, None, None, squares, squares.new_ones(1), *(None for _ in saved)
 
 
 class Linked(torch.autograd.Function):

@@ -8,5 +8,6 @@ from hf_clars.grad_norms.rules import (  # noqa: F401
     normalization,
     recurrent,
     timm_layers,
+    transformers_embeddings,
     transformers_layers,
 )

@@ -1,8 +1,8 @@
 """Rules for layers of transformers, which is not imported: its classes are known by their names.
 
 - `Conv1D` (GPT, GPT-2): a Linear layer whose weight is stored transposed, [in, out].
-- Some 150 classes called ...RMSNorm, and T5's LayerNorm: copies of one formula, which a trial recognises.
-- The embeddings of ViT and its kin: a table of positions, and tokens that every sample begins with.
+- Some 150 classes called ...RMSNorm, T5's LayerNorm, and Cohere's: copies of one formula, which a trial recognises.
+- Nemotron's LayerNorm, whose weight has 1 added to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_clars.grad_norms.norm_math import at_least_float32, linear_weight_grads
 from hf_clars.grad_norms.pytree import first_tensor
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.linear import LinearRule, positions
-from hf_clars.grad_norms.rules.normalization import weighted_rows
+from hf_clars.grad_norms.rules.normalization import LayerNormRule, weighted_rows
 from hf_clars.grad_norms.torch_internals import weight_of
 
 
@@ -68,6 +68,11 @@ class RootMeanSquareRule(LayerRule):
     Gemma's has the 1; the gradient is the same, sum_t g_t x_hat_t.
     """
 
+    @staticmethod
+    def statistics(x: Tensor, eps: float) -> tuple[Tensor, ...]:
+        """1 / the root mean square, or the mean and 1 / the deviation from it: [..., 1] each."""
+        return ((x.square().mean(-1, keepdim=True) + eps).rsqrt(),)
+
     parameters = frozenset({"weight"})
     weight_sharing_axes = True
 
@@ -82,7 +87,8 @@ class RootMeanSquareRule(LayerRule):
         x = torch.randn(2, 3, len(weight), generator=generator).to(weight.device)
         trial = copy.copy(module)
         trial.__dict__["_parameters"] = {"weight": nn.Parameter(w)}
-        x_hat = x * _inverse_root_mean_square(x, eps)
+        *mean, scale = self.statistics(x, eps)
+        x_hat = (x - mean[0] if mean else x) * scale
         try:
             with torch.no_grad():
                 y = type(module).forward(trial, x)
@@ -97,18 +103,34 @@ class RootMeanSquareRule(LayerRule):
     def save(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, wanted: Collection[str]
     ) -> tuple[Tensor, ...]:
-        """The input and 1 / its root mean square."""
+        """The input and its statistics."""
         x = first_tensor(args, kwargs)
         eps = _epsilon(module)
         assert eps is not None
-        return x, _inverse_root_mean_square(at_least_float32(x), eps)
+        return x, *self.statistics(at_least_float32(x), eps)
 
     def per_sample_grads(
         self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
     ) -> dict[str, Tensor]:
         """See `LayerRule`."""
-        x, scale = positions(saved[0]), positions(saved[1])
-        return {"weight": weighted_rows(x, positions(g), None, scale)}
+        x, *mean, scale = (positions(t) for t in saved)
+        return {"weight": weighted_rows(x, positions(g), mean[0] if mean else None, scale)}
+
+
+@register_rule("*CohereLayerNorm", "*Cohere2LayerNorm", "*Cohere2MoeLayerNorm", "*CohereCompassLayerNorm")
+class CentredRule(RootMeanSquareRule):
+    """y = x_hat * w as LayerNorm has it, without a bias."""
+
+    @staticmethod
+    def statistics(x: Tensor, eps: float) -> tuple[Tensor, ...]:
+        """The mean and 1 / the deviation from it."""
+        var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+        return mean, (var + eps).rsqrt()
+
+
+@register_rule("transformers.models.nemotron.modeling_nemotron.NemotronLayerNorm1P")
+class ShiftedLayerNormRule(LayerNormRule):
+    """y = x_hat * (1 + w) + b: the gradients are LayerNorm's, but the input's is not."""
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -116,41 +138,5 @@ def _epsilon(module: nn.Module) -> float | None:
     return eps if isinstance(eps, float) else None
 
 
-def _inverse_root_mean_square(x: Tensor, eps: float) -> Tensor:
-    return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-
-
 def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.allclose(a.float(), b, rtol=1e-4, atol=1e-5))
-
-
-@register_rule(
-    "transformers.models.vit.modeling_vit.ViTEmbeddings",
-    "transformers.models.deit.modeling_deit.DeiTEmbeddings",
-    "transformers.models.vit_msn.modeling_vit_msn.ViTMSNEmbeddings",
-)
-class TokenAndPositionRule(LayerRule):
-    """Tokens that every sample begins with, and a table of positions that is added to the whole."""
-
-    _tokens = ("cls_token", "distillation_token")
-
-    def applies(self, module: nn.Module) -> bool:
-        """Without dropout after the sum, whose random numbers are gone, and where no mask is learned."""
-        dropout = getattr(module, "dropout", None)
-        own = {name for name, _ in module.named_parameters(recurse=False)}
-        known = own <= {"position_embeddings", *self._tokens} and "position_embeddings" in own
-        return known and isinstance(dropout, nn.Dropout) and dropout.p == 0
-
-    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
-        """For images of the size that the table was made for: for others it is interpolated."""
-        return x.dim() == 4 and tuple(x.shape[2:]) == tuple(getattr(module, "image_size", ()))
-
-    def per_sample_grads(
-        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, wanted: Collection[str]
-    ) -> dict[str, Tensor]:
-        """See `LayerRule`; g [B, T, width]."""
-        first = [name for name in self._tokens if name in module._parameters]
-        grads = {name: g[:, None, i : i + 1] for i, name in enumerate(first) if name in wanted}
-        if "position_embeddings" in wanted:
-            grads["position_embeddings"] = g.unsqueeze(1)
-        return grads
