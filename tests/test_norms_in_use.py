@@ -228,3 +228,33 @@ def test_two_trackers_and_an_optimizer_on_one_model_see_the_same():
     torch.testing.assert_close(optimizer.last_step.mean_sample_norm, n, rtol=1e-9, atol=0)
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", ["linear", "tokens", "conv1d", "conv2d"])
+@pytest.mark.parametrize("some_first", [True, False])
+def test_a_tracker_of_some_samples_and_one_of_all_do_not_cut_each_other_off(layer, some_first):
+    torch.manual_seed(0)
+    shape = {"linear": (6,), "tokens": (4, 6), "conv1d": (6, 5), "conv2d": (6, 5, 5)}[layer]
+    first = {"conv1d": nn.Conv1d(6, 8, 3), "conv2d": nn.Conv2d(6, 8, 3)}.get(layer, nn.Linear(6, 8))
+    model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
+    model(torch.randn(2, *shape, dtype=torch.double))
+    settings = [{"samples": 3}, {}]
+    trackers = [PerSampleGradNorms(model, **given) for given in (settings if some_first else settings[::-1])]
+    some, every = trackers if some_first else trackers[::-1]
+    for _ in range(4):
+        model.zero_grad()
+        wanted = {name: [] for name in ("0", "3")}
+        parts = [torch.randn(size, *shape, dtype=torch.double) for size in (2, 4)]
+        for x in parts:
+            plain = copy.deepcopy(model)
+            for row in x.split(1):
+                grads = torch.autograd.grad(plain(row).square().sum(), list(plain.parameters()))
+                for name, pair in zip(wanted, (grads[:2], grads[2:]), strict=True):
+                    wanted[name].append(sum(g.square().sum() for g in pair).sqrt())
+        for x in parts:
+            (model(x).square().sum() / len(x)).backward()
+        for name, values in wanted.items():
+            torch.testing.assert_close(every.per_sample[name], torch.stack(values))
+            torch.testing.assert_close(some.per_sample[name], torch.stack(values)[:3])
+    for tracker in trackers:
+        tracker.remove()

@@ -185,6 +185,36 @@ def test_a_second_backward_through_one_forward_is_refused():
             loss.backward()
 
 
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+@pytest.mark.parametrize("between", ["nothing", "read", "another pass"])
+def test_a_part_whose_gradient_comes_after_the_norms_were_taken_is_refused(between):
+    model = Towers()
+    norms = PerSampleGradNorms(model)
+    for _ in range(4):
+        model.zero_grad()
+        x = torch.randn(4, 3, dtype=torch.double)
+        a, b = model(x)
+        a.square().sum(1).mean().backward()
+        if between == "nothing":
+            b.square().sum(1).mean().backward()
+            for name, out in (("a", a), ("b", b)):
+                wanted = 2 * out.detach().norm(dim=1) * (1 + x.square().sum(1)).sqrt()
+                torch.testing.assert_close(norms.per_sample[name], wanted)
+            continue
+        _ = norms.per_sample if between == "read" else model(x)
+        with pytest.raises(SecondBackwardError, match="norms were read, or another pass begun"):
+            b.square().sum(1).mean().backward()
+    norms.remove()
+
+
 def test_a_subclass_with_its_own_forward_does_not_inherit_a_rule():
     class Doubled(nn.Linear):
         def forward(self, x):

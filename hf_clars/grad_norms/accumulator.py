@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.distributed import keeps_gradients_elsewhere
+from hf_clars.grad_norms.errors import MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals, differentiating, note_caller
 from hf_clars.grad_norms.gradient_watch import GradientWatch
 from hf_clars.grad_norms.hooks import ModelReturns, PassBegins, PlacedHooks
@@ -87,6 +89,11 @@ class NormAccumulator:
         given = list(tensors_in((args, kwargs)))
         batched = next((t for t in given if t.dim() > 0), None)
         if batched is not None:
+            if module is not self.model and next(module.parameters(), None) is None:
+                raise MixedDevicesError(
+                    "nn.DataParallel calls copies of the model, whose parts of the batch are not measured as one: use "
+                    "DistributedDataParallel, or let the process see a single device (CUDA_VISIBLE_DEVICES=0)."
+                )
             forward_pass = self._open(batched.shape[0])
             forward_pass.note_given(given)
             self._begin(forward_pass, given, args, kwargs)
@@ -101,8 +108,9 @@ class NormAccumulator:
             return
         forward_pass = self._passes[-1]
         outputs = [t for t in tensors_in(output) if t.requires_grad]
-        self._check_result(forward_pass, outputs)
         mark = forward_pass.guarded(lambda _, p=forward_pass: None if differentiating() else self._mark(p))
+        forward_pass.graph = weakref.ref(mark)
+        self._check_result(forward_pass, outputs)
         for tensor in outputs:
             tensor.register_hook(mark)
 
@@ -127,7 +135,7 @@ class NormAccumulator:
         self._drop_if_cleared()
         measured = batch_size
         if self.samples is not None:
-            held = sum(p.measured for p in self._passes)
+            held = sum(p.measured for p in self._passes if may_count(p))
             measured = max(0, min(batch_size, self.samples - held))
         keeps_errors = self.take_error is not None
         opened = ForwardPass(
@@ -162,10 +170,11 @@ class NormAccumulator:
         if self.engine_dropped_a_batch():
             self.reset()
             return
-        if not any(p.backward_seen for p in self._passes):
+        done = [p for p in self._passes if p.backward_seen]
+        if not done:
             return
         gone = all(p.grad is None for p in self._layer_of) and not self._engine_holds_gradients()
-        if gone or self._watch.cleared():
+        if gone or self._watch.cleared(param for p in done for param in p.uses):
             self.reset()
 
     def _engine_holds_gradients(self) -> bool:
@@ -180,7 +189,7 @@ class NormAccumulator:
     def _close(self) -> None:
         """Turn passes that have had their backward into norms."""
         for forward_pass in self._passes:
-            if forward_pass.closed or not forward_pass.backward_seen:
+            if (forward_pass.closed and forward_pass.error is None) or not forward_pass.backward_seen:
                 continue
             norms = forward_pass.norms(self._layer_of, len(self.layers))
             if norms is None:
@@ -239,3 +248,10 @@ class NormAccumulator:
         self.repeats = False
         self._watch.hooks.remove()
         self._hooks.remove()
+
+
+def may_count(forward_pass: ForwardPass) -> bool:
+    """Whether a gradient has reached a pass, or may do so: a pass may fail, or its result be thrown away."""
+    unknown = forward_pass.implicit or forward_pass.begun_compiled
+    graph = forward_pass.graph
+    return forward_pass.backward_seen or (unknown if graph is None else graph() is not None)

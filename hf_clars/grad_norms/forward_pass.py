@@ -106,6 +106,7 @@ class ForwardPass:
         weights: Tokens of each sample, [B], where the loss is a mean over tokens.
         backward_seen: Whether a gradient has reached this pass.
         closed: Whether its norms have been taken.
+        graph: Lives as long as what the model returned can be differentiated; None: nothing was returned that is known.
         given: What the model was called with, of tensors with more axes than the batch: {shape: (memory, strides)}.
         trace: What its graph is known by so far, see `graph/known.py`; None if it must be walked.
         begun_at: How many operations torch had recorded when it began.
@@ -144,6 +145,7 @@ class ForwardPass:
     weights: Tensor | None = None
     backward_seen: bool = False
     closed: bool = False
+    graph: Callable[[], Any] | None = None
     given: dict[tuple[int, ...], set[tuple[int | None, tuple[int, ...]]]] = field(default_factory=dict)
     trace: list[Any] | None = None
     begun_at: int = 0
@@ -181,10 +183,10 @@ class ForwardPass:
         """Note that a use's gradient has come.
 
         Raises:
-            SecondBackwardError: If it had come already.
+            SecondBackwardError: If it had come already, or the norms of the pass were taken.
         """
         self.mark(self)
-        if ticket in self.fired:
+        if self.closed or ticket in self.fired:
             raise second_backward(what)
         self.fired.add(ticket)
 
@@ -321,9 +323,10 @@ def second_backward(what: object) -> SecondBackwardError:
     """The error for a second backward pass through one forward pass."""
     return SecondBackwardError(
         f"A second backward pass reached {what} through the same forward pass: a second backward(), or "
-        "torch.autograd.grad before it. A sample's gradient norm is that of all its losses together: add the losses "
-        "and call backward() once. Where a loss needs a gradient of its own (a gradient penalty with "
-        f"create_graph=True), its norms cannot be told by sample: {WITHOUT_SAMPLES}, or LARS."
+        "torch.autograd.grad before it, or norms were read, or another pass begun, before all was done. A sample's "
+        "gradient norm is that of all its losses together: add the losses and call backward() once. Where a loss needs "
+        "a gradient of its own (a gradient penalty with create_graph=True), its norms cannot be told by sample: "
+        f"{WITHOUT_SAMPLES}, or LARS."
     )
 
 

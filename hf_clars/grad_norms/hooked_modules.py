@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
-from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.graph.taint import DataTaint, WorstPlaces
 from hf_clars.grad_norms.registry import LayerRule, find_rule
 from hf_clars.grad_norms.torch_internals import leaves_below
@@ -107,21 +106,6 @@ class HookedModule:
         self.plans.clear()
 
 
-def refuse_replaced(model: nn.Module, hooked: Iterable[HookedModule]) -> None:
-    """Raise if a module whose parameters are measured is no part of the model any more.
-
-    Raises:
-        UncoveredParameterError: Naming it.
-    """
-    present = set(model.modules())
-    gone = [str(h) for h in hooked if h.params and h.module not in present]
-    if gone:
-        raise UncoveredParameterError(
-            f"{', '.join(gone)}: was taken out of the model, or replaced, after the norms were attached. Attach them "
-            "once the model is complete: norms.remove(), and PerSampleGradNorms or the optimizer anew."
-        )
-
-
 class LeavesInUse:
     """The tensors by which a graph knows the measured parameters: FSDP computes with gathered ones in their places.
 
@@ -134,6 +118,11 @@ class LeavesInUse:
         self._layer_of = layer_of
         self._model = model
         self._params: dict[Tensor, nn.Parameter] = {}
+
+    def begin(self) -> None:
+        """A pass begins: let go of what `functional_call` has put in the place of parameters for the last one."""
+        if self._params:
+            self._params = {leaf: p for leaf, p in self._params.items() if isinstance(leaf, nn.Parameter)}
 
     def learn(self, hooked: HookedModule) -> None:
         """Look at what a module has just computed with."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.accumulator import NormAccumulator
+from hf_clars.grad_norms.accumulator import NormAccumulator, may_count
 from hf_clars.grad_norms.compiled.calls import CompiledCall
 from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
@@ -20,8 +20,9 @@ from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, count_repeated,
 from hf_clars.grad_norms.graph.places import ContainerCall
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
-from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_hooked_modules, refuse_replaced
+from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds, PlacedHooks
+from hf_clars.grad_norms.model_parts import ModelParts
 from hf_clars.grad_norms.pytree import tensor_given, tensors_in
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
 from hf_clars.grad_norms.with_rule import capture, repeat
@@ -50,7 +51,6 @@ class HookedNorms(NormAccumulator):
         self._containers: list[ContainerCall] = []
         self._learned = False
         self._trained: list[bool] = []
-        self._unused = 0
         self._ways = LearnedWays(self._name_of)
         self._times: CallTimes | None = None
         self._module_hooks = PlacedHooks()
@@ -61,6 +61,7 @@ class HookedNorms(NormAccumulator):
 
     def _hook_modules(self) -> None:
         self._hooked = find_hooked_modules(self.model, self._layer_of)
+        self._parts = ModelParts(self.model, self._hooked, self._layer_of, self._engine_holds_gradients)
         self._compiled = CompiledPasses(self, self._hooked)  # type: ignore[arg-type]  # the subclass is what exists
         self._following.also = self._compiled.calls.end
         self._call_hook.traced = self._compiled.model_hook(begins=True)
@@ -108,11 +109,17 @@ class HookedNorms(NormAccumulator):
         """As the accumulator's; False also while the graph is differentiated for the norms' sake."""
         return not (self.paused or differentiating()) and super().active
 
+    def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
+        self._following.enter(whole=not implicit)
+        self._parts.refuse_changes()
+        return super()._open(batch_size, implicit=implicit)
+
     def _begin(
         self, forward_pass: ForwardPass, given: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         forward_pass.times, forward_pass.moves_rows = self._times, self._finder.moves_rows
         self._following.end()
+        self._in_use.begin()
         self._containers.clear()
         self._compiled.join(forward_pass, args, kwargs)  # first: its operations are none of the graph's
         mixed = any(h.own_dims & h.data_dims for h in self._hooked)
@@ -131,7 +138,7 @@ class HookedNorms(NormAccumulator):
         if not self._passes or self.paused or differentiating() or inside_function_transform():
             return
         if not torch.is_grad_enabled():
-            self._passes[-1].without_grad[hooked] += bool(hooked.params)
+            self._passes[-1].without_grad[hooked] += bool(hooked.params) and not self._following.elsewhere
             return
         if inside_backward():
             self._on_repeated_container_call(hooked, output)
@@ -146,7 +153,7 @@ class HookedNorms(NormAccumulator):
 
     def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
         """Reentrant checkpointing makes the graph of a module only now."""
-        forward_pass = next((p for p in reversed(self._passes) if p.recomputed[hooked]), None)
+        forward_pass = next((p for p in self._under_way() if p.recomputed[hooked]), None)
         if forward_pass is not None:
             forward_pass.recomputed[hooked] -= 1
             self._watch_uses(forward_pass, [t for t in tensors_in(output) if t.requires_grad], None, [], again=True)
@@ -167,7 +174,7 @@ class HookedNorms(NormAccumulator):
         self._in_use.learn(hooked)
         taint = self._following.taint
         if not torch.is_grad_enabled():
-            if last is not None:
+            if last is not None and not self._following.elsewhere:
                 last.without_grad[hooked] += 1
                 if hooked.moved_at(x, taint, last.moves_rows) == MOVED:
                     last.moved_without_grad.add(hooked)
@@ -190,14 +197,13 @@ class HookedNorms(NormAccumulator):
     def _on_repeated_call(
         self, hooked: HookedModule, x: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any
     ) -> Any:
-        """Activation checkpointing runs the module again.
+        """Activation checkpointing runs the module again, and wants the same tensors to be saved in the same order.
 
-        Reentrant checkpointing ran it without gradients before, so this is the call to capture. The other kind captured
-        it, and only wants the same tensors to be saved in the same order.
+        Reentrant checkpointing ran it without gradients before, so this is the call to capture.
         """
         if asked_inside(self._passes, hooked.params.values()):
             return None
-        for forward_pass in reversed(self._left or self._passes):
+        for forward_pass in self._under_way():
             if forward_pass.recomputed[hooked] and not differentiating() and not self.paused:
                 forward_pass.recomputed[hooked] -= 1
                 self._ever_captured.update(hooked.trainable().values())
@@ -206,9 +212,12 @@ class HookedNorms(NormAccumulator):
                 for made in forward_pass.rule_calls[known:]:
                     self._ways.note(made.in_words(), made.wanted.values())
                 return replaced
-            if any(c.hooked is hooked for c in forward_pass.rule_calls):
-                return repeat(hooked, forward_pass, x, call, output)
-        return None
+        return repeat(hooked, self._under_way(), x, call, output)
+
+    def _under_way(self) -> list[ForwardPass]:
+        """Passes that a recomputation may belong to: those that a gradient has reached first, and the latest first."""
+        alive = (p for p in (self._left or self._passes) if may_count(p))
+        return sorted(alive, key=lambda p: p.backward_seen)[::-1]
 
     # ---- the end of the forward pass -------------------------------------------------------------------------
 
@@ -238,7 +247,6 @@ class HookedNorms(NormAccumulator):
         finally:
             for call in forward_pass.rule_calls:
                 call.leave_graph()
-        self._look_for_unused(sum(self._trained) - len(forward_pass.uses))
         if taint is not None and forward_pass.batch_size > 1:
             self._learned, self._finder.unknown = True, False
 
@@ -291,12 +299,6 @@ class HookedNorms(NormAccumulator):
             self._ever_captured.add(param)
         for measured in found:
             watch(forward_pass, measured, self._deliver)
-
-    def _look_for_unused(self, unused: int) -> None:
-        """Parameters that train and are not used may belong to a module that was replaced."""
-        if unused != self._unused:
-            refuse_replaced(self.model, self._hooked)
-            self._unused = unused
 
     # ---- compiled code ---------------------------------------------------------------------------------------
 

@@ -84,6 +84,7 @@ class MicroBatchGradNorms(NormAccumulator):
         if forward_pass is None or not forward_pass.measured:
             return
         self._mark(forward_pass)
+        forward_pass.add_use(param)
         g = g.detach().float() if g.dtype in (torch.float16, torch.bfloat16) else g.detach()
         forward_pass.add_squares(layer, g.square().sum())
         if self.weight_decay:

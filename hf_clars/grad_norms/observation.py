@@ -11,6 +11,9 @@ from torch import Tensor
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import is_view, product_before_view, saved_tensors_are_packed
 
+WATCHED = "hf_clars: watched"
+"""Marks the operation in the graph that a watched output comes from."""
+
 
 def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
     """Measure a call when the gradient of its output comes.
@@ -34,6 +37,11 @@ def observe(call: RuleCall, saved: tuple[Tensor, ...], output: Tensor) -> Tensor
     # At the operation, and not at the tensor: after all that hooks of the user's make of the gradient.
     assert node is not None
     node.register_prehook(call.forward_pass.guarded(_Watch(call, Held(saved), place, output.shape)))
+    if call.rule.gives_input_grad or call.rule.gives_whole_backward:
+        # Another tracker might take this operation's backward pass over, and cut it off.
+        last = output.grad_fn if watched is None else node
+        assert last is not None
+        last.metadata[WATCHED] = True  # type: ignore[index]
     return watched
 
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from hf_clars.grad_norms.errors import LayerRuleError
 from hf_clars.grad_norms.explanation import timed
 from hf_clars.grad_norms.forward_pass import differentiating
+from hf_clars.grad_norms.observation import WATCHED
 from hf_clars.grad_norms.plain_backward import plain_backward
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.rule_results import check_backward
@@ -52,9 +53,10 @@ def _behind(call: RuleCall, x: Tensor, output: Tensor, used: Tensor, weight: Ten
     return _OwnBackward.apply(call, names, [output], more, x, used, weight, *(call.hooked.in_use(n) for n in names))
 
 
-def is_fused(output: Tensor) -> bool:
-    """Whether another tracker has taken this output's weight gradient over: a second one would cut the first off."""
-    return output.grad_fn is not None and output.grad_fn.name() in OWN_NODES
+def is_taken(output: Tensor) -> bool:
+    """Whether another tracker has taken this output's weight gradient over, or watches it: it would be cut off."""
+    node = output.grad_fn
+    return node is not None and (node.name() in OWN_NODES or WATCHED in node.metadata)  # type: ignore[operator]
 
 
 class _OwnBackward(torch.autograd.Function):

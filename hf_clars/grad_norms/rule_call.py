@@ -176,13 +176,13 @@ class RuleCall:
         """Note that the gradient has come; False if it is to be left unmeasured.
 
         Raises:
-            SecondBackwardError: If it had come already.
+            SecondBackwardError: If it had come already, or the norms of the pass were taken.
         """
         if self.repeats or self.cancelled or differentiating():
             return False
         if not self.forward_pass.backward_seen:
             self.forward_pass.mark(self.forward_pass)
-        if self.fired:
+        if self.fired or self.forward_pass.closed:
             raise second_backward(self.hooked)
         self.fired = True
         self.leave_graph()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 NO_BACKWARD = -1
@@ -47,6 +47,11 @@ def operations_recorded() -> int:
     """How many operations this thread has recorded for backward passes; each gets the next number."""
     number: int = torch.autograd._get_sequence_nr()
     return number
+
+
+def registered_in(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dictionaries that hold a module's own parameters and children; `named_parameters` runs Python for each."""
+    return module._parameters, module._modules
 
 
 def inside_function_transform() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hf_clars.grad_norms.graph.layout import Layout, is_open
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
 from hf_clars.grad_norms.observation import observe, observe_several, own_place
-from hf_clars.grad_norms.one_product import Way, fuse_weight_grad, is_fused, replace_backward
+from hf_clars.grad_norms.one_product import Way, fuse_weight_grad, is_taken, replace_backward
 from hf_clars.grad_norms.plain_backward import note_call
 from hf_clars.grad_norms.pytree import differentiable_in, is_differentiable, map_tensors
 from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
@@ -163,12 +164,12 @@ def _key(x: Tensor, rows: int) -> tuple[int, ...]:
     return (rows, x.dim()) if rows == 1 else (rows, *x.shape[1:])
 
 
-def repeat(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, call: Call, output: Any) -> Any:
+def repeat(hooked: HookedModule, passes: Iterable[ForwardPass], x: Tensor, call: Call, output: Any) -> Any:
     """Checkpointing makes a captured call again: save the same tensors in the same order, and measure nothing.
 
     Args:
         hooked: The module.
-        forward_pass: The pass.
+        passes: The passes that it may belong to, the likeliest first. It is of one that has no gradient for it yet.
         x: Its first tensor.
         call: Arguments and keyword arguments.
         output: What it returned.
@@ -180,10 +181,16 @@ def repeat(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, call: Cal
     assert rule is not None
     if not hooked.trainable() or not results:
         return None
-    rows = _rows(hooked, forward_pass, x, results[0], rule.batch_axes(hooked.module, results)[0])
-    made = (c.plan for c in forward_pass.rule_calls if c.hooked is hooked)
-    plan = next((p for p in made if rows and p.key == _key(x, rows)), None)
-    return None if plan is None else _follow(RuleCall(plan, forward_pass, repeats=True), x, call, output)
+    axis = rule.batch_axes(hooked.module, results)[0]
+    found: list[RuleCall] = []
+    for forward_pass in passes:
+        rows = _rows(hooked, forward_pass, x, results[0], axis)
+        key = _key(x, rows) if rows else None
+        found += [c for c in forward_pass.rule_calls if c.hooked is hooked and c.plan.key == key]
+    if not found:
+        return None
+    known = next((c for c in found if not c.fired), found[0])
+    return _follow(RuleCall(known.plan, known.forward_pass, repeats=True), x, call, output)
 
 
 def _rows(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor, axis: int) -> int | None:
@@ -214,7 +221,7 @@ def _check_device(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor) ->
 def _follow(call: RuleCall, x: Tensor, given: Call, output: Any) -> Any:
     """Take the weight gradient over, or watch the ordinary one."""
     plan, rule = call.plan, call.plan.rule
-    if plan.way is not None and not is_fused(output):
+    if plan.way is not None and not is_taken(output):
         call.fused = True
         if call.forward_pass.keeps_errors or not plan.shipped:
             note_call(call, x, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -122,7 +123,10 @@ class CLARS(LARS):
     def _new_norms(self, model: nn.Module) -> PerSampleGradNorms | MicroBatchGradNorms:
         samples = self._local_samples
         if not self._micro_batches:
-            return PerSampleGradNorms(model, layers=self.partition, samples=samples, keep_per_sample=False)
+            norms = PerSampleGradNorms(model, layers=self.partition, samples=samples, keep_per_sample=False)
+            # One that nobody keeps, as after its cell was run again in a notebook, has nothing to say of the model.
+            weakref.finalize(self, norms.pause, lift=True).atexit = False
+            return norms
         decay = self.defaults["weight_decay"] if self.decay_in_norm else 0.0
         return MicroBatchGradNorms(model, self.partition, samples=samples, weight_decay=decay)
 

@@ -16,7 +16,6 @@ from hf_clars.grad_norms.compiled.containers import CompiledContainer, CompiledM
 from hf_clars.grad_norms.compiled.operations import enlist
 from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
 from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, second_backward
-from hf_clars.grad_norms.hooked_modules import refuse_replaced
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.hooked_modules import HookedModule
@@ -121,7 +120,7 @@ class CompiledPasses:
         if forward_pass is None or differentiating():
             return
         forward_pass.mark(forward_pass)
-        if number in self._arrived:
+        if number in self._arrived or forward_pass.closed:
             self._norms._stop_check()
             raise second_backward("the compiled model")
         if failed := self._used_twice(forward_pass, uses):
@@ -142,7 +141,7 @@ class CompiledPasses:
             return ""
         times = uses.tolist()
         if 0 in times:
-            refuse_replaced(self._norms.model, [c.hooked for c in self.calls.calls.values()])
+            self._norms._parts.refuse_changes()
         allowed = {c: 1 if c.tie is None else 2 for c in self.calls.calls.values()}
         names = [c.name for c, most in allowed.items() if any(times[i] > most for i in c.row_numbers)]
         return used_twice(", ".join(names)) if names else ""

@@ -83,8 +83,19 @@ class MeasuredUse:
 def _grads_by_engine(use: Use, stacks: Sequence[tuple[int, Tensor]]) -> Tensor:
     """Gradients [b, *shape of the operand] from those of some results, each [b, *its shape]."""
     edges, given = [GradientEdge(use.node, i) for i, _ in stacks], [t for _, t in stacks]
-    (found,) = batched_grads(edges, [GradientEdge(*use.child)], given, apart=True)
+    # Nothing goes on through the other operands: what the operand was used for before them is another use.
+    others = {child for child, _ in use.node.next_functions if child is not None and child is not use.child[0]}
+    stops = [child.register_prehook(_zeros) for child in others]
+    try:
+        (found,) = batched_grads(edges, [GradientEdge(*use.child)], given, apart=True)
+    finally:
+        for stop in stops:
+            stop.remove()
     return given[0].new_zeros(len(given[0]), *use.shape) if found is None else found
+
+
+def _zeros(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None else torch.zeros_like(g) for g in grads)
 
 
 def watch(forward_pass: ForwardPass, measured: MeasuredUse, deliver: Deliver) -> None:

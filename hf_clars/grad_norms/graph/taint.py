@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from functools import wraps
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
+from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.graph.rows import Taken, axis_after, is_write, moves_rows, taken_rows
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unseen_by_modes, unwrapped
@@ -264,9 +266,11 @@ class Following:
     Attributes:
         taint: The mode.
         also: What else must be done when a forward pass ends.
+        thread: In which one a forward pass is under way; None: in none.
     """
 
     def __init__(self) -> None:
+        self.thread: int | None = None
         self.taint: DataTaint | None = None
         self.also: Callable[[], None] = lambda: None
 
@@ -299,7 +303,30 @@ class Following:
 
         return run
 
+    def enter(self, *, whole: bool) -> None:
+        """A pass begins.
+
+        Args:
+            whole: Whether the model itself is called, so that its end will be seen.
+
+        Raises:
+            UncoveredParameterError: If another one is under way in another thread.
+        """
+        if self.elsewhere:
+            raise UncoveredParameterError(
+                "The model was called in two threads at once, both with gradients, and norms are those of one thread's "
+                "pass: give each thread a model of its own, or let them take turns."
+            )
+        self.thread = get_ident() if whole else self.thread
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether a forward pass is under way in another thread: what this one calls is none of its business."""
+        return self.thread is not None and self.thread != get_ident()
+
     def on_model_end(self, *_: Any) -> None:
         """A hook for when the model returns, or fails."""
-        self.end()
-        self.also()
+        if not self.elsewhere:
+            self.thread = None
+            self.end()
+            self.also()
