@@ -71,7 +71,7 @@ class CountedPositionRule(EmbeddingRule):
         return super().save(module, (places + offset,), {}, output, wanted)
 
 
-@register_rule("*CLIPVisionEmbeddings")
+@register_rule("*CLIPVisionEmbeddings", "*MetaClip2VisionEmbeddings", "*MLCDVisionEmbeddings")
 class FirstTokenRule(LayerRule):
     """One token [width] that every image begins with; patches and positions are modules of their own."""
 
