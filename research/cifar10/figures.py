@@ -71,9 +71,10 @@ def plot_shares(path: Path, runs: Mapping[str, Row], title: str) -> None:
             epochs = curve[:, 0] * row["epochs"] / updates(row)
             axes.plot(epochs, curve[:, 2], dashes, color=colour, marker="o", markersize=3, label=name)
         axes.set_title(title, fontsize=10)
-        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylim(-0.03, 1.22)  # the legend above the curves
+        axes.set_yticks([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
         _label(axes, look, "epoch", r"$s_k$ of the median layer")
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center")
         finish(figure, look, "How much of a layer's squared batch gradient is signal", path, DPI)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from hf_clars.hub.markdown import table
 from research.cifar10 import figures
-from research.cifar10.choosing import Row, Runs
+from research.cifar10.choosing import SEEDS, Row, Runs
 from research.cifar10.plan import TUNED_AT, moved
 from research.cifar10.rows import MADE_BY, read_runs
 from research.cifar10.settings import Settings, kind
@@ -135,17 +135,24 @@ def one_setting(
         size: Width and epochs of ResNet-8.
         equal_steps: As many updates at every B, in place of as many samples.
     """
+    runs = Runs(rows)
+    found = tuned_once(runs, size, equal_steps=equal_steps)
+    return {name: {b: runs.accuracy[s] for b, s in line.items()} for name, line in found.items()}
+
+
+def tuned_once(runs: Runs, size: tuple[int, int], *, equal_steps: bool) -> dict[str, dict[int, Settings]]:
+    """{method: {B: its setting with seed 0 at the rate that was best at B = 512}}; see `one_setting`."""
     width, epochs = size
-    runs = Runs(r for r in rows if (r["network"], r["width"]) == ("resnet8", width))
-    sizes = sorted({s.batch for s in runs.accuracy})
-    found: dict[str, dict[int, float]] = {}
-    for s in {kind(s): s for s in runs.accuracy if (s.batch, s.epochs) == (TUNED_AT, epochs)}.values():
+    known = [s for s in runs.accuracy if (s.network, s.width) == ("resnet8", width)]
+    sizes = sorted({s.batch for s in known})
+    found: dict[str, dict[int, Settings]] = {}
+    for s in {kind(s): s for s in known if (s.batch, s.epochs) == (TUNED_AT, epochs)}.values():
         best = runs.best([replace(s, seed=0)])
         if best is not None:
             at = {b: moved(best, b) for b in sizes}
             if equal_steps:
                 at = {b: replace(m, epochs=m.epochs * b // TUNED_AT) for b, m in at.items()}
-            found[f"{named(best)} at {best.rate:g}"] = {b: runs.accuracy[m] for b, m in at.items() if m in runs}
+            found[f"{named(best)} at {best.rate:g}"] = {b: m for b, m in at.items() if m in runs}
     return {name: line for name, line in sorted(found.items()) if len(line) > 1}
 
 
@@ -161,14 +168,24 @@ def batch_table(rows: Sequence[Row], size: tuple[int, int] = FULL, *, equal_step
         size: Width and epochs of ResNet-8.
         equal_steps: See `one_setting`; the best of all is of equal samples, and left out.
     """
-    lines, best = one_setting(rows, size, equal_steps=equal_steps), envelope(rows, size)
+    runs, best = Runs(rows), envelope(rows, size)
+    lines = tuned_once(runs, size, equal_steps=equal_steps)
     sizes = sorted({b for line in lines.values() for b in line})
     if not lines:
         return "Not run yet."
-    cells = [[name, *(number(line.get(b)) for b in sizes)] for name, line in lines.items()]
+    cells = [[name, *(_over_seeds(runs, line.get(b)) for b in sizes)] for name, line in lines.items()]
     header = ["tuned at B = 512, %", *(f"B = {b:,}" for b in sizes)]
     whole = [] if equal_steps else [["the best of all, tuned there", *(number(best.get(b)) for b in sizes)]]
     return table(header, cells + whole)
+
+
+def _over_seeds(runs: Runs, settings: Settings | None) -> str:
+    """Seed 0's accuracy, and behind it the mean and range of all seeds where there are others."""
+    found = None if settings is None else runs.seeds(settings, (0, *SEEDS))
+    if settings is None or found is None or len(found.values) == 1:
+        return number(None if settings is None else runs.accuracy[settings])
+    spread = f"{min(found.values):.1f}-{max(found.values):.1f}"
+    return f"{runs.accuracy[settings]:.1f} (of {len(found.values)} seeds {found.mean:.1f}, {spread})"
 
 
 def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
@@ -218,7 +235,7 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
         "The same with as many updates as at B = 512, as far as 48 epochs go:",
         batch_table(on_gpu, equal_steps=True),
         "By the product's classes on a CPU (`research/cifar10/one_setting_cpu.yaml`): a network half as wide, "
-        "4 epochs each, three rates at most, one seed:",
+        "4 epochs each, three rates, chosen on one seed; more seeds (`one_setting_seeds.yaml`) as far as they ran:",
         batch_table(on_cpu, SMALL),
         "By the prototype, as far as its grids met:",
         batch_table(by_maker["prototype"]),
