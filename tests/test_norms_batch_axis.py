@@ -240,3 +240,38 @@ def test_an_exact_but_slow_way_is_announced():
     model = nn.Sequential(Routed(), nn.Flatten())
     with PerSampleGradNorms(model), pytest.warns(UserWarning, match=r"0 \(Routed\).*every sample"):
         model(torch.randn(3, 5, 4)).sum().backward()
+
+
+class Timed(nn.Module):
+    """A time, or one for each sample, and the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.body, self.head = nn.Linear(1, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, t, x):
+        return self.head(torch.tanh(self.body(x) + self.time(t.view(-1, 1))))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("times", ["one", "each"])
+def test_one_number_before_the_samples_is_shared_by_all(times, compiled):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = Timed().double()
+    if times == "one" and compiled:
+        model.time.requires_grad_(False)  # its rows are no sample's, which is refused in compiled code
+    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+        for batch in (4, 4, 1, 6):
+            t, x = torch.randn(1 if times == "one" else batch).double(), torch.randn(batch, 3).double()
+
+            def of_sample(twin, i, t=t, x=x):
+                return twin(t if times == "one" else t[i : i + 1], x[i : i + 1]).square().sum()
+
+            right = layer_norms(one_by_one(model, of_sample, batch), norms.layers)
+            model.zero_grad()
+            call(t, x).square().sum().backward()
+            for name, found in norms.per_sample.items():
+                torch.testing.assert_close(found.double(), right[name], rtol=1e-6, atol=1e-9)
+    torch.compiler.reset()

@@ -14,7 +14,7 @@ from hf_clars.grad_norms.errors import MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals, differentiating, note_caller
 from hf_clars.grad_norms.gradient_watch import GradientWatch
 from hf_clars.grad_norms.hooks import ModelReturns, PassBegins, PlacedHooks
-from hf_clars.grad_norms.pytree import tensors_in
+from hf_clars.grad_norms.pytree import of_the_batch, tensors_in
 from hf_clars.grad_norms.torch_internals import NO_BACKWARD, backward_number, inside_backward, inside_function_transform
 from hf_clars.layers import ParamLayer
 
@@ -87,7 +87,7 @@ class NormAccumulator:
         if not self.active:
             return
         given = list(tensors_in((args, kwargs)))
-        batched = next((t for t in given if t.dim() > 0), None)
+        batched = of_the_batch(given)
         if batched is not None:
             if module is not self.model and next(module.parameters(), None) is None:
                 raise MixedDevicesError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Size, Tensor
@@ -23,6 +23,19 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for field in dataclasses.fields(tree):
             yield from tensors_in(getattr(tree, field.name, None))
+
+
+def of_the_batch(given: Iterable[Tensor]) -> Tensor | None:
+    """The tensor whose first axis is the batch, of those that a model is called with: the first that has an axis.
+
+    One number [1] before tensors of more axes is what all samples share, as the time of a diffusion step.
+    """
+    first: Tensor | None = None
+    for t in given:
+        if t.dim() > 1 or (t.dim() == 1 and first is None and t.shape[0] != 1):
+            return t
+        first = t if first is None and t.dim() else first
+    return first
 
 
 def is_differentiable(t: Tensor) -> bool:

@@ -17,7 +17,7 @@ from hf_clars.grad_norms.compiled.operations import begin_pass, check_sum, refus
 from hf_clars.grad_norms.compiled.tied import Linked, Tie, TiedLookup, has_one_user, is_tied_head
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
-from hf_clars.grad_norms.pytree import tensor_given, tensors_in
+from hf_clars.grad_norms.pytree import of_the_batch, tensor_given, tensors_in
 from hf_clars.grad_norms.registry import LayerRule, is_shipped
 from hf_clars.grad_norms.token_weights import label_counts
 
@@ -93,10 +93,11 @@ class CompiledCalls:
         """The model is called: make rows. In compiled code and outside."""
         self.measures = False
         given = [t for t in tensors_in((args, kwargs)) if t.dim() > 0]
-        if not given or self.paused or not torch.is_grad_enabled():
+        batched = of_the_batch(given)
+        if batched is None or self.paused or not torch.is_grad_enabled():
             return
         weights = label_counts(self.model, kwargs) if self.by_tokens else None
-        rows, uses, number = begin_pass(self.leaf, given[0], weights, self.receiver, len(self.params), self.checked)
+        rows, uses, number = begin_pass(self.leaf, batched, weights, self.receiver, len(self.params), self.checked)
         each, used = rows.unbind(0), uses.unbind(0)
         for call in self.calls.values():
             call.rows = tuple(each[i] for i in call.row_numbers)
@@ -104,7 +105,7 @@ class CompiledCalls:
         self.measures = True
         self.within = torch.compiler.is_compiling()
         self.number = number
-        self.given_axes = tuple(given[0].shape[1:])
+        self.given_axes = tuple(batched.shape[1:])
         self.given = tuple(given) if self.within else ()
 
     def expects_code(self) -> bool:
