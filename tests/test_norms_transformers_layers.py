@@ -95,7 +95,7 @@ def test_models_compiled_as_a_whole_are_exact(kind):
     torch.manual_seed(0)
     torch.compiler.reset()
     model = MODELS[kind][0]().double()
-    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+    with PerSampleGradNorms(model, loss_reduction="sum", check=False) as norms:
         loss_of(model, batch()).backward()  # OPT folds samples and positions into one axis: an uncompiled pass shows it
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for _ in range(3):
@@ -115,7 +115,7 @@ def test_the_token_that_clips_images_begin_with(compiled):
     torch.compiler.reset()
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(image_size=8, patch_size=4, **sizes)).double()
-    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+    with PerSampleGradNorms(model, loss_reduction="sum", check=False) as norms:
         call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         for _ in range(3):
             x = torch.randn(B, 3, 8, 8, dtype=torch.float64)
