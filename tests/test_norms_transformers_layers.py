@@ -65,6 +65,11 @@ def expected(model, inputs):
     return layer_norms(one_by_one(copy.deepcopy(model), of_sample, B), param_layers(model))
 
 
+def agree(norms, right):
+    for name, found in norms.per_sample.items():
+        torch.testing.assert_close(found.double(), right[name], rtol=1e-6, atol=1e-9)
+
+
 def small_steps(model):
     with torch.no_grad():
         for p in model.parameters():
@@ -83,8 +88,7 @@ def test_three_passes_are_exact_and_taken_by_the_rule(kind):
             right = expected(model, inputs)
             model.zero_grad()
             loss_of(model, inputs).backward()
-            for name, found in norms.per_sample.items():
-                torch.testing.assert_close(found.double(), right[name], rtol=1e-6, atol=1e-9)
+            agree(norms, right)
             small_steps(model)
         (way,) = [p for p in norms.explain().parameters if p.parameter == parameter]
     assert any(words.startswith(rule) for words in way.ways), way.ways
@@ -103,8 +107,7 @@ def test_models_compiled_as_a_whole_are_exact(kind):
             right = expected(model, inputs)
             model.zero_grad()
             loss_of(compiled, inputs).backward()
-            for name, found in norms.per_sample.items():
-                torch.testing.assert_close(found.double(), right[name], rtol=1e-6, atol=1e-9)
+            agree(norms, right)
             small_steps(model)
     torch.compiler.reset()
 
@@ -126,8 +129,7 @@ def test_the_token_that_clips_images_begin_with(compiled):
             right = layer_norms(one_by_one(copy.deepcopy(model), of_sample, B), param_layers(model))
             model.zero_grad()
             call(x).pooler_output.square().sum().backward()
-            for name, found in norms.per_sample.items():
-                torch.testing.assert_close(found.double(), right[name], rtol=1e-6, atol=1e-9)
+            agree(norms, right)
     torch.compiler.reset()
 
 
