@@ -180,7 +180,7 @@ def run_compiled(settings: Settings) -> None:
         "ms with norms, compiled": lambda row: milliseconds(row.seconds),
         "times plain (quartiles)": lambda row: row.ratio,
         "largest error of a norm": lambda row: f"{row.largest_error:.0e}",
-        "of a gradient": lambda row: f"{row.gradient_error:.0e}",
+        "of the gradient": lambda row: f"{row.gradient_error:.0e}",
     }
     _finish(settings, "compiled", "Norms in compiled models, against the compiled plain model", rows, columns)
 
