@@ -24,8 +24,8 @@ class CompiledRow:
         seconds: The same with norms.
         ratio: Between them.
         largest_error: Of a norm against the uncompiled one, relative to the layer's largest norm.
-        gradient_error: Of the whole network's batch gradient against the uncompiled one, relative to it: what float32 and
-            the compiler make of the same network, with norms or without.
+        gradient_error: Of the network's batch gradient against the uncompiled one, relative to it: what float32 and the
+            compiler make of the same network, with norms or without.
     """
 
     network: str
@@ -65,11 +65,11 @@ def measure_compiled(network: Network, rounds: int) -> CompiledRow:
         step(measured)
         right, found = expected.per_sample, norms.per_sample
     error = max(float((found[n] - t).abs().max() / t.abs().max().clamp(min=1e-12)) for n, t in right.items())
-    pairs = [(p.grad, q.grad) for p, q in zip(measured.parameters(), reference.parameters(), strict=True)]
-    found = [(a - b, b) for a, b in pairs if a is not None and b is not None]
-    apart, whole = (sum(float(pair[i].square().sum()) for pair in found) for i in (0, 1))
-    of_gradient = (apart / whole) ** 0.5
-    del reference, pairs, found
+    made, plain_made = (
+        torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]) for m in (measured, reference)
+    )
+    of_gradient = float((made - plain_made).norm() / plain_made.norm())
+    del reference, made, plain_made
     seconds = alternate({"plain": lambda: step(plain), "norms": lambda: step(measured)}, rounds, label=network.name)
     ratio = ratios(seconds, "plain")["norms"]
     norms.remove()
