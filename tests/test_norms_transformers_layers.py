@@ -76,6 +76,16 @@ def small_steps(model):
             p.sub_(0.01 * p.grad.sign())
 
 
+def three_passes_agree(model, call, norms):
+    for _ in range(3):
+        inputs = batch()
+        right = expected(model, inputs)
+        model.zero_grad()
+        loss_of(call, inputs).backward()
+        agree(norms, right)
+        small_steps(model)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_three_passes_are_exact_and_taken_by_the_rule(kind):
     torch.manual_seed(0)
@@ -83,13 +93,7 @@ def test_three_passes_are_exact_and_taken_by_the_rule(kind):
     model = make().double()
     nn.init.normal_(model.get_parameter(parameter))
     with PerSampleGradNorms(model, loss_reduction="sum", check=True) as norms:
-        for _ in range(3):
-            inputs = batch()
-            right = expected(model, inputs)
-            model.zero_grad()
-            loss_of(model, inputs).backward()
-            agree(norms, right)
-            small_steps(model)
+        three_passes_agree(model, model, norms)
         (way,) = [p for p in norms.explain().parameters if p.parameter == parameter]
     assert any(words.startswith(rule) for words in way.ways), way.ways
 
@@ -102,13 +106,7 @@ def test_models_compiled_as_a_whole_are_exact(kind):
     with PerSampleGradNorms(model, loss_reduction="sum", check=False) as norms:
         loss_of(model, batch()).backward()  # OPT folds samples and positions into one axis: an uncompiled pass shows it
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        for _ in range(3):
-            inputs = batch()
-            right = expected(model, inputs)
-            model.zero_grad()
-            loss_of(compiled, inputs).backward()
-            agree(norms, right)
-            small_steps(model)
+        three_passes_agree(model, compiled, norms)
     torch.compiler.reset()
 
 

@@ -188,9 +188,7 @@ def cheapest_form(use: WeightUse, device: str, *, replaces_weight_grad: bool = T
         device: `tensor.device.type`.
         replaces_weight_grad: Whether the product may stand in for autograd's weight gradient.
     """
-    if use.positions == 1:
-        return "outer"
-    if device == "cuda":
+    if device == "cuda" and use.positions > 1:
         return form_choices.take("torch" if replaces_weight_grad else "torch beside", use)
     by_model = costs.cheapest_form if torch.compiler.is_compiling() else _by_model
     return by_model(use, device, replaces_weight_grad=replaces_weight_grad)
