@@ -213,7 +213,8 @@ class RuleCall:
         if measured * rows < some.shape[0]:
             saved, g = plan.rule.take(saved, measured * rows), _each(lambda t: t[: measured * rows], g)
         with self._aside(some.device):
-            if some.dtype not in _EXACT or any(t.dtype not in _EXACT for t in saved):
+            given = (*g, *saved) if isinstance(g, tuple) else (g, *saved)
+            if any(t is not None and t.dtype not in _EXACT for t in given):
                 saved, g = _each(at_least_float32, saved), _each(at_least_float32, g)
             if rows > 1 and not plan.folded:
                 saved, g = (_each(lambda t: t.unflatten(0, (measured, rows)), each) for each in (saved, g))
