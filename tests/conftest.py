@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
-from tests.undrawn import draw_nothing, keep_imports
+from tests.lean import keep_imports, look_up_once, without_stacks
+from tests.undrawn import draw_nothing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -30,6 +31,8 @@ LONG = (
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # xdist would begin with the groups of most tests, which are quick ones
+    without_stacks()
+    look_up_once()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around xdist's own, which reads the groups
@@ -80,14 +83,11 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_collection_finish():
-    keep_imports()
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _pictures(request):
-    """Runs draw nothing at their end, except in files that are marked `draws`."""
+def _lean_runs(request):
+    """Runs draw nothing at their end, except in files that are marked `draws`; earlier files' imports are kept."""
     undo = draw_nothing() if request.node.get_closest_marker("draws") is None else None
+    keep_imports()
     yield
     if undo is not None:
         undo()

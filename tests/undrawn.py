@@ -1,7 +1,5 @@
 """Runs of tests that end without their picture and page, which take longer to draw than most of these runs to train."""
 
-import gc
-
 
 def draw_nothing():
     """Let the runs of this process draw nothing at their end; returns what undoes it."""
@@ -14,9 +12,3 @@ def draw_nothing():
         products.draw_run = draw_run
 
     return undo
-
-
-def keep_imports():
-    """What is imported stays: Trainer collects garbage after each run, and need not look through all modules for it."""
-    gc.collect()
-    gc.freeze()

@@ -19,7 +19,8 @@ from hf_clars import ClarsTrainer
 from tests.launchers.cases import BATCH, BF16, CHECKPOINTED, MIDDLE, Case, cases, run, save_weights
 from tests.launchers.cpu_fsdp import CpuFsdpTrainer
 from tests.launchers.extras import train_extras
-from tests.undrawn import draw_nothing, keep_imports
+from tests.lean import keep_imports
+from tests.undrawn import draw_nothing
 
 TRAINERS = {"fsdp2": CpuFsdpTrainer}
 
