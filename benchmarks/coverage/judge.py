@@ -147,13 +147,14 @@ def _check_finite(norms: Norms) -> None:
         raise NotRunnable(f"the plain gradient of {bad[0]} is not finite" if bad else "nothing is trainable")
 
 
-def judge(subject: Subject, precision: str, right: dict[str, Any]) -> dict[str, Any]:
+def judge(subject: Subject, precision: str, right: dict[str, Any], enough: float = ENOUGH) -> dict[str, Any]:
     """One row of the table.
 
     Args:
         subject: The model and its batch.
         precision: "float32", "bf16" (under autocast) or "float64".
         right: What `expected` gave for it.
+        enough: How many seconds of plain passes `cost` is measured on. With 0 it says little, and the rest is the same.
 
     Returns:
         `verdict`: "exact", "refused", "wrong", "crashed" or "unjudged", and beside it `why`, `pass`, `ways`, `cost`.
@@ -202,7 +203,7 @@ def judge(subject: Subject, precision: str, right: dict[str, Any]) -> dict[str, 
                 return row | {"verdict": "wrong", "why": fault}
         assert norms is not None
         row |= {"verdict": "exact", "ways": ways_of(norms, [str(w.message) for w in seen])}
-        while sum(plain.seconds[PASSES:]) < ENOUGH and len(seconds) < MOST:
+        while sum(plain.seconds[PASSES:]) < enough and len(seconds) < MOST:
             plain.step()
             measured(norms)
         norms.remove()
