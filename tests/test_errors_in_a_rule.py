@@ -239,7 +239,7 @@ def test_checkpointing_is_measured_where_an_error_would_not_end_the_run(reentran
 def test_compiled_code_goes_on_too(monkeypatch, compiled, broken):
     torch.compiler.reset()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 2))
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
     plain, x = copy.deepcopy(model), torch.randn(3, 4)
 
     def gradients(call, of):
@@ -252,7 +252,7 @@ def test_compiled_code_goes_on_too(monkeypatch, compiled, broken):
     with NormMonitor(model, every=1, noise_scale=False) as monitor:
         monitor.begin()
         call = torch.compile(model, backend="aot_eager") if compiled == "whole" else model
-        for part in (model[0], model[3]) if compiled == "in parts" else ():
+        for part in (model[0], model[2]) if compiled == "in parts" else ():
             part.compile(backend="aot_eager")
         for number in range(1, 5):
             if number == 3:
