@@ -15,9 +15,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_clars import ClarsTrainer, ClarsTrainingArguments, LayerRateLog
 from hf_clars.models import build_model
 
-BATCH, STEPS, SIDE, CLASSES = 32, 8, 8, 3
+BATCH, STEPS, SIDE, CLASSES = 32, 6, 8, 3
 SUBSET = 8
-MIDDLE = 4  # the step after which checkpoints are resumed
+MIDDLE = 3  # the step after which checkpoints are resumed
 
 
 class Images(Dataset):
