@@ -26,6 +26,9 @@ LONG = (
     "tests/test_norms_compiled_whole.py",
     "processes",
     "tests/test_kernels_exact.py",
+    "tests/test_errors_in_a_rule.py",
+    "tests/test_gpu_kit.py",
+    "tests/test_norms_compiled_shapes.py",
 )
 
 

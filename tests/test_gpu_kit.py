@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_clars.bench.gpu import peers, stages
 from hf_clars.bench.gpu import run as kit
+from hf_clars.bench.gpu.measuring import in_turn
 from hf_clars.bench.gpu.networks import NETWORKS
 from hf_clars.bench.gpu.peers import measure as measure_peers
 from hf_clars.bench.gpu.report import table_of_rows
@@ -30,7 +32,7 @@ STARTS_TESTS = "exactness"
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Stages without processes of their own, each of which would import torch again."""
+    """Stages without processes of their own, each of which would import torch again; they time as little as can be."""
 
     def stage(command, seconds):
         assert command[1:3] == ["-m", "hf_clars.bench.gpu.run"]
@@ -39,6 +41,8 @@ def in_this_process(monkeypatch):
         return code, shown.getvalue(), ""
 
     monkeypatch.setattr(kit, "_process", stage)
+    monkeypatch.setattr(stages, "in_turn", lambda *steps, seconds: in_turn(*steps, seconds=0.0))
+    monkeypatch.setattr(peers, "measure", lambda *what, seconds: measure_peers(*what, seconds=0.01))
 
 
 def check(folder, stages):
@@ -71,14 +75,14 @@ def check_rows(stages):
 
 
 def test_every_stage_writes_its_rows_and_the_report_can_be_made_again(in_this_process, tmp_path):
-    stages = [name for name in STAGES if name != STARTS_TESTS]
+    names = [name for name in STAGES if name != STARTS_TESTS]
     assert not command_line(
-        ["bench", "--gpu", "--tiny", "--minutes", "9", "--output", str(tmp_path), "--stages", *stages]
+        ["bench", "--gpu", "--tiny", "--minutes", "9", "--output", str(tmp_path), "--stages", *names]
     )
-    check(tmp_path, stages)
+    check(tmp_path, names)
     (tmp_path / "gpu.md").unlink()
     assert not kit.main(["--report-only", "--output", str(tmp_path)])
-    check(tmp_path, stages)
+    check(tmp_path, names)
 
 
 def test_a_stage_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, tmp_path):
@@ -127,7 +131,9 @@ def test_a_stage_needs_no_images_no_pictures_and_no_trainer():
 
 
 def test_the_trainers_need_no_images_and_are_skipped_by_name_where_a_package_lacks(monkeypatch):
-    code = "from hf_clars.bench.gpu.run import main; main(['--stage', 'trainer', '--tiny'])"
+    # Frozen, so that the collections of garbage after each run need not look through all modules.
+    code = "import gc, hf_clars.bench.gpu.trainer; from hf_clars.bench.gpu.run import main; gc.freeze(); "
+    code += "main(['--stage', 'trainer', '--tiny'])"
     done = run_hiding(code, hidden={*ELSEWHERE, "timm", "opacus"} - {"accelerate"})
     check_rows({"trainer": json.loads(done.stdout.splitlines()[-1])})
     monkeypatch.setitem(sys.modules, "accelerate", None)
