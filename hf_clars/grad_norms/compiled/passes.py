@@ -14,8 +14,9 @@ from hf_clars.distributed import on_device
 from hf_clars.grad_norms.compiled.calls import CompiledCall, CompiledCalls, used_twice
 from hf_clars.grad_norms.compiled.containers import CompiledContainer, CompiledModel
 from hf_clars.grad_norms.compiled.operations import enlist
-from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
-from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, second_backward
+from hf_clars.grad_norms.errors import BatchAxisError, SecondBackwardError, UncoveredParameterError
+from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.undisturbed import differentiating
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.hooked_modules import HookedModule
@@ -119,10 +120,11 @@ class CompiledPasses:
         forward_pass = self._open.get(number)
         if forward_pass is None or differentiating():
             return
-        forward_pass.mark(forward_pass)
-        if number in self._arrived or forward_pass.closed:
+        try:
+            forward_pass.gradient_comes("the compiled model", again=number in self._arrived)
+        except SecondBackwardError:
             self._norms._stop_check()
-            raise second_backward("the compiled model")
+            raise
         if failed := self._used_twice(forward_pass, uses):
             self._norms._stop_check()
             raise UncoveredParameterError(failed)
@@ -133,7 +135,7 @@ class CompiledPasses:
         of_layers = found.new_zeros(self._layers[-1] + 1, found.shape[1])
         of_layers.index_add_(0, on_device(self._layer_index, found.device), found)
         for layer in self._layers:
-            forward_pass.add_squares(layer, of_layers[layer])
+            forward_pass.sums.add_squares(layer, of_layers[layer])
 
     def _used_twice(self, forward_pass: ForwardPass, uses: Tensor) -> str:
         """What is wrong with rows that were used twice; "" if none was. A GPU is asked in checked passes only."""
