@@ -1,5 +1,7 @@
 """Promise: NAG, LARS and CLARS are the paper's equations, on both update paths, with rates that change every step."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -28,28 +30,38 @@ def schedule(step, method):
     return base * (1.5 + torch.sin(torch.tensor(float(step))).item())
 
 
+@functools.cache
+def twin_of(method):
+    """The twin after its last step, and its rates of each step: always in float64, and from the same weights."""
+    cls, _, settings = METHODS[method]
+    twin = Twin(small_model(), method="nag" if cls is NAG else cls.__name__.lower(), **settings)
+    rates = []
+    for step in range(STEPS):
+        x, y = batch(step)
+        twin.step(loss_on(x.double(), y), len(x), schedule(step, method))
+        rates.append(dict(twin.rates))
+    return twin.model, rates
+
+
 @pytest.mark.parametrize("foreach", [True, False, None], ids=["multi-tensor", "single-tensor", "default"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)], ids=["f64", "f32"])
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_its_literal_twin(method, dtype, tolerance, foreach):
-    cls, settings, twin_settings = METHODS[method]
+    cls, settings, _ = METHODS[method]
     model = small_model().to(dtype)
-    kind = "nag" if cls is NAG else cls.__name__.lower()
-    twin = Twin(model, method=kind, **twin_settings)
+    twin, twin_rates = twin_of(method)
     optimizer = cls(model, 1.0, foreach=foreach, **settings)
     for step in range(STEPS):
-        lr = schedule(step, method)
         x, y = batch(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = schedule(step, method)
         optimizer.zero_grad()
         loss_on(x, y)(model).backward()
         optimizer.step()
-        twin.step(loss_on(x.double(), y), len(x), lr)
         rates = dict(zip(optimizer.layer_names, optimizer.last_step.rate.tolist(), strict=True))
-        for name, rate in twin.rates.items():
+        for name, rate in twin_rates[step].items():
             assert rates[name] == pytest.approx(rate, rel=100 * tolerance)
-    for (name, p), q in zip(model.named_parameters(), twin.model.parameters(), strict=True):
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.double(), q, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
