@@ -21,6 +21,9 @@ class Graph:
     def __init__(self, x):
         self.name, self.store = "a batch", SimpleNamespace(of=self, tensors={"x": x})
 
+    def __call__(self):
+        """Such a batch can be called too."""
+
     @property
     def x(self):
         return self.store.tensors["x"]

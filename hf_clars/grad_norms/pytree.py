@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from types import ModuleType
 from typing import Any
 
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -34,7 +35,7 @@ def _held_by(tree: Any, seen: set[int]) -> Iterator[Tensor]:
     """As `tensors_in`, and of other objects the attributes, in the order in which they were set."""
     if isinstance(tree, Tensor):
         yield tree
-    elif id(tree) not in seen and not callable(tree):  # a module, a function or a class is no data
+    elif id(tree) not in seen and not isinstance(tree, type | ModuleType | nn.Module):  # these are no data
         seen.add(id(tree))
         inner = tree.values() if isinstance(tree, Mapping) else getattr(tree, "__dict__", {}).values()
         for value in tree if isinstance(tree, list | tuple) else inner:
