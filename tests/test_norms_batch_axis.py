@@ -147,8 +147,8 @@ def test_what_was_proven_is_used():
             for _ in range(3):
                 loss = model(x).sum()
                 current = norms._passes[-1]
-                assert sum(not call.cancelled for call in current.rule_calls) == (1 if mixed else 2)
-                assert bool(current.open_uses) == mixed
+                assert sum(not call.cancelled for call in current.uses.rule_calls) == (1 if mixed else 2)
+                assert bool(current.uses.in_graph) == mixed
                 loss.backward()
                 norms.reset()
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import PerSampleGradNorms, norm_math
-from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.norm_sums import NormSums
 from tests.oracle import layer_norms, one_by_one
 
 B = 4
@@ -51,13 +51,13 @@ def check(model, tokens, samples=None, layers="module", passes=1):
 
 @pytest.fixture
 def no_dense_tables(monkeypatch):
-    real = ForwardPass.add_grads
+    real = NormSums.add_grads
 
-    def refuse(self, param, layer, grads):
-        assert param not in self.several, f"gradients {tuple(grads.shape)} were added up for each sample"
-        real(self, param, layer, grads)
+    def refuse(self, param, grads):
+        assert param not in self._several, f"gradients {tuple(grads.shape)} were added up for each sample"
+        real(self, param, grads)
 
-    monkeypatch.setattr(ForwardPass, "add_grads", refuse)
+    monkeypatch.setattr(NormSums, "add_grads", refuse)
 
 
 CASES = {

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from hf_clars.distributed import keeps_gradients_elsewhere
 from hf_clars.grad_norms.errors import MixedDevicesError
-from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals, differentiating, note_caller
+from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals
 from hf_clars.grad_norms.gradient_watch import GradientWatch
 from hf_clars.grad_norms.hooks import ModelReturns, PassBegins, PlacedHooks
 from hf_clars.grad_norms.pytree import of_the_batch, tensors_in
 from hf_clars.grad_norms.torch_internals import NO_BACKWARD, backward_number, inside_backward, inside_function_transform
+from hf_clars.grad_norms.undisturbed import differentiating, note_caller
 from hf_clars.layers import ParamLayer
 
 
@@ -95,7 +96,7 @@ class NormAccumulator:
                     "DistributedDataParallel, or let the process see a single device (CUDA_VISIBLE_DEVICES=0)."
                 )
             forward_pass = self._open(batched.shape[0])
-            forward_pass.note_given(given)
+            forward_pass.given.note(given)
             self._begin(forward_pass, given, args, kwargs)
 
     def _begin(
@@ -138,9 +139,8 @@ class NormAccumulator:
             held = sum(p.measured for p in self._passes if may_count(p))
             measured = max(0, min(batch_size, self.samples - held))
         keeps_errors = self.take_error is not None
-        opened = ForwardPass(
-            batch_size, measured, implicit, self._mark, self.model.parameters, keeps_errors=keeps_errors
-        )
+        params = self.model.parameters
+        opened = ForwardPass(batch_size, measured, self._layer_of, implicit, self._mark, params, keeps_errors)
         self._passes.append(opened)
         return opened
 
@@ -174,7 +174,7 @@ class NormAccumulator:
         if not done:
             return
         gone = all(p.grad is None for p in self._layer_of) and not self._engine_holds_gradients()
-        if gone or self._watch.cleared(param for p in done for param in p.uses):
+        if gone or self._watch.cleared(param for p in done for param in p.uses.times):
             self.reset()
 
     def _engine_holds_gradients(self) -> bool:
@@ -191,7 +191,7 @@ class NormAccumulator:
         for forward_pass in self._passes:
             if (forward_pass.closed and forward_pass.error is None) or not forward_pass.backward_seen:
                 continue
-            norms = forward_pass.norms(self._layer_of, len(self.layers))
+            norms = forward_pass.norms(len(self.layers))
             if norms is None:
                 continue
             if self._keep:

@@ -13,10 +13,10 @@ from hf_clars.grad_norms.compiled.calls import CompiledCall
 from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
 from hf_clars.grad_norms.explanation import CallTimes, LearnedWays
-from hf_clars.grad_norms.forward_pass import ForwardPass, asked_inside, differentiating
+from hf_clars.grad_norms.forward_pass import ForwardPass, asked_inside
 from hf_clars.grad_norms.graph.finder import GraphFinder
 from hf_clars.grad_norms.graph.known import KnownGraphs
-from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, count_repeated, watch
+from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, UseArrival, count_repeated, waiting
 from hf_clars.grad_norms.graph.places import ContainerCall
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
@@ -25,6 +25,7 @@ from hf_clars.grad_norms.hooks import BoundHook, PassEnds, PlacedHooks
 from hf_clars.grad_norms.model_parts import ModelParts
 from hf_clars.grad_norms.pytree import tensor_given, tensors_in
 from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
+from hf_clars.grad_norms.undisturbed import differentiating
 from hf_clars.grad_norms.with_rule import capture, repeat
 from hf_clars.layers import ParamLayer
 
@@ -138,7 +139,7 @@ class HookedNorms(NormAccumulator):
         if not self._passes or self.paused or differentiating() or inside_function_transform():
             return
         if not torch.is_grad_enabled():
-            self._passes[-1].without_grad[hooked] += bool(hooked.params) and not self._following.elsewhere
+            self._passes[-1].uses.without_grad[hooked] += bool(hooked.params) and not self._following.elsewhere
             return
         if inside_backward():
             self._on_repeated_container_call(hooked, output)
@@ -153,9 +154,9 @@ class HookedNorms(NormAccumulator):
 
     def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
         """Reentrant checkpointing makes the graph of a module only now."""
-        forward_pass = next((p for p in self._under_way() if p.recomputed[hooked]), None)
+        forward_pass = next((p for p in self._under_way() if p.uses.recomputed[hooked]), None)
         if forward_pass is not None:
-            forward_pass.recomputed[hooked] -= 1
+            forward_pass.uses.recomputed[hooked] -= 1
             self._watch_uses(forward_pass, [t for t in tensors_in(output) if t.requires_grad], None, [], again=True)
 
     @Following.unfollowed
@@ -175,9 +176,9 @@ class HookedNorms(NormAccumulator):
         taint = self._following.taint
         if not torch.is_grad_enabled():
             if last is not None and not self._following.elsewhere:
-                last.without_grad[hooked] += 1
+                last.uses.without_grad[hooked] += 1
                 if hooked.moved_at(x, taint, last.moves_rows) == MOVED:
-                    last.moved_without_grad.add(hooked)
+                    last.uses.moved_without_grad.add(hooked)
             return None
         if inside_backward():
             return self._on_repeated_call(hooked, x, (args, kwargs), output)
@@ -204,12 +205,12 @@ class HookedNorms(NormAccumulator):
         if asked_inside(self._passes, hooked.params.values()):
             return None
         for forward_pass in self._under_way():
-            if forward_pass.recomputed[hooked] and not differentiating() and not self.paused:
-                forward_pass.recomputed[hooked] -= 1
+            if forward_pass.uses.recomputed[hooked] and not differentiating() and not self.paused:
+                forward_pass.uses.recomputed[hooked] -= 1
                 self._ever_captured.update(hooked.trainable().values())
-                known = len(forward_pass.rule_calls)
+                known = len(forward_pass.uses.rule_calls)
                 replaced = capture(hooked, forward_pass, x, call, output, None, recomputed=True)
-                for made in forward_pass.rule_calls[known:]:
+                for made in forward_pass.uses.rule_calls[known:]:
                     self._ways.note(made.in_words(), made.wanted.values())
                 return replaced
         return repeat(hooked, self._under_way(), x, call, output)
@@ -229,12 +230,9 @@ class HookedNorms(NormAccumulator):
             return
         self._note_compiled(compiled)
         for param in (p for call in compiled for p in call.hooked.trainable().values()):
-            forward_pass.add_use(param)
-            forward_pass.compiled.add(param)
-        for hooked, times in forward_pass.without_grad.items():
-            forward_pass.recomputed[hooked] += times
-            for param in list(hooked.trainable().values()) * times:
-                forward_pass.add_use(param)
+            forward_pass.uses.add(param)
+            forward_pass.uses.compiled.add(param)
+        forward_pass.uses.note_recomputation()
         mark = None if containers else self._graphs.end(forward_pass, trained=sum(self._trained))
         try:
             known = self._graphs.find(mark, forward_pass, outputs)
@@ -245,8 +243,7 @@ class HookedNorms(NormAccumulator):
                 if mark is not None and found is not None:
                     self._graphs.add(mark, forward_pass, outputs, found)
         finally:
-            for call in forward_pass.rule_calls:
-                call.leave_graph()
+            forward_pass.uses.leave_graph()
         self._compiled.refuse_other_uses(forward_pass, compiled)
         if taint is not None and forward_pass.batch_size > 1:
             self._learned, self._finder.unknown = True, False
@@ -267,20 +264,19 @@ class HookedNorms(NormAccumulator):
         """
         found, gates = self._finder.find(forward_pass, outputs, taint, containers)
         if again:  # a module inside may have been seen to
-            seen = {(m.use.node, m.use.index) for m in forward_pass.open_uses.values() if isinstance(m, MeasuredUse)}
+            seen = {(m.use.node, m.use.index) for m in waiting(forward_pass)}
             found = [m for m in found if (m.use.node, m.use.index) not in seen]
         uses = [m.use for m in found] + [use for gate in gates for use in gate.uses for _ in gate.edges]
         self._hook_uses(forward_pass, uses, found, again=again)
         for gate in gates:
-            forward_pass.gates.append(gate)
-            gate.watch(forward_pass, self._deliver)
+            gate.watch(forward_pass)
         if again:
             count_repeated(forward_pass)
-        right = [call for call in forward_pass.rule_calls if not call.cancelled]
+        right = [call for call in forward_pass.uses.rule_calls if not call.cancelled]
         for call in right:
             self._ever_captured.update(call.wanted.values())
         if self._ways.are_new(
-            {u.key for u in uses} | {(c.hooked, c.fused, c.plan.key[0]) for c in forward_pass.rule_calls}
+            {u.key for u in uses} | {(c.hooked, c.fused, c.plan.key[0]) for c in forward_pass.uses.rule_calls}
         ):
             for call in right:
                 self._ways.note(call.in_words(), call.wanted.values())
@@ -288,7 +284,7 @@ class HookedNorms(NormAccumulator):
                 self._ways.note(measured.in_words(), measured.use.leaves.values())
             for gate in gates:
                 self._ways.note(gate.in_words(), (p for use in gate.uses for p in use.leaves.values()))
-        return None if gates or len(right) < len(forward_pass.rule_calls) else found
+        return None if gates or len(right) < len(forward_pass.uses.rule_calls) else found
 
     def _hook_uses(
         self, forward_pass: ForwardPass, uses: Sequence[Use], found: Sequence[MeasuredUse], *, again: bool = False
@@ -296,10 +292,10 @@ class HookedNorms(NormAccumulator):
         """Count uses, and hook those that are measured where they are."""
         for param in (p for use in uses for p in use.leaves.values()):
             if not again:
-                forward_pass.add_use(param)
+                forward_pass.uses.add(param)
             self._ever_captured.add(param)
         for measured in found:
-            watch(forward_pass, measured, self._deliver)
+            UseArrival(forward_pass, measured).wait(measured.use.node)
 
     # ---- compiled code ---------------------------------------------------------------------------------------
 
@@ -334,11 +330,6 @@ class HookedNorms(NormAccumulator):
         for forward_pass in self._passes:
             forward_pass.free_graph()
         self._free_dropped()
-
-    def _deliver(self, forward_pass: ForwardPass, param: nn.Parameter, grads: Tensor, dtype: torch.dtype) -> None:
-        if forward_pass.check is not None:
-            forward_pass.check.add_grads(param, grads, dtype)
-        forward_pass.add_grads(param, self._layer_of[param], grads)
 
     def _name_of(self, param: nn.Parameter) -> str:
         for layer in self.layers:

@@ -73,7 +73,7 @@ class MicroBatchGradNorms(NormAccumulator):
         self._drop_if_cleared()
         seen = sum(p.batch_size for p in self._passes)
         wanted = self.samples is None or seen < self.samples
-        opened = ForwardPass(batch_size, batch_size if wanted else 0, implicit)
+        opened = ForwardPass(batch_size, batch_size if wanted else 0, self._layer_of, implicit)
         self._passes.append(opened)
         self._latest = opened
         return opened
@@ -84,9 +84,9 @@ class MicroBatchGradNorms(NormAccumulator):
         if forward_pass is None or not forward_pass.measured:
             return
         self._mark(forward_pass)
-        forward_pass.add_use(param)
+        forward_pass.uses.add(param)
         g = g.detach().float() if g.dtype in (torch.float16, torch.bfloat16) else g.detach()
-        forward_pass.add_squares(layer, g.square().sum())
+        forward_pass.sums.add_squares(layer, g.square().sum())
         if self.weight_decay:
             dot = (g * param.detach()).sum()
             self._dots[layer] = self._dots[layer] + dot if layer in self._dots else dot
@@ -96,13 +96,13 @@ class MicroBatchGradNorms(NormAccumulator):
             if forward_pass.closed or not forward_pass.backward_seen:
                 continue
             forward_pass.closed = True
-            if forward_pass.squares:
-                zero = torch.zeros_like(next(iter(forward_pass.squares.values())))
+            if forward_pass.sums.squares:
+                zero = torch.zeros_like(next(iter(forward_pass.sums.squares.values())))
                 order = range(len(self.layers))
-                squares = torch.stack([forward_pass.squares.get(k, zero) for k in order])
+                squares = torch.stack([forward_pass.sums.squares.get(k, zero) for k in order])
                 dots = torch.stack([self._dots.get(k, zero) for k in order])
                 self._products.append(_Products(squares, dots))
-                forward_pass.squares.clear()
+                forward_pass.sums.squares.clear()
                 self._dots.clear()
 
     @torch.no_grad()

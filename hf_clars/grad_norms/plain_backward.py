@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.forward_pass import quietly
 from hf_clars.grad_norms.pytree import map_tensors
 from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.undisturbed import quietly
 
 _INPUT = torch.empty(0)
 """Stands for the module's input among what the module was called with."""

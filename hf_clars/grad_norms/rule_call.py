@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.explanation import timed
-from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, quietly, second_backward
+from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
@@ -21,6 +21,7 @@ from hf_clars.grad_norms.registry import LayerRule, is_shipped
 from hf_clars.grad_norms.rule_results import compare_squares, given_by
 from hf_clars.grad_norms.tied_tables import TiedTable, tied_table
 from hf_clars.grad_norms.torch_internals import NOTHING, no_autocast, no_grad
+from hf_clars.grad_norms.undisturbed import differentiating, quietly
 
 FIRST_AXIS = Layout()
 _EXACT = (torch.float32, torch.float64)
@@ -180,11 +181,8 @@ class RuleCall:
         """
         if self.repeats or self.cancelled or differentiating():
             return False
-        if not self.forward_pass.backward_seen:
-            self.forward_pass.mark(self.forward_pass)
-        if self.fired or self.forward_pass.closed:
-            raise second_backward(self.hooked)
-        self.fired = True
+        again, self.fired = self.fired, True
+        self.forward_pass.gradient_comes(self.hooked, again=again)
         self.leave_graph()
         return True
 
@@ -192,12 +190,12 @@ class RuleCall:
     def is_looked_at(self) -> bool:
         """Whether the form of what the rule gives is looked at: always that of a user's rule."""
         forward_pass = self.forward_pass
-        return forward_pass.check is not None or forward_pass.keeps_errors or not self.plan.shipped
+        return forward_pass.sums.check is not None or forward_pass.keeps_errors or not self.plan.shipped
 
     @property
     def shared(self) -> set[str]:
         """Parameters with several uses in the pass: those add up before they are squared."""
-        several = self.forward_pass.several
+        several = self.forward_pass.uses.several
         return {n for n, p in self.wanted.items() if p in several} if several else set()
 
     def measure(self, saved: tuple[Tensor, ...], g: Tensor | tuple[Tensor | None, ...]) -> None:
@@ -236,10 +234,10 @@ class RuleCall:
         return {n: table for n, table in found.items() if table is not None}
 
     def _add(self, saved: tuple[Tensor, ...], g: Any, dtype: torch.dtype) -> None:
-        plan, forward_pass = self.plan, self.forward_pass
+        plan, sums = self.plan, self.forward_pass.sums
         names: Set[str] = plan.wanted.keys()
         shared: Set[str] = set()
-        if forward_pass.several:
+        if self.forward_pass.uses.several:
             tables = self._tables()
             for name, table in tables.items():
                 table.measure(self, name, saved, g)
@@ -251,15 +249,13 @@ class RuleCall:
             by_squares, shared = set(), names
         if by_squares:
             for name, squares in self._ask("squared_norms", saved, g, by_squares).items():
-                forward_pass.add_squares(plan.hooked.layers[name], squares)
-                if forward_pass.check is not None:
+                sums.add_squares(plan.hooked.layers[name], squares)
+                if sums.check is not None:
                     self._check_by_sum(name, saved, g, squares, dtype)
         if shared:
             for name, t in self._ask("per_sample_grads", saved, g, shared).items():
-                t = t.unflatten(0, (forward_pass.measured, plan.rows_per_sample)).sum(1) if plan.folded else t
-                if forward_pass.check is not None:
-                    forward_pass.check.add_grads(plan.wanted[name], t, dtype)
-                forward_pass.add_grads(plan.wanted[name], plan.hooked.layers[name], t)
+                t = t.unflatten(0, (self.forward_pass.measured, plan.rows_per_sample)).sum(1) if plan.folded else t
+                sums.take(plan.wanted[name], t, dtype)
 
     def _ask(
         self, method: Literal["per_sample_grads", "squared_norms"], saved: tuple[Tensor, ...], g: Any, names: Set[str]
@@ -270,7 +266,7 @@ class RuleCall:
         if not self.is_looked_at:
             return found if found.keys() == names else {name: found[name] for name in names}
         found = given_by(rule, method, found, self.hooked, names, len(next(iter(tensors_in(g)))))
-        if method == "squared_norms" and self.forward_pass.check is not None and not self.plan.shipped:
+        if method == "squared_norms" and self.forward_pass.sums.check is not None and not self.plan.shipped:
             compare_squares(rule, self.hooked, found, self._ask("per_sample_grads", saved, g, names))
         return found
 
@@ -278,10 +274,11 @@ class RuleCall:
         self, name: str, saved: tuple[Tensor, ...], g: Tensor, squares: Tensor | None, dtype: torch.dtype
     ) -> None:
         """In a pass that is checked, make the gradients of which only the norm was taken."""
-        if self.forward_pass.check is not None and self.forward_pass.check.wants(self.wanted[name]):
+        check = self.forward_pass.sums.check
+        if check is not None and check.wants(self.wanted[name]):
             total = self.rule.summed_grad(self.module, saved, g, name, elements=self.wanted[name].numel())
             size = total.norm() if squares is None else squares.clamp(min=0).sqrt().sum()
-            self.forward_pass.check.add(self.wanted[name], total, size, dtype)
+            check.add(self.wanted[name], total, size, dtype)
 
     def add_squares(self, squares: dict[str, Tensor], sums: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Add the squared norms that the rule's own backward pass gave, {local parameter name: [measured]}.
@@ -294,7 +291,7 @@ class RuleCall:
         if self.arrived():
             for name, t in squares.items():
                 if name in self.wanted:
-                    self.forward_pass.add_squares(self.hooked.layers[name], t)
+                    self.forward_pass.sums.add_squares(self.hooked.layers[name], t)
             self._check_fused({n: t for n, t in sums.items() if n in self.wanted}, dtype)
 
     def summed_grads(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -325,22 +322,21 @@ class RuleCall:
                 if name in tables:
                     tables[name].add_grads(mine)
                 elif x_part is x:
-                    forward_pass.add_grads(plan.wanted[name], plan.hooked.layers[name], mine)
+                    forward_pass.sums.add_grads(plan.wanted[name], mine)
                 else:
                     parts.setdefault(name, []).append(mine if name in shared else squared_sum(mine))
             left = max(0, left - len(x_part))
         for name, part in parts.items():
-            param, layer = plan.wanted[name], plan.hooked.layers[name]
             if name in shared:
-                forward_pass.add_grads(param, layer, torch.cat(part))
+                forward_pass.sums.add_grads(plan.wanted[name], torch.cat(part))
             else:
-                forward_pass.add_squares(layer, torch.cat(part))
+                forward_pass.sums.add_squares(plan.hooked.layers[name], torch.cat(part))
         if measured:
             self._check_fused(sums, g.dtype)
         return sums
 
     def _check_fused(self, sums: dict[str, Tensor], dtype: torch.dtype) -> None:
-        check = self.forward_pass.check
+        check = self.forward_pass.sums.check
         if check is None:
             return
         for name, total in sums.items():

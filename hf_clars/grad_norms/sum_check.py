@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SumCheckError
-from hf_clars.grad_norms.forward_pass import differentiating
 from hf_clars.grad_norms.norm_math import squared_sum
 from hf_clars.grad_norms.torch_internals import no_autocast
+from hf_clars.grad_norms.undisturbed import differentiating
 
 #: How far two sums of the same numbers may differ, relative to the sum of the samples' norms, and to the largest such
 #: sum of all parameters: some gradients, as of a bias before a softmax, are rounding errors and nothing else.

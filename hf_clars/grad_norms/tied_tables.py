@@ -88,10 +88,12 @@ def tied_table(forward_pass: ForwardPass, param: nn.Parameter) -> TiedTable | No
         forward_pass: The pass.
         param: A parameter with several uses.
     """
-    if param not in forward_pass.tables:
-        calls = [(c, n) for c in forward_pass.rule_calls if not c.cancelled for n, p in c.wanted.items() if p is param]
+    if param not in forward_pass.sums.tables:
+        calls = [
+            (c, n) for c in forward_pass.uses.rule_calls if not c.cancelled for n, p in c.wanted.items() if p is param
+        ]
         lookups = [c for c, _ in calls if c.tokens is not None and c.rows_per_sample == 1]
         dense = [c for c, n in calls if c.rule.is_dense_weight and n == "weight" and c.rows_per_sample == 1]
-        known = lookups and len(dense) <= 1 and len(lookups) + len(dense) == forward_pass.uses[param]
-        forward_pass.tables[param] = TiedTable(lookups, forward_pass.measured) if known else None
-    return forward_pass.tables[param]
+        known = lookups and len(dense) <= 1 and len(lookups) + len(dense) == forward_pass.uses.times[param]
+        forward_pass.sums.tables[param] = TiedTable(lookups, forward_pass.measured) if known else None
+    return forward_pass.sums.tables[param]

@@ -136,11 +136,11 @@ class PerSampleGradNorms(HookedNorms):
             return
         self._passes_since += 1
         due = self._check_is_due()
-        if self._check is None and due and not any(p.backward_seen or p.rule_calls for p in self._passes[:-1]):
+        if self._check is None and due and not any(p.backward_seen or p.uses.rule_calls for p in self._passes[:-1]):
             self._passes_since = 0
             names = {p: self._name_of(p) for p in self._layer_of}
             self._check = SumCheck(names, self._leaves(), keeps_errors=forward_pass.keeps_errors)
-        forward_pass.check = self._check
+        forward_pass.sums.check = self._check
 
     def _check_is_due(self) -> bool:
         return self._checked < 3 or self._ways.new or self._passes_since >= self.check_every
@@ -163,7 +163,7 @@ class PerSampleGradNorms(HookedNorms):
             self._check.stop()
             self._check = None
             for forward_pass in self._passes:
-                forward_pass.check = None
+                forward_pass.sums.check = None
 
     def _close(self) -> None:
         try:
@@ -218,7 +218,7 @@ class PerSampleGradNorms(HookedNorms):
 
         What activation checkpointing will run again must save the same tensors as in the first place.
         """
-        left = [p for p in (*self._left, *self._passes) if p.rule_calls]
+        left = [p for p in (*self._left, *self._passes) if p.uses.rule_calls]
         for forward_pass in self._passes:
             forward_pass.error = forward_pass.error or error
         self.pause()

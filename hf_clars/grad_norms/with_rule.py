@@ -11,11 +11,18 @@ from torch import Tensor
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.errors import BatchAxisError, MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.functions import (
+    Way,
+    fuse_weight_grad,
+    is_taken,
+    observe,
+    observe_several,
+    own_place,
+    replace_backward,
+)
 from hf_clars.grad_norms.graph.layout import Layout, is_open
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
-from hf_clars.grad_norms.observation import observe, observe_several, own_place
-from hf_clars.grad_norms.one_product import Way, fuse_weight_grad, is_taken, replace_backward
 from hf_clars.grad_norms.plain_backward import note_call
 from hf_clars.grad_norms.pytree import differentiable_in, is_differentiable, map_tensors
 from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
@@ -60,23 +67,25 @@ def capture(
         else:
             hooked.keep_plan(look, plan)
     if plan is None:
-        forward_pass.note(hooked)
+        if forward_pass.trace is not None:
+            forward_pass.trace.note(hooked)
         return None
     _check_device(hooked, forward_pass, x)
     measured = RuleCall(plan, forward_pass, proven=plan.proven or forward_pass.implicit or recomputed)
-    axis = 0 if forward_pass.was_given(x) else None
+    axis = 0 if x in forward_pass.given else None
     if axis is None and taint is not None and x.dim() > 1 and not x.requires_grad:
         axis = taint.axis_of(x)
     if axis is not None and not plan.moved and (axis == 0 or plan.rule.weight_sharing_axes):
         measured.given_rows = Layout(axis)
     if not recomputed:
         for param in plan.wanted.values():
-            forward_pass.add_use(param)
-    forward_pass.rule_calls.append(measured)
+            forward_pass.uses.add(param)
+    forward_pass.uses.rule_calls.append(measured)
     replaced = _follow(measured, x, call, output)
     if not forward_pass.implicit:
         measured.place(output if replaced is None else replaced, x)
-        forward_pass.note(plan)
+        if forward_pass.trace is not None:
+            forward_pass.trace.note(plan)
     return replaced
 
 
@@ -110,14 +119,14 @@ def _decide(
         return None
     if any(hooked.is_made(name) for name in wanted):
         return None
-    tainted = None if taint is None else taint.holds(x) or forward_pass.was_given(x)
+    tainted = None if taint is None else taint.holds(x) or x in forward_pass.given
     if tainted is not None and forward_pass.batch_size > 1:
         (hooked.data_dims if tainted else hooked.own_dims).add(x.dim())
         hooked.plans.clear()
     axes = rule.batch_axes(hooked.module, results)
     rows = _rows(hooked, forward_pass, x, results[0], axes[0])
     unproven = (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed"
-    if recomputed and (unproven or hooked in forward_pass.moved_without_grad):
+    if recomputed and (unproven or hooked in forward_pass.uses.moved_without_grad):
         forward_pass.error = forward_pass.error or _unknown_rows(hooked, forward_pass, x, results[0])
         return None
     if rows is None and tainted:
@@ -132,7 +141,7 @@ def _decide(
     if moved == MOVED:
         known = None
     always = forward_pass.implicit or not hooked.path or forward_pass.batch_size == 1
-    simple = always or (forward_pass.was_given(x) and moved != MOVED)
+    simple = always or (x in forward_pass.given and moved != MOVED)
     # Numbers [B] may be those of B positions.
     sure = simple or (tainted is True and x.dim() > 1 and not moved and not _open(hooked, results[0], forward_pass))
     lasts = known is not None or always
@@ -186,7 +195,7 @@ def repeat(hooked: HookedModule, passes: Iterable[ForwardPass], x: Tensor, call:
     for forward_pass in passes:
         rows = _rows(hooked, forward_pass, x, results[0], axis)
         key = _key(x, rows) if rows else None
-        found += [c for c in forward_pass.rule_calls if c.hooked is hooked and c.plan.key == key]
+        found += [c for c in forward_pass.uses.rule_calls if c.hooked is hooked and c.plan.key == key]
     if not found:
         return None
     known = next((c for c in found if not c.fired), found[0])

@@ -15,8 +15,9 @@ from hf_clars.grad_norms.compiled.call import CompiledCall, used_twice
 from hf_clars.grad_norms.compiled.calls import CompiledCalls
 from hf_clars.grad_norms.compiled.containers import CompiledContainer, CompiledModel
 from hf_clars.grad_norms.compiled.operations import enlist
-from hf_clars.grad_norms.errors import BatchAxisError, UncoveredParameterError
-from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, second_backward
+from hf_clars.grad_norms.errors import BatchAxisError, SecondBackwardError, UncoveredParameterError
+from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.undisturbed import differentiating
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.hooked_modules import HookedModule
@@ -89,7 +90,7 @@ class CompiledPasses:
         Raises:
             UncoveredParameterError: Naming the modules.
         """
-        names = [c.name for c in ran if not forward_pass.several.isdisjoint(c.hooked.params.values())]
+        names = [c.name for c in ran if not forward_pass.uses.several.isdisjoint(c.hooked.params.values())]
         if names:
             raise UncoveredParameterError(used_twice(", ".join(names)))
 
@@ -131,10 +132,11 @@ class CompiledPasses:
         forward_pass = self._open.get(number)
         if forward_pass is None or differentiating():
             return
-        forward_pass.mark(forward_pass)
-        if number in self._arrived or forward_pass.closed:
+        try:
+            forward_pass.gradient_comes("the compiled model", again=number in self._arrived)
+        except SecondBackwardError:
             self._norms._stop_check()
-            raise second_backward("the compiled model")
+            raise
         if failed := self._used_twice(forward_pass, uses):
             self._norms._stop_check()
             raise UncoveredParameterError(failed)
@@ -145,7 +147,7 @@ class CompiledPasses:
         of_layers = found.new_zeros(self._layers[-1] + 1, found.shape[1])
         of_layers.index_add_(0, on_device(self._layer_index, found.device), found)
         for layer in self._layers:
-            forward_pass.add_squares(layer, of_layers[layer])
+            forward_pass.sums.add_squares(layer, of_layers[layer])
 
     def _used_twice(self, forward_pass: ForwardPass, uses: Tensor) -> str:
         """What is wrong with rows that were used twice; "" if none was. A GPU is asked in checked passes only."""

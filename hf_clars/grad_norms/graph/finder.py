@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.functions import OWN_NODES
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
 from hf_clars.grad_norms.graph.places import ContainerCall, announce, inner_roots, place_of, reaches
@@ -17,7 +18,6 @@ from hf_clars.grad_norms.graph.proofs import Proofs
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
-from hf_clars.grad_norms.one_product import OWN_NODES
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import shape_at
 
@@ -113,14 +113,14 @@ class GraphFinder:
                 # What is not known to take the data must have taken it before: these belong to samples.
                 inner = inner_roots(outputs, forward_pass.batch_size) if self.unknown else []
                 walk = self._walk(forward_pass, outputs, taint, walk.lost | {root.edge.node for root in inner})
-            unproven = [c for c in forward_pass.rule_calls if not c.proven and not c.cancelled]
+            unproven = [c for c in forward_pass.uses.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
             if not unproven and not unknown:
                 break
             if not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
         loose = any(use.moved == MOVED for use in walk.uses)
-        self.moves_rows |= loose or any(c.plan.moved and not c.cancelled for c in forward_pass.rule_calls)
+        self.moves_rows |= loose or any(c.plan.moved and not c.cancelled for c in forward_pass.uses.rule_calls)
         found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
         gated = [use for use, at_node in found if at_node is None]
         if gated:
@@ -142,12 +142,12 @@ class GraphFinder:
     ) -> GraphWalk:
         regions = {
             edge.node: Region(set(c.wanted.values()), c.input_node)
-            for c in forward_pass.rule_calls
+            for c in forward_pass.uses.rule_calls
             if not c.cancelled
             for edge in c.edges
         }
         walk = GraphWalk(
-            lambda leaf: None if (param := self.param_of(leaf)) in forward_pass.compiled else param,
+            lambda leaf: None if (param := self.param_of(leaf)) in forward_pass.uses.compiled else param,
             regions,
             lambda node, signature: node in on_data or self._is_data(node, signature, taint, forward_pass.batch_size),
             self._whole.__contains__,
@@ -232,7 +232,7 @@ class GraphFinder:
             if not right:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():
-                    forward_pass.forget_use(param)
+                    forward_pass.uses.forget(param)
             if found is not None and not (right and call.plan.moved):
                 call.hooked.calls[call.plan.key] = "observed" if right else "graph"
         rest = iter(proven[len(unproven) :])

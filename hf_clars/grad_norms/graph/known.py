@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -21,6 +21,10 @@ from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.measured_uses import MeasuredUse
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.torch_internals import leaves_below, operations_recorded
+
+if TYPE_CHECKING:
+    from hf_clars.grad_norms.hooked_modules import HookedModule
+    from hf_clars.grad_norms.rule_call import CallPlan
 
 Mark = tuple[Any, ...]
 Way = tuple[tuple[str, int], ...]
@@ -67,6 +71,23 @@ class _Place:
         return MeasuredUse(use, self.measured.layouts, self.measured.name)
 
 
+class Trace:
+    """How a pass's graph comes about: which modules were called how, after how many operations."""
+
+    def __init__(self) -> None:
+        self._begun_at = operations_recorded()
+        self.marks: list[Any] = []
+
+    def note(self, way: CallPlan | HookedModule) -> None:
+        """A module with a rule was called, and is measured so, or was left to the graph."""
+        self.marks += (way, self.length)
+
+    @property
+    def length(self) -> int:
+        """Operations so far."""
+        return operations_recorded() - self._begun_at
+
+
 class KnownGraphs:
     """What is remembered of a model's graphs."""
 
@@ -75,7 +96,7 @@ class KnownGraphs:
 
     def begin(self, forward_pass: ForwardPass) -> None:
         """Follow how a pass's graph comes about."""
-        forward_pass.trace, forward_pass.begun_at = [], operations_recorded()
+        forward_pass.trace = Trace()
 
     def end(self, forward_pass: ForwardPass, *, trained: int) -> Mark | None:
         """What the graph of a pass is known by, as its forward ends.
@@ -88,9 +109,10 @@ class KnownGraphs:
             None if the graph must be walked.
         """
         trace, forward_pass.trace = forward_pass.trace, None
-        if not trace or forward_pass.packed or forward_pass.without_grad or forward_pass.compiled:
+        uses = forward_pass.uses
+        if trace is None or not trace.marks or forward_pass.packed or uses.without_grad or uses.compiled:
             return None
-        return (*trace, operations_recorded() - forward_pass.begun_at, trained)
+        return (*trace.marks, trace.length, trained)
 
     def find(self, mark: Mark | None, forward_pass: ForwardPass, outputs: Sequence[Tensor]) -> list[MeasuredUse] | None:
         """The uses that no rule measures, without a walk.
@@ -108,7 +130,7 @@ class KnownGraphs:
             return None
         starts = _starts(forward_pass, outputs) if places else []
         found = [place.find(starts) for place in places]
-        used = set(forward_pass.uses).union(*(m.use.leaves.values() for m in found if m is not None))
+        used = set(forward_pass.uses.times).union(*(m.use.leaves.values() for m in found if m is not None))
         return None if len(used) != mark[-1] or None in found else [m for m in found if m is not None]
 
     def add(
@@ -122,7 +144,7 @@ class KnownGraphs:
             outputs: What the model returned.
             found: What no rule measures.
         """
-        if len(forward_pass.uses) != mark[-1]:
+        if len(forward_pass.uses.times) != mark[-1]:
             return
         ways = _ways_down(forward_pass, outputs, {m.use.node for m in found}) if found else {}
         if len(ways) < len({m.use.node for m in found}):
@@ -147,12 +169,12 @@ def _place(measured: MeasuredUse, start: int, above: Way) -> _Place:
 
 def _starts(forward_pass: ForwardPass, outputs: Sequence[Tensor]) -> list[Node | None]:
     """Where ways begin: the inputs of rules' calls, and what the model returned."""
-    return [*(call.input_node for call in forward_pass.rule_calls), *(t.grad_fn for t in outputs)]
+    return [*(call.input_node for call in forward_pass.uses.rule_calls), *(t.grad_fn for t in outputs)]
 
 
 def _ways_down(forward_pass: ForwardPass, outputs: Sequence[Tensor], wanted: set[Node]) -> dict[Node, tuple[int, Way]]:
     """The shortest way down to each node that can be reached without passing a rule's module."""
-    modules = {edge.node for call in forward_pass.rule_calls for edge in call.edges}
+    modules = {edge.node for call in forward_pass.uses.rule_calls for edge in call.edges}
     found: dict[Node, tuple[int, Way]] = {}
     seen: set[Node] = set()
     level: list[tuple[Node, int, Way]] = [

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.distributed import whole_shape
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.explanation import timed
-from hf_clars.grad_norms.forward_pass import ForwardPass, differentiating, quietly
+from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.nodes import call_for_each, operand_grads
 from hf_clars.grad_norms.graph.norms_alone import norms_alone
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
 from hf_clars.grad_norms.torch_internals import dtype_at, no_autocast, results_of
-from hf_clars.grad_norms.undisturbed import undisturbed
-
-Deliver = Callable[[ForwardPass, nn.Parameter, Tensor, torch.dtype], None]
-"""Takes a pass, a parameter, each sample's gradient [measured, *shape], and the operation's precision. Where only norms
-are asked for, [measured, 1] with each sample's norm does as well."""
+from hf_clars.grad_norms.undisturbed import differentiating, quietly, undisturbed
 
 
 @dataclass(eq=False)
@@ -63,8 +59,9 @@ class MeasuredUse:
     def norms(self, forward_pass: ForwardPass, grads: Sequence[Tensor | None]) -> Tensor | None:
         """Each sample's norm alone, [measured], of the one parameter; None where its gradients must be made."""
         param = next(iter(self.use.leaves.values()))
-        summed = forward_pass.check is not None and forward_pass.check.wants(param)
-        if self.careful or summed or param in forward_pass.several:
+        check = forward_pass.sums.check
+        summed = check is not None and check.wants(param)
+        if self.careful or summed or param in forward_pass.uses.several:
             return None
         return norms_alone(self.use, grads, self.layouts, forward_pass.batch_size, forward_pass.measured)
 
@@ -98,20 +95,6 @@ def _zeros(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple(None if g is None else torch.zeros_like(g) for g in grads)
 
 
-def watch(forward_pass: ForwardPass, measured: MeasuredUse, deliver: Deliver) -> None:
-    """Measure a use when its operation's gradient comes.
-
-    Args:
-        forward_pass: The pass; it holds on to the use until then, or until the pass is dropped.
-        measured: The use.
-        deliver: Takes each parameter's per-sample gradients [measured, *shape], and the precision of the operation.
-    """
-    ticket = forward_pass.next_ticket()
-    forward_pass.open_uses[ticket] = measured
-    # The hook must not hold on to the node that holds it.
-    measured.use.node.register_prehook(forward_pass.guarded(_Arrival(forward_pass, ticket, deliver)))
-
-
 @dataclass(eq=False)
 class Gate:
     """Results of a module around some uses, from which each sample's gradient is led back to them.
@@ -131,13 +114,11 @@ class Gate:
     careful: bool = False
     uses: list[Use] = field(default_factory=list)
 
-    def watch(self, forward_pass: ForwardPass, deliver: Deliver) -> None:
+    def watch(self, forward_pass: ForwardPass) -> None:
         """Measure the uses when gradients of the module's results come: each result adds its part."""
+        forward_pass.uses.gates.append(self)
         for edge in self.edges:
-            ticket = forward_pass.next_ticket()
-            forward_pass.open_uses[ticket] = edge
-            arrival = _GateArrival(forward_pass, ticket, self, edge.output_nr, deliver)
-            edge.node.register_prehook(forward_pass.guarded(arrival))
+            GateArrival(forward_pass, edge, self).wait(edge.node)
 
     def in_words(self) -> str:
         """How it is measured, for people."""
@@ -167,67 +148,117 @@ class Gate:
         return [(use, torch.cat(part)) for use, part in zip(self.uses, parts, strict=True) if part]
 
 
-@dataclass(eq=False)
-class _GateArrival:
-    forward_pass: ForwardPass
-    ticket: int
-    gate: Gate
-    output: int
-    deliver: Deliver
+class Arrival:
+    """A hook on an operation: measures what is used there when its gradient comes, once.
+
+    The pass has it in its list, and it holds on to the graph only until then: the operation holds the hook.
+
+    Args:
+        forward_pass: The pass.
+        waits: What is measured.
+    """
+
+    def __init__(self, forward_pass: ForwardPass, waits: Any) -> None:
+        self.forward_pass = forward_pass
+        self.waits = waits
+        self.came = False
+
+    def wait(self, node: Node) -> None:
+        """Wait for the gradient of an operation's results."""
+        self.forward_pass.uses.in_graph.append(self)
+        node.register_prehook(self.forward_pass.guarded(self))
+
+    def take(self, what: str) -> Any:
+        """The gradient has come: what is measured; None if it was let go of before.
+
+        Raises:
+            SecondBackwardError: If one had come already, or the norms of the pass were taken.
+        """
+        again, self.came = self.came, True
+        self.forward_pass.gradient_comes(what, again=again)
+        waited = self.waits
+        self.free_graph()
+        return waited
+
+    def free_graph(self) -> None:
+        """Let go of the graph."""
+        self.waits = None
 
     def __call__(self, grads: Sequence[Tensor | None]) -> None:
+        """A hook: gradients of all results of the operation."""
+        raise NotImplementedError
+
+    def deliver(self, use: Use, own: Tensor, dtype: torch.dtype) -> None:
+        """Lead an operand's gradients back to its parameters, and add them to these."""
+        sums = self.forward_pass.sums
+        if sums.check is not None:
+            dtype = use.coarsest(dtype)
+        for param, t in lead_back(use, own, apart=self.forward_pass.packed):
+            sums.take(param, t, dtype)
+
+
+class GateArrival(Arrival):
+    """Waits for the gradient of a gate's result.
+
+    Args:
+        forward_pass: The pass.
+        edge: Where the result comes from.
+        gate: The gate.
+    """
+
+    def __init__(self, forward_pass: ForwardPass, edge: GradientEdge, gate: Gate) -> None:
+        super().__init__(forward_pass, edge)
+        self.gate = gate
+        self.output = edge.output_nr
+
+    def __call__(self, grads: Sequence[Tensor | None]) -> None:
+        """See `Arrival`."""
         g = grads[self.output]
         if differentiating() or g is None:
             return
         forward_pass = self.forward_pass
-        edge = forward_pass.open_uses.pop(self.ticket, None)
-        forward_pass.arrive(self.ticket, self.gate.name)
+        edge: GradientEdge | None = self.take(self.gate.name)
         if edge is None:
             return
         params = (p for use in self.gate.uses for p in use.leaves.values())
         intact, time = undisturbed(forward_pass.params()), timed(forward_pass.times, params, g.device)
         with torch.no_grad(), quietly(), intact, no_autocast(g.device.type), time:
             for use, own in self.gate.parts(edge, g.detach(), forward_pass.batch_size, forward_pass.measured):
-                _deliver(self.deliver, forward_pass, use, at_least_float32(own), g.dtype)
+                self.deliver(use, at_least_float32(own), g.dtype)
 
 
-@dataclass(eq=False)
-class _Arrival:
-    forward_pass: ForwardPass
-    ticket: int
-    deliver: Deliver
+class UseArrival(Arrival):
+    """Waits for the gradient of the operation of a `MeasuredUse`."""
 
     def __call__(self, grads: Sequence[Tensor | None]) -> None:
+        """See `Arrival`."""
         if differentiating() or all(g is None for g in grads):
             return
         forward_pass = self.forward_pass
-        measured: MeasuredUse | None = forward_pass.open_uses.pop(self.ticket, None)
-        forward_pass.arrive(self.ticket, measured.name if measured else "a parameter")
+        measured: MeasuredUse | None = self.take(self.waits.name if self.waits else "a parameter")
         if measured is None or not forward_pass.measured:
             return
         given = [None if g is None else g.detach() for g in grads]
         some = next(g for g in given if g is not None)
+        params = measured.use.leaves.values()
         own_function = isinstance(measured.use.node, BackwardCFunction)
         intact = undisturbed(forward_pass.params() if own_function else ())
-        time = timed(forward_pass.times, measured.use.leaves.values(), some.device)
+        time = timed(forward_pass.times, params, some.device)
         with torch.no_grad(), quietly(), intact, no_autocast(some.device.type), time:
             norms = measured.norms(forward_pass, given)
             if norms is not None:
-                self.deliver(forward_pass, next(iter(measured.use.leaves.values())), norms.unsqueeze(1), some.dtype)
+                forward_pass.sums.take(next(iter(params)), norms.unsqueeze(1), some.dtype)
                 return
-            shared = not forward_pass.several.isdisjoint(measured.use.leaves.values())
+            shared = not forward_pass.uses.several.isdisjoint(params)
             own = at_least_float32(measured.grads(given, forward_pass.batch_size, forward_pass.measured, shared=shared))
-            if own_function and forward_pass.without_grad and bool(own.any()):
-                forward_pass.returned.update(measured.use.leaves.values())
-            _deliver(self.deliver, forward_pass, measured.use, own, some.dtype)
+            if own_function and forward_pass.uses.without_grad and bool(own.any()):
+                forward_pass.uses.returned.update(params)
+            self.deliver(measured.use, own, some.dtype)
 
 
-def _deliver(deliver: Deliver, forward_pass: ForwardPass, use: Use, own: Tensor, dtype: torch.dtype) -> None:
-    """Lead an operand's gradients back to its parameters, and deliver these."""
-    if forward_pass.check is not None:
-        dtype = use.coarsest(dtype)
-    for param, t in lead_back(use, own, apart=forward_pass.packed):
-        deliver(forward_pass, param, t, dtype)
+def waiting(forward_pass: ForwardPass) -> list[MeasuredUse]:
+    """The uses of a pass whose gradient has not come."""
+    return [a.waits for a in forward_pass.uses.in_graph if isinstance(a.waits, MeasuredUse)]
 
 
 def lead_back(use: Use, grads: Tensor, *, apart: bool) -> list[tuple[nn.Parameter, Tensor]]:
@@ -299,11 +330,11 @@ def batched_grads(
 
 def count_repeated(forward_pass: ForwardPass) -> None:
     """A module's graph was made in the backward pass. Its call was counted once, whatever uses there are."""
-    measured = [m.use for m in forward_pass.open_uses.values() if isinstance(m, MeasuredUse)]
-    behind = [use for gate in forward_pass.gates for use in gate.uses for _ in gate.edges]
-    uses = Counter(p for use in (*measured, *behind) for p in use.leaves.values())
-    uses.update(p for c in forward_pass.rule_calls if not (c.cancelled or c.fired) for p in c.wanted.values())
-    forward_pass.several.update(p for p, times in uses.items() if times > 1)
+    found = forward_pass.uses
+    behind = [use for gate in found.gates for use in gate.uses for _ in gate.edges]
+    times = Counter(p for use in (*(m.use for m in waiting(forward_pass)), *behind) for p in use.leaves.values())
+    times.update(p for c in found.rule_calls if not (c.cancelled or c.fired) for p in c.wanted.values())
+    found.several.update(p for p, n in times.items() if n > 1)
 
 
 def refuse(use: Use, names: str, batch: int) -> BatchAxisError:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from hf_clars.grad_norms.forward_pass import ForwardPass, quietly
+from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root, candidates, prove, stay
 from hf_clars.grad_norms.graph.places import inner_roots, place_of, root_at
 from hf_clars.grad_norms.graph.walk import GraphWalk
 from hf_clars.grad_norms.pytree import differentiable_in
 from hf_clars.grad_norms.torch_internals import shape_at
-from hf_clars.grad_norms.undisturbed import undisturbed
+from hf_clars.grad_norms.undisturbed import quietly, undisturbed
 
 Place = tuple[GradientEdge, tuple[int, ...]]
 _MOST = 64
@@ -93,7 +93,7 @@ class Proofs:
             return None
         whole = [t for t in differentiable_in(outputs) if t.dim() and t.shape[0] == batch]
         roots = [Root(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
-        given = [(place_of(c.edges[0]), c.given_rows) for c in forward_pass.rule_calls if c.edges and c.given_rows]
+        given = [(place_of(c.edges[0]), c.given_rows) for c in forward_pass.uses.rule_calls if c.edges and c.given_rows]
         question = _Question(places, given, batch, samples, walk.couplings)
         if not roots and question.given:
             roots = inner_roots(outputs, batch)
