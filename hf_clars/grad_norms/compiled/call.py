@@ -154,8 +154,10 @@ class CompiledCall:
     def _layout_is_known(self, x: Tensor, output: Tensor, batch: int) -> bool:
         """Whether the first axis is the batch, or folds it as an uncompiled pass has shown."""
         hooked = self.hooked
-        if not self.rule.has_batch_axis(self.module, x) or output.shape[0] != x.shape[0]:
+        if not self.rule.has_batch_axis(self.module, x):
             return False
+        if output.shape[0] != x.shape[0]:  # tables of positions may be looked up at [1, T], with tokens [B, T] beside
+            return self.looks_up and output.shape[0] == 1 and x.shape[0] == batch
         if x.shape[0] == 1 != batch:
             if hooked.was_seen:
                 return x.dim() in hooked.own_dims and x.dim() not in hooked.data_dims
