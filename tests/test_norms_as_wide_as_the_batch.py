@@ -169,3 +169,33 @@ def test_positions_that_are_given(shape, bare):
             loss_of(model, x).mean().backward()
             for name, expected in layer_norms(want, norms.layers).items():
                 torch.testing.assert_close(norms.per_sample[name], expected, rtol=1e-9, atol=1e-12)
+
+
+class Blocks(nn.Module):
+    """A weight of B equal blocks, as OFT shares them; nothing that is trained comes before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.block = nn.Embedding(9, B * B).requires_grad_(False), nn.Parameter(torch.randn(1, B, B))
+
+    def forward(self, x):
+        return (self.first(x).tanh() @ torch.block_diag(*self.block.repeat(B, 1, 1).unbind())).sin()
+
+
+@pytest.mark.parametrize("shape", [(), (5,)])
+def test_a_parameter_repeated_as_often_as_there_are_samples(shape):
+    torch.manual_seed(0)
+    model = Blocks().double()
+
+    def loss_of(m, x):
+        out = m(x).flatten(1)
+        return (out * torch.linspace(-1, 2, out.shape[1], dtype=out.dtype)).sum(1)
+
+    with PerSampleGradNorms(model) as norms:
+        for _ in range(3):
+            x = torch.randint(0, 9, (B, *shape))
+            want = one_by_one(model, lambda m, i, x=x: loss_of(m, x)[i], B)
+            model.zero_grad()
+            loss_of(model, x).mean().backward()
+            for name, expected in layer_norms(want, norms.layers).items():
+                torch.testing.assert_close(norms.per_sample[name], expected, rtol=1e-9, atol=1e-12)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.graph.measured_uses import Gate
@@ -306,3 +307,35 @@ def test_no_graph_is_left_behind(differentiated):
     gc.collect()
     assert sum(ref() is not None for ref in alive) == 0
     norms.remove()
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_what_a_hook_makes_of_a_gradient_is_none_of_its_norms(repeated):
+    """Neither of a parameter that is used itself, nor of one from which a weight is made; and it runs as without us."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.made, self.used, self.layer = *(nn.Parameter(torch.randn(4, 4)) for _ in range(2)), nn.Linear(4, 4)
+
+        def inner(self, x):
+            return self.layer((x @ self.made.exp()).tanh() @ self.used)
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False) if repeated else self.inner(x)
+
+    torch.manual_seed(0)
+    model = Model().double()
+    came = []
+    for p in model.parameters():
+        p.register_hook(lambda g: (came.append(g), 3 * g)[1])
+    with PerSampleGradNorms(model, layers="tensor") as norms:
+        for _ in range(3):
+            x = torch.randn(3, 4, dtype=torch.float64)
+            want = one_by_one(model, lambda m, i, x=x: m(x)[i].sin().sum(), 3)
+            model.zero_grad()
+            came.clear()
+            model(x).sin().sum(1).mean().backward()
+            assert len(came) == 4
+            for name, expected in layer_norms(want, norms.layers).items():
+                torch.testing.assert_close(norms.per_sample[name], expected, rtol=1e-9, atol=1e-12)

@@ -88,6 +88,29 @@ def test_positions_may_be_as_many_as_samples_where_they_are_looked_up_for_every_
     compare(Positions(), whole, lambda batch: (torch.randn(batch, 4, 6),), (4, 4, 4))
 
 
+class OwnBartLearnedPositionalEmbedding(nn.Embedding):
+    """Called on tokens, as BART's decoder calls it: what it looks up is one row of positions beside them."""
+
+    offset = 2
+
+    def forward(self, input_ids, cache_length=0, position_ids=None):
+        return super().forward(position_ids[None] + self.offset)
+
+
+class Decoder(Net):
+    def __init__(self):
+        super().__init__()
+        self.positions = OwnBartLearnedPositionalEmbedding(9, 6)
+
+    def forward(self, tokens):
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.head(self.linear(self.table(tokens) + self.positions(tokens, 0, position_ids=places)))
+
+
+def test_one_row_of_positions_beside_the_tokens_is_every_samples():
+    compare(Decoder(), whole, lambda batch: (torch.randint(4, (batch, 5)),), (4, 4, 4))
+
+
 class Head(nn.Module):
     """Like the heads of BERT and RoBERTa: it owns its last layer's bias."""
 

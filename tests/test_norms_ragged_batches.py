@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms import BatchAxisError, PerSampleGradNorms
 from tests.oracle import layer_norms, one_by_one
 from tests.three_passes import on_one_thread
 
@@ -140,3 +140,20 @@ def test_as_many_rows_as_samples_at_first():
     torch.manual_seed(0)
     lengths = [[1, 1, 1, 1]] * 4 + [[2, 1, 3, 2], [1, 1, 1, 1], [0, 2, 1, 1], [2, 0, 1, 1]]
     check(Ragged(by_index_add).double(), [batch_of(each, i) for i, each in enumerate(lengths)])
+
+
+class NodesFirst(Graphs):
+    """The nodes as first tensor, as torch_geometric calls its models."""
+
+    def forward(self, x, lengths):
+        return super().forward(lengths, x)
+
+
+def test_nodes_alone_are_no_samples_and_the_error_names_what_the_others_do():
+    torch.manual_seed(0)
+    lengths, x = batch_of(UNEVEN, 0)
+    with (
+        PerSampleGradNorms(NodesFirst(by_index_add).double()) as norms,
+        pytest.raises(BatchAxisError, match=r"of all samples together.*a tensor of one row a sample before it"),
+    ):
+        norms.model(x, lengths)

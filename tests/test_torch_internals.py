@@ -258,3 +258,24 @@ def test_a_mode_does_not_see_what_is_called_where_modes_are_shut_out():
             assert x.shape == (2,)
         x + 1
     assert len(seen) == 2
+
+
+def test_a_trace_of_the_compiler_is_told_from_others_and_can_begin_anew():
+    seen = []
+
+    @torch.compiler.assume_constant_result
+    def note():
+        seen.append(internals.current_trace())
+        if len(seen) < 3:
+            internals.trace_anew("something was learned")
+        return True
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def double(x):
+        note()
+        return 2 * x
+
+    torch.compiler.reset()
+    assert double(torch.ones(1)) == double(torch.ones(1)) == 2
+    assert len({str(trace) for trace in seen}) == len(seen) == 3
+    assert internals.current_trace() is None

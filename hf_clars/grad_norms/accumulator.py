@@ -14,7 +14,7 @@ from hf_clars.grad_norms.errors import MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals
 from hf_clars.grad_norms.gradient_watch import GradientWatch
 from hf_clars.grad_norms.hooks import ModelReturns, PassBegins, PlacedHooks
-from hf_clars.grad_norms.pytree import of_the_batch, tensors_in
+from hf_clars.grad_norms.pytree import of_the_batch, tensors_within
 from hf_clars.grad_norms.torch_internals import NO_BACKWARD, backward_number, inside_backward, inside_function_transform
 from hf_clars.grad_norms.undisturbed import differentiating, note_caller
 from hf_clars.layers import ParamLayer
@@ -87,7 +87,7 @@ class NormAccumulator:
     def _on_model_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active:
             return
-        given = list(tensors_in((args, kwargs)))
+        given = tensors_within((args, kwargs))
         batched = of_the_batch(given)
         if batched is not None:
             if module is not self.model and next(module.parameters(), None) is None:
@@ -108,7 +108,9 @@ class NormAccumulator:
         if not self.active or not self._passes:
             return
         forward_pass = self._passes[-1]
-        outputs = [t for t in tensors_in(output) if t.requires_grad]
+        if forward_pass.implicit:
+            return  # the model was called without a tensor, and its modules opened the pass, as where it runs in parts
+        outputs = [t for t in tensors_within(output) if t.requires_grad]
         mark = forward_pass.guarded(lambda _, p=forward_pass: None if differentiating() else self._mark(p))
         forward_pass.graph = weakref.ref(mark)
         self._check_result(forward_pass, outputs)

@@ -244,6 +244,7 @@ class HookedNorms(NormAccumulator):
                     self._graphs.add(mark, forward_pass, outputs, found)
         finally:
             forward_pass.uses.leave_graph()
+        self._compiled.refuse_other_uses(forward_pass, compiled)
         if taint is not None and forward_pass.batch_size > 1:
             self._learned, self._finder.unknown = True, False
 
@@ -310,10 +311,7 @@ class HookedNorms(NormAccumulator):
             self._compiled.calls.paused = paused
 
     def why_not_compiled(self) -> str:
-        """Names of the parameters that keep the model from being compiled as a whole; "" if it can be.
-
-        Each must belong to a module with a layer rule, or be a table that is looked up and a Linear layer's weight too.
-        """
+        """Names of the parameters that are used where no layer rule is; "" if the model can be compiled as a whole."""
         return self._compiled.calls.reason
 
     def _note_compiled(self, calls: Sequence[CompiledCall]) -> None:

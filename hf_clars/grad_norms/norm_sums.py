@@ -85,7 +85,8 @@ class NormSums:
         if not self.squares:
             return None
         zeros = torch.zeros_like(next(iter(self.squares.values())))
-        norms = torch.stack([self.squares.get(k, zeros) for k in range(layers)]).sqrt()
+        # A gradient that cancels is 0 give or take rounding, and what is taken from products may lie below that.
+        norms = torch.stack([self.squares.get(k, zeros) for k in range(layers)]).clamp(min=0).sqrt()
         self.squares.clear()
         return norms
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from types import ModuleType
 from typing import Any
 
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -23,6 +24,22 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for field in dataclasses.fields(tree):
             yield from tensors_in(getattr(tree, field.name, None))
+
+
+def tensors_within(tree: Any) -> list[Tensor]:
+    """The tensors of a nested structure; if it has none, those that its objects hold, as a batch of graphs does."""
+    return list(tensors_in(tree)) or list(_held_by(tree, set()))
+
+
+def _held_by(tree: Any, seen: set[int]) -> Iterator[Tensor]:
+    """As `tensors_in`, and of other objects the attributes, in the order in which they were set."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif id(tree) not in seen and not isinstance(tree, type | ModuleType | nn.Module):  # these are no data
+        seen.add(id(tree))
+        inner = tree.values() if isinstance(tree, Mapping) else getattr(tree, "__dict__", {}).values()
+        for value in tree if isinstance(tree, list | tuple) else inner:
+            yield from _held_by(value, seen)
 
 
 def of_the_batch(given: Iterable[Tensor]) -> Tensor | None:

@@ -77,8 +77,7 @@ class TiedTable:
         if dense is None:
             return total
         rows = torch.cat([torch.cat([part[i] for part in self._rows]) for i in order], dim=1)
-        # Rounding may leave less than nothing where the two parts cancel.
-        return (total + dense + 2 * (rows * e).flatten(1).sum(1)).clamp(min=0.0)
+        return total + dense + 2 * (rows * e).flatten(1).sum(1)
 
 
 def tied_table(forward_pass: ForwardPass, param: nn.Parameter) -> TiedTable | None:

@@ -67,15 +67,28 @@ def undisturbed(params: Iterable[nn.Parameter]) -> Iterator[None]:
         params: All parameters that could be reached.
     """
     held: list[tuple[nn.Parameter, Tensor | None]] = [(p, p.grad) for p in params if p.requires_grad]
-    hooks = [(found, dict(found)) for p, _ in held for found in hooks_on_gradients(p)]
-    for p, _ in held:
-        p.grad = None
+    with without_hooks(p for p, _ in held):
+        for p, _ in held:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for p, grad in held:
+                p.grad = grad
+
+
+@contextmanager
+def without_hooks(params: Iterable[Tensor]) -> Iterator[None]:
+    """Keep hooks on gradients out of what happens inside: what a user makes of a gradient is none of its norms.
+
+    Args:
+        params: Those that are differentiated by.
+    """
+    hooks = [(found, dict(found)) for p in params for found in hooks_on_gradients(p)]
     for found, _ in hooks:
         found.clear()
     try:
         yield
     finally:
-        for p, grad in held:
-            p.grad = grad
         for found, before in hooks:
             found.update(before)

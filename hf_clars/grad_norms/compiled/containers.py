@@ -9,19 +9,22 @@ from torch import nn
 
 from hf_clars.grad_norms.compiled.calls import CompiledCalls
 from hf_clars.grad_norms.compiled.operations import refuse
+from hf_clars.grad_norms.compiled.uses import note_done
 from hf_clars.grad_norms.errors import UncoveredParameterError
 
 
 class CompiledContainer:
-    """A module with parameters inside, none its own that a rule serves; a hook that does nothing in compiled code.
+    """A module with parameters inside, none its own that a rule serves; a hook that measures nothing.
 
     Args:
         state: The tracker's.
+        path: Its name.
         missing: Its parameters that compiled calls do not measure, in words.
     """
 
-    def __init__(self, state: CompiledCalls, missing: str) -> None:
+    def __init__(self, state: CompiledCalls, path: str, missing: str) -> None:
         self.state = state
+        self.path = path
         self.missing = missing
 
     def ready(self, *args: Any) -> bool:
@@ -29,8 +32,10 @@ class CompiledContainer:
         return bool(self.missing) or self.state.ready()
 
     def __call__(self, *args: Any) -> None:
-        """Say what cannot be measured, where something is to be."""
+        """Note that it was called, or say what cannot be measured."""
         state = self.state
+        if state.within and state.measures:
+            note_done(state.uses.number, self.path)
         if self.missing and not (state.within or state.paused) and torch.is_grad_enabled():
             state.number = refuse(state.place, state.receiver, not_compiled(self.missing), False)
 

@@ -1,8 +1,8 @@
-"""The two functions that stand behind a module in a compiled graph.
+"""The functions that stand behind a module in a compiled graph.
 
 Each takes a row of zeros [B] for every parameter as one more input, and the row's "gradient" is every sample's squared
-norm. A zero beside it gets the "gradient" 1, so that two uses of a row can be told from one. So norms are a part of the
-graph: nothing can be lost, or counted twice.
+norm. A zero beside it, the count, gets the "gradient" 1, so that two uses of a row can be told from one. So norms are a
+part of the graph: nothing can be lost, or counted twice. Of parameters that are used several times see `uses.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from hf_clars.grad_norms.norm_math import squared_sum
 from hf_clars.grad_norms.torch_internals import no_autocast
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ class Watched(torch.autograd.Function):
     """Identity on a module's output, beside whose ordinary backward pass the norms are made."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, call: CompiledCall, names: tuple[str, ...], *rows_and_saved: Tensor) -> Tensor:
-        """The forward pass; see the class."""
-        ctx.call, ctx.names, ctx.batch = call, names, rows_and_saved[0].shape[0]
-        ctx.save_for_backward(*rows_and_saved[2 * len(names) :])
+    def forward(
+        ctx: Any, y: Tensor, call: CompiledCall, names: tuple[str, ...], summed: tuple[bool, ...], *tensors: Tensor
+    ) -> Tensor:
+        """The forward pass; `tensors` are rows, counts, and what the rule saved."""
+        ctx.call, ctx.names, ctx.summed, ctx.batch = call, names, summed, tensors[0].shape[0]
+        ctx.save_for_backward(*tensors[2 * len(names) :])
         return y.clone()  # costs nothing in compiled code, and an in-place operation may follow
 
     @staticmethod
@@ -35,8 +38,62 @@ class Watched(torch.autograd.Function):
         """The backward pass; see the class."""
         saved = ctx.saved_tensors
         with no_autocast(g.device.type):
-            squares = ctx.call.squares(ctx.names, saved, g, ctx.batch)
-        return g, None, None, *squares, *(t.new_ones(1) for t in squares), *(None for _ in saved)
+            found = ctx.call.for_rows(ctx.names, ctx.summed, saved, g, ctx.batch)
+        counts = [None if summed else t.new_ones(1) for t, summed in zip(found, ctx.summed, strict=True)]
+        return g, None, None, None, *found, *counts, *(None for _ in saved)
+
+
+class Summed(torch.autograd.Function):
+    """A row for several uses: zeros [B, *shape], to which each use gives its samples' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, count: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The forward pass; see the class."""
+        return row.new_zeros(()).expand(row.shape[0], *shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """The backward pass; see the class."""
+        return squared_sum(g), g.new_ones(1), None
+
+
+class Linked(torch.autograd.Function):
+    """As `Watched`, for a use of a table: it takes the links of earlier look-ups, and a look-up hands out its own.
+
+    Uses that take links are known to the first look-up, which alone delivers the row's count.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        call: CompiledCall,
+        names: tuple[str, ...],
+        summed: tuple[bool, ...],
+        earlier: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The forward pass; `tensors` are rows, counts, earlier links and their tokens, and what the rule saved."""
+        row = tensors[0]
+        ctx.call, ctx.names, ctx.summed, ctx.earlier, ctx.batch = call, names, summed, earlier, row.shape[0]
+        kept = tensors[2 * len(names) + earlier :]
+        ctx.save_for_backward(*kept)
+        return y.clone(), row.new_zeros(()).expand(*call.link_shape(kept[earlier:], y, row.shape[0]))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, at_tokens: Tensor) -> tuple[Tensor | None, ...]:
+        """The backward pass; see the class."""
+        call, names, earlier = ctx.call, ctx.names, ctx.earlier
+        tokens, saved = ctx.saved_tensors[:earlier], ctx.saved_tensors[earlier:]
+        with no_autocast(g.device.type):
+            found = call.for_rows(names, ctx.summed, saved, g, ctx.batch)
+            links = [call.rows_at(t, saved, g, ctx.batch).to(found[0].dtype) for t in tokens]
+            if call.looks_up:
+                both = (call.row_grads(saved, g, ctx.batch) * at_tokens).flatten(1).sum(1)
+                found = [found[0] + 2 * both]
+        once = (not summed and not (earlier and n == "weight") for n, summed in zip(names, ctx.summed, strict=True))
+        counts = [t.new_ones(1) if alone else None for t, alone in zip(found, once, strict=True)]
+        return g, None, None, None, None, *found, *counts, *links, *(None for _ in ctx.saved_tensors)
 
 
 class OneProduct(torch.autograd.Function):

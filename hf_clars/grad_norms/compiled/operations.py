@@ -41,6 +41,11 @@ def enlist(receiver: Any) -> int:
     return number
 
 
+def receiver_of(number: int) -> Any:
+    """The receiver with this number; None if it is gone."""
+    return _receivers.get(number)
+
+
 #: For a compiler that captures graphs: these run in Python each time, and must stay outside.
 _OUTSIDE: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.distributed import on_device
-from hf_clars.grad_norms.compiled.calls import CompiledCall, CompiledCalls, used_twice
+from hf_clars.grad_norms.compiled.call import CompiledCall, used_twice
+from hf_clars.grad_norms.compiled.calls import CompiledCalls
 from hf_clars.grad_norms.compiled.containers import CompiledContainer, CompiledModel
 from hf_clars.grad_norms.compiled.operations import enlist
 from hf_clars.grad_norms.errors import BatchAxisError, SecondBackwardError, UncoveredParameterError
@@ -55,7 +56,8 @@ class CompiledPasses:
             return self.calls.calls[hooked.path]
         known = set(self.calls.params)
         inside = ((n, p) for n, p in hooked.module.named_parameters() if p in self._norms._layer_of)
-        return CompiledContainer(self.calls, ", ".join(hooked.full_name(n) for n, p in inside if p not in known))
+        missing = ", ".join(hooked.full_name(n) for n, p in inside if p not in known)
+        return CompiledContainer(self.calls, hooked.path, missing)
 
     def model_hook(self, *, begins: bool) -> CompiledModel:
         """What stands for the model's own hooks in compiled code."""
@@ -81,6 +83,16 @@ class CompiledPasses:
         self.calls.end()
         forward_pass.unchecked = forward_pass.unchecked and bool(ran)
         return ran
+
+    def refuse_other_uses(self, forward_pass: ForwardPass, ran: list[CompiledCall]) -> None:
+        """Raise if a parameter that a compiled part of the model uses is used elsewhere too: nothing adds the two up.
+
+        Raises:
+            UncoveredParameterError: Naming the modules.
+        """
+        names = [c.name for c in ran if not forward_pass.uses.several.isdisjoint(c.hooked.params.values())]
+        if names:
+            raise UncoveredParameterError(used_twice(", ".join(names)))
 
     # ---- what compiled code calls ----------------------------------------------------------------------------
 
@@ -131,7 +143,7 @@ class CompiledPasses:
         self._arrived = {n for n in self._arrived if n in self._open} | {number}
         if forward_pass.begun_compiled:
             self._norms._note_compiled(list(self.calls.calls.values()))
-        found = squares[:, : forward_pass.measured]
+        found = squares[:, : forward_pass.measured].clamp(min=0)  # linked uses may cancel, but for rounding
         of_layers = found.new_zeros(self._layers[-1] + 1, found.shape[1])
         of_layers.index_add_(0, on_device(self._layer_index, found.device), found)
         for layer in self._layers:
@@ -144,8 +156,7 @@ class CompiledPasses:
         times = uses.tolist()
         if 0 in times:
             self._norms._parts.refuse_changes()
-        allowed = {c: 1 if c.tie is None else 2 for c in self.calls.calls.values()}
-        names = [c.name for c, most in allowed.items() if any(times[i] > most for i in c.row_numbers)]
+        names = [c.name for c in self.calls.calls.values() if any(times[i] > 1 for i in c.row_numbers)]
         return used_twice(", ".join(names)) if names else ""
 
     def compiled_code_refuses(self, words: str, *, rows: bool) -> None:

@@ -247,12 +247,12 @@ class GraphFinder:
     ) -> bool:
         if all(f is None for f in found):
             return False  # no gradient arrived: nothing is learned
-        if any(f is not None and _is_hidden(f, shape, batch) for f, shape in zip(found, shapes, strict=True)):
-            raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), batch)
         if use.node.name().startswith(SPREADS) and found[0] and found[0].samples and not found[0].layouts:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
             return True
+        if any(f is not None and _is_hidden(f, shape, batch) for f, shape in zip(found, shapes, strict=True)):
+            raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), batch)
         looked_up = use.node.name() in _BY_INDEX and use.key not in self._tables
         if looked_up and all(f is not None and not f.layouts and f.everywhere() for f in found):
             # Rows by numbers that all samples share, as those of positions: the use is where they meet the samples.

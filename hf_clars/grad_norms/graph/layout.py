@@ -166,10 +166,11 @@ def prove(
     for sample in samples:
 
         def look(i: int, g: Tensor | None, sample: int = sample) -> None:
-            if g is not None and bool((touched := g.ne(0)).any()):
+            rows = None if g is None else _rows_touched(g)
+            if rows is not None:
                 before = left[i] or Arrival(candidates(places[i][1], batch))
-                right = [layout for layout in before.layouts if _holds_only(touched, layout, sample, batch)]
-                missed = {k for k in range(g.dim()) if not _rows_touched(touched, k).all()}
+                right = [la for la in before.layouts if _holds_only(rows[la.axis], la, sample, batch)]
+                missed = {k for k, touched in enumerate(rows) if not touched.all()}
                 left[i] = Arrival(right, before.missed | missed, before.samples + 1)
 
         starts = [root.of_one(sample, batch) for root in roots]
@@ -290,15 +291,24 @@ def _numbers(like: Tensor) -> Tensor:
 
 
 def _holds_only(touched: Tensor, layout: Layout, sample: int, batch: int) -> bool:
-    samples = _rows_touched(layout.samples_first(touched, batch), 0)
+    """Whether of an axis [n] only rows of one sample are touched."""
+    samples = Layout(0, layout.outer).samples_first(touched, batch).flatten(1).any(1)
     samples[sample] = False
     return not bool(samples.any())
 
 
-def _rows_touched(touched: Tensor, axis: int) -> Tensor:
-    """Which rows of an axis hold a true value."""
-    others = [k for k in range(touched.dim()) if k != axis]
-    return touched.any(others) if others else touched.clone()
+def _rows_touched(g: Tensor) -> list[Tensor] | None:
+    """For each axis which of its rows hold a number that is not zero; None if there is no such number."""
+    touched = g.ne(0)
+    if not g.numel() or not g.dim():
+        return [] if g.numel() and bool(touched) else None
+    found: list[Tensor] = []
+    left = touched.view(torch.uint8)  # whose maximum torch finds in a tenth of the time of `any`
+    while left.dim() > 1:
+        found.insert(0, left.flatten(0, -2).amax(0))
+        left = left.amax(-1)
+    rows = [t.bool().cpu() for t in (left, *found)]
+    return rows if bool(rows[0].any()) else None
 
 
 @contextmanager

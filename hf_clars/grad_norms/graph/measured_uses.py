@@ -22,7 +22,7 @@ from hf_clars.grad_norms.graph.norms_alone import norms_alone
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
 from hf_clars.grad_norms.torch_internals import dtype_at, no_autocast, results_of
-from hf_clars.grad_norms.undisturbed import differentiating, quietly, undisturbed
+from hf_clars.grad_norms.undisturbed import differentiating, quietly, undisturbed, without_hooks
 
 
 @dataclass(eq=False)
@@ -277,13 +277,9 @@ def lead_back(use: Use, grads: Tensor, *, apart: bool) -> list[tuple[nn.Paramete
         return [(param, grads) for param in use.leaves.values()]
     own = [grads.to(dtype_at(*use.child))]
     found = batched_grads([GradientEdge(*use.child)], list(use.leaves), own, apart=apart)
-    pairs = zip(use.leaves.items(), found, strict=True)
     return [
-        (
-            param,
-            grads.new_zeros(len(grads), *whole_shape(leaf)) if t is None else at_least_float32(t),
-        )
-        for (leaf, param), t in pairs
+        (param, grads.new_zeros(len(grads), *whole_shape(leaf)) if t is None else at_least_float32(t))
+        for (leaf, param), t in zip(use.leaves.items(), found, strict=True)
     ]
 
 
@@ -317,14 +313,16 @@ def batched_grads(
             is_grads_batched=batched,
         )
 
-    try:
-        if not apart:
-            return list(grads(list(stacks), True))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # an operation without a batching rule
-        pass
-    rows = [grads([m[i] for m in stacks], False) for i in range(len(stacks[0]))]
+    ends = [t if isinstance(t, Tensor) else getattr(t.node, "variable", None) for t in inputs]
+    with without_hooks(t for t in ends if t is not None):
+        try:
+            if not apart:
+                return list(grads(list(stacks), True))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation without a batching rule
+            pass
+        rows = [grads([m[i] for m in stacks], False) for i in range(len(stacks[0]))]
     return [None if each[0] is None else torch.stack(each) for each in zip(*rows, strict=True)]
 
 
@@ -343,5 +341,7 @@ def refuse(use: Use, names: str, batch: int) -> BatchAxisError:
     return BatchAxisError(
         f"{names}: used by {use.node.name()} with results of shape {shapes}, in which the {batch} samples of the batch "
         "have no rows of their own, and no module around it returns the batch. Return the batch from a module around "
-        f"it, freeze the parameter, register a rule for its module, or {WITHOUT_SAMPLES}."
+        f"it, freeze the parameter, register a rule for its module, or {WITHOUT_SAMPLES}. Samples are the rows of the "
+        "first tensor that the model is called with. If that holds the parts of all samples together, as the nodes of "
+        "all graphs, call the model with a tensor of one row a sample before it, as each graph's number of nodes."
     )

@@ -37,6 +37,23 @@ _TAKES = {"__getitem__": 1, "index_select": 2, "gather": 2, "masked_select": 1}
 _TAKES_APART = {"unbind": 1, "select": 1, "narrow": 1, "split": 2, "chunk": 2, "tensor_split": 2, "vsplit": 0}
 """Functions that give parts of the batch, and which argument says along which axis, if it is not the first."""
 
+_OPERANDS = (("input", "tensors", "tensor", "x", "self"), ("other", "mat2", "weight"))
+"""What functions call their first two operands."""
+
+
+def operands_first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A call's positional arguments, and before all others the operands that were given by name.
+
+    Args:
+        args: What a function was called with.
+        kwargs: The same.
+    """
+    found = tuple(args)
+    for place, names in enumerate(_OPERANDS):
+        if len(found) == place:
+            found += tuple(kwargs[name] for name in names if name in kwargs)
+    return found
+
 
 def moves_rows(
     name: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int, holds: Callable[[Tensor], bool]

@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from hf_clars.grad_norms.errors import UncoveredParameterError
-from hf_clars.grad_norms.graph.rows import Taken, axis_after, is_write, moves_rows, taken_rows
+from hf_clars.grad_norms.graph.rows import Taken, axis_after, is_write, moves_rows, operands_first, taken_rows
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unseen_by_modes, unwrapped
 
@@ -143,15 +143,16 @@ class DataTaint(TorchFunctionMode):
                 if self.holds(t):  # made by somebody's own function, which no mode sees
                     self.nodes.add(node)
         held = [t for t in taken if self.holds(t)]
-        place = self._rows_after(name, args, kwargs or {}, held) if held else 0
+        named, operands = kwargs or {}, operands_first(args, kwargs or {})
+        place = self._rows_after(name, operands, named, held) if held else 0
         axes = {self.axis_of(t) for t in held}
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **named)
         if held:
             results = list(tensors_in((result, [args[0]] if name == "__setitem__" else [])))
             self.mark(results, self._met(held, results) if place == LOOSE else place)
             axis = axes.pop() if len(axes) == 1 else None
             for t in results:
-                self.note_axis(t, None if axis is None else axis_after(name, args, kwargs or {}, held, axis, t))
+                self.note_axis(t, None if axis is None else axis_after(name, operands, named, held, axis, t))
             if name in _BLANK:
                 self._blank.update(storage.key for t in results if (storage := storage_of(t)) is not None)
         return result

@@ -7,6 +7,7 @@ from hf_clars.grad_norms.rules import (  # noqa: F401
     linear,
     normalization,
     recurrent,
+    scales,
     timm_layers,
     transformers_embeddings,
     transformers_layers,

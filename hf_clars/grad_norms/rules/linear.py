@@ -26,7 +26,7 @@ def linear_use(x: Tensor, output: Tensor) -> WeightUse:
     return WeightUse(x.shape[0], x.shape[1], x.shape[2], output.shape[2], element_size=output.element_size())
 
 
-@register_rule(nn.Linear, "transformers.models.falcon.modeling_falcon.FalconLinear")
+@register_rule(nn.Linear, "timm.layers.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear")
 class LinearRule(LayerRule):
     """y = x W^T + b; the weight is shared by all axes between batch and width."""
 

@@ -139,7 +139,7 @@ class SyncBatchNormRule(BatchNormRule):
         return super().statistics(module, x, output)
 
 
-@register_rule(nn.GroupNorm)
+@register_rule(nn.GroupNorm, "timm.layers.norm.GroupNorm1")
 class GroupNormRule(_ChannelRule):
     """Statistics per sample and group."""
 

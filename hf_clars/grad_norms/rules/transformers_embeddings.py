@@ -1,7 +1,7 @@
 """Rules for embeddings of transformers, which is not imported: its classes are known by their names.
 
 - Some 30 classes called ...ScaledWordEmbedding (Gemma, BART): a table whose rows are multiplied by one number.
-- The learned positions of OPT and BioGPT, which are counted from the attention mask.
+- The learned positions of OPT and BioGPT, which are counted from the attention mask, and those of BART and its kin.
 - The embeddings of ViT, CLIP and their kin: tokens that every sample begins with, and ViT's table of positions.
 """
 
@@ -69,6 +69,27 @@ class CountedPositionRule(EmbeddingRule):
             places = (mask.cumsum(1) * mask - 1).long()[:, -output.shape[1] :]
         offset: Any = module.offset
         return super().save(module, (places + offset,), {}, output, wanted)
+
+
+@register_rule("*BartLearnedPositionalEmbedding", "*MvpLearnedPositionalEmbedding", "*TrOCRLearnedPositionalEmbedding")
+class StartingPositionRule(CountedPositionRule):
+    """y = table[position + offset], for every sample the positions from the cache's length on."""
+
+    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
+        """For what it is called with by the models: tokens [B, T], or as many other numbers."""
+        return x.dim() == 2
+
+    def save(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, wanted: Collection[str]
+    ) -> tuple[Tensor, ...]:
+        """Row numbers [B, T]."""
+        given = {**dict(zip(("input_ids", "cache_length", "position_ids"), args, strict=False)), **kwargs}
+        places = given.get("position_ids")
+        if places is None:
+            begin = next((n for n in (given.get("cache_length"), given.get("past_key_values_length")) if n), 0)
+            places = torch.arange(begin, begin + output.shape[1], device=output.device)
+        places = places.expand(output.shape[0], -1)
+        return super().save(module, (), {"position_ids": places}, output, wanted)
 
 
 @register_rule("*CLIPVisionEmbeddings", "*MetaClip2VisionEmbeddings", "*MLCDVisionEmbeddings")

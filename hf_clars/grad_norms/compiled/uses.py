@@ -1,0 +1,169 @@
+"""Several uses of a parameter in compiled code: a sample's gradients add up before its norm is taken.
+
+A trace of the model shows how often each parameter is used. Where that is more than once, the model is traced anew,
+with code made for it:
+
+- **linked**: a table that is looked up several times, or looked up and a Linear layer's weight in the end. Each look-up
+  hands out a link of zeros [B, T, width], and each later use takes the links of all look-ups before it. The "gradient"
+  of a link is what the later uses add to the rows that were looked up. So each look-up knows the inner products:
+  ||E1 + E2||^2 = ||E1||^2 + ||E2||^2 + 2 <E1, E2>. No sample's whole table ever exists.
+- **summed**: any other parameter. Its uses share zeros [B, *shape], and the "gradient" of these is the sum of each
+  sample's gradients.
+
+Each row's count is delivered once in both, so that a use that was missed is told as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hf_clars.grad_norms.compiled.operations import enlist, receiver_of
+from hf_clars.grad_norms.registry import LayerRule
+from hf_clars.grad_norms.torch_internals import current_trace, trace_anew
+
+if TYPE_CHECKING:
+    from hf_clars.grad_norms.hooked_modules import HookedModule
+
+ONCE, LINKED, SUMMED = range(3)
+
+
+class Uses:
+    """How often each parameter is used, as traces of the model have shown it.
+
+    Args:
+        parameters: How many there are.
+
+    Attributes:
+        number: By which traced code knows it.
+        ways: `ONCE`, `LINKED` or `SUMMED` for each parameter. The compiler guards it in code that has read it.
+        several: Whether there is one that is not `ONCE`.
+    """
+
+    def __init__(self, parameters: int) -> None:
+        self.number = enlist(self)
+        self.ways = (ONCE,) * parameters
+        self.several = False
+        self._trace: object = None
+        self._kinds: dict[int, list[str]] = {}
+        self._called: dict[str, Sequence[int]] = {}
+        self._done: list[str] = []
+
+    def note(self, path: str, rows: Sequence[int], kinds: Sequence[str]) -> None:
+        """A module is called in a trace, which begins anew if its code is not made for that.
+
+        Args:
+            path: Its name.
+            rows: Of its parameters.
+            kinds: How it uses each.
+        """
+        if not self._follow():
+            return
+        again = [path, *(done for done in self._done if path.startswith(f"{done}."))] if path in self._called else []
+        self._called[path] = rows
+        for row, kind in zip(rows, kinds, strict=True):
+            self._kinds.setdefault(row, []).append(kind)
+        ways = list(self.ways)
+        for row in rows:
+            ways[row] = max(ways[row], _way_of(self._kinds[row]))
+        # What has returned, and is called again, will call all inside again: one more trace for all of that.
+        inside = (p for p in self._called if any(p.startswith(f"{whole}.") for whole in again))
+        for row in (row for p in inside for row in self._called[p]):
+            ways[row] = max(ways[row], _way_of(2 * self._kinds[row]))
+        if ways != list(self.ways):
+            self.ways, self.several = tuple(ways), True
+            trace_anew("hf_clars: a parameter is used several times")
+
+    def note_done(self, path: str) -> None:
+        """A module with others inside returns in a trace."""
+        if self._follow():
+            self._done.append(path)
+
+    def _follow(self) -> bool:
+        trace = current_trace()
+        if trace != self._trace:
+            self._trace = trace
+            for seen in (self._kinds, self._called, self._done):
+                seen.clear()
+        return trace is not None
+
+
+def _way_of(kinds: list[str]) -> int:
+    if len(kinds) < 2:
+        return ONCE
+    return LINKED if set(kinds[:-1]) == {"lookup"} and kinds[-1] != "other" else SUMMED
+
+
+@torch.compiler.assume_constant_result
+def note_uses(number: int, path: str, rows: Sequence[int], kinds: Sequence[str]) -> bool:
+    """`Uses.note`, of the object with this number; it is called when a model is traced, and not by the code."""
+    receiver_of(number).note(path, rows, kinds)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def note_done(number: int, path: str) -> bool:
+    """`Uses.note_done`, in the same way."""
+    receiver_of(number).note_done(path)
+    return True
+
+
+def looks_up(rule: LayerRule | None) -> bool:
+    """Whether a rule's module looks rows of a table up."""
+    return rule is not None and type(rule).lookup_tokens is not LayerRule.lookup_tokens
+
+
+def kind_of_use(rule: LayerRule, name: str) -> str:
+    """What a rule's module does with a parameter: "lookup", "dense" (a Linear layer's weight) or "other"."""
+    if looks_up(rule):
+        return "lookup"
+    return "dense" if rule.is_dense_weight and name == "weight" else "other"
+
+
+def can_be_compiled(hooked: HookedModule) -> bool:
+    """Whether a rule measures a module's calls in compiled code."""
+    rule = hooked.rule
+    return rule is not None and not rule.several_results and type(rule).batch_axes is LayerRule.batch_axes
+
+
+def measured(owners: Mapping[nn.Parameter, Sequence[HookedModule]]) -> list[nn.Parameter]:
+    """The parameters that compiled code can measure: all who use them, and all that these use beside, have rules.
+
+    Args:
+        owners: The modules that own each parameter. BERT's head owns its last layer's bias, and does not use it.
+    """
+
+    def fits(hooked: HookedModule, param: nn.Parameter, others: Collection[nn.Parameter]) -> bool:
+        if can_be_compiled(hooked):
+            return all(p in others for p in hooked.params.values())
+        read = getattr(getattr(hooked.module.forward, "__code__", None), "co_names", hooked.params)
+        return hooked.rule is None and not any(p is param and name in read for name, p in hooked.params.items())
+
+    known = {p for p, of in owners.items() if any(can_be_compiled(h) for h in of)}
+    while True:
+        left = {p for p in known if all(fits(h, p, known) for h in owners[p])}
+        if len(left) == len(known):
+            return [p for p in owners if p in left]
+        known = left
+
+
+class Links:
+    """What the uses of a table share while the model is called.
+
+    Attributes:
+        linked: Whether there are several in this pass.
+        tokens: What was looked up so far, [B, T] each.
+        zeros: The links, [B, T, width] each.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The model returns."""
+        self.linked = False
+        self.tokens: tuple[Tensor, ...] = ()
+        self.zeros: tuple[Tensor, ...] = ()
