@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_clars.distributed import is_split
-from hf_clars.grad_norms.errors import BatchAxisError, MixedDevicesError
+from hf_clars.grad_norms.errors import IN_A_FORWARD, BatchAxisError, MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import (
     Way,
@@ -71,6 +72,8 @@ def capture(
             forward_pass.trace.note(hooked)
         return None
     _check_device(hooked, forward_pass, x)
+    if forward_pass.implicit and not forward_pass.uses.rule_calls:
+        _say_what_samples_are(hooked, forward_pass, x)
     measured = RuleCall(plan, forward_pass, proven=plan.proven or forward_pass.implicit or recomputed)
     axis = 0 if x in forward_pass.given else None
     if axis is None and taint is not None and x.dim() > 1 and not x.requires_grad:
@@ -127,8 +130,10 @@ def _decide(
     rows = _rows(hooked, forward_pass, x, results[0], axes[0])
     unproven = (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed"
     if recomputed and (unproven or hooked in forward_pass.uses.moved_without_grad):
-        forward_pass.error = forward_pass.error or _unknown_rows(hooked, forward_pass, x, results[0])
+        forward_pass.error = forward_pass.error or _unknown_rows(hooked, forward_pass, x, results[0], _RECOMPUTED)
         return None
+    if forward_pass.implicit and unproven:
+        raise _unknown_rows(hooked, forward_pass, x, results[0], _IN_PARTS)
     if rows is None and tainted:
         hooked.calls[0, x.dim()] = "graph"  # compiled code must not take its first axis for the batch either
     if rows is None or (x.dim() in hooked.own_dims and tainted is not True and forward_pass.batch_size > 1):
@@ -159,12 +164,29 @@ def _decide(
     return plan
 
 
-def _unknown_rows(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor) -> BatchAxisError:
+_RECOMPUTED = (
+    "It was called by reentrant activation checkpointing, which hides the graph around it: checkpoint with "
+    "use_reentrant=False (Trainer: gradient_checkpointing_kwargs={'use_reentrant': False}), or freeze its parameters."
+)
+_IN_PARTS = f"It was called outside of the model's own call, which would show it. {IN_A_FORWARD}."
+
+
+def _unknown_rows(
+    hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor, why: str
+) -> BatchAxisError:
     return BatchAxisError(
         f"{hooked} takes {tuple(x.shape)} and returns {tuple(output.shape)}, but the batch has "
-        f"{forward_pass.batch_size} samples, and nothing tells whose rows they are. It was called by reentrant "
-        "activation checkpointing, which hides the graph around it: checkpoint with use_reentrant=False (Trainer: "
-        "gradient_checkpointing_kwargs={'use_reentrant': False}), or freeze its parameters."
+        f"{forward_pass.batch_size} samples, and nothing tells whose rows they are. {why}"
+    )
+
+
+def _say_what_samples_are(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor) -> None:
+    """Nobody but the model's caller knows, where the model is not called."""
+    warnings.warn(
+        f"{hooked} was called on {tuple(x.shape)} outside of a call of the model itself with a tensor, and "
+        f"{forward_pass.batch_size} samples are taken to be in this batch. If it has another number, the norms are "
+        f"wrong. {IN_A_FORWARD}.",
+        stacklevel=2,
     )
 
 
