@@ -1,4 +1,4 @@
-"""Promise: where a method is called in the model's place, norms are exact, or refused; samples are named."""
+"""Promise: what is called outside of the model's own call is exact, or refused, and whose rows are whose is said."""
 
 import pytest
 import torch
@@ -40,6 +40,15 @@ class Net(nn.Module):
     def time_first(self, tokens):
         return self.last(self.encode(tokens).transpose(0, 1)).transpose(0, 1)
 
+    def pooled_late(self, tokens):
+        return self.last(self(tokens).mean(1))
+
+    def flattened_late(self, tokens):
+        return self.last(self(tokens).flatten(0, 1)).unflatten(0, tokens.shape)
+
+    def time_first_late(self, tokens):
+        return self.last(self(tokens).transpose(0, 1)).transpose(0, 1)
+
 
 class WayOut(nn.Module):
     """What the errors say: a module around the model."""
@@ -73,15 +82,17 @@ def check(norms, method, passes=3):
             torch.testing.assert_close(norms.per_sample[name], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_method_that_calls_layers_on_the_batch_is_exact_and_says_how_many_samples_there_are():
-    with (
-        PerSampleGradNorms(net()) as norms,
-        pytest.warns(UserWarning, match=rf"table \(Embedding\) was called on \({B}, {T}\) .* {B} samples are taken"),
-    ):
-        check(norms, "encode")
+@pytest.mark.parametrize(
+    ("method", "called"),
+    [("encode", rf"first \(Linear\) .* \({B}, {T}, {WIDTH}\)"), ("pooled_late", rf"last .* \({B}, {WIDTH}\)")],
+)
+def test_layers_that_are_called_on_the_batch_are_exact_and_whose_rows_are_whose_is_said(method, called):
+    words = rf"{called} outside of .* taken for the batch's {B} samples, in their order"
+    with PerSampleGradNorms(net()) as norms, pytest.warns(UserWarning, match=words):
+        check(norms, method, passes=4)
 
 
-@pytest.mark.filterwarnings("ignore:.*samples are taken:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*taken for the batch's:UserWarning")
 @pytest.mark.parametrize("passes", [0, 1, 6], ids="after {} of the model".format)
 @pytest.mark.parametrize(
     ("method", "error", "words"),
@@ -91,6 +102,8 @@ def test_a_method_that_calls_layers_on_the_batch_is_exact_and_says_how_many_samp
         ("tied", SumCheckError, "table.weight: the samples' gradients do not add up"),
         ("flattened", BatchAxisError, r"last \(Linear\) takes .* nothing tells whose rows they are"),
         ("time_first", BatchAxisError, r"last \(Linear\) takes .* nothing tells whose rows they are"),
+        ("flattened_late", BatchAxisError, r"last \(Linear\) takes .* nothing tells whose rows they are"),
+        ("time_first_late", BatchAxisError, r"last \(Linear\) takes .* nothing tells whose rows they are"),
     ],
 )
 def test_what_a_method_hides_is_refused_with_a_way_out(method, error, words, passes):

@@ -126,7 +126,6 @@ class PerSampleGradNorms(HookedNorms):
     def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
         opened = super()._open(batch_size, implicit=implicit)
         if implicit:
-            self._ways.new = True  # no graph is looked through: the sums alone show what else uses a parameter
             self._choose_check(opened)
         return opened
 
@@ -141,7 +140,7 @@ class PerSampleGradNorms(HookedNorms):
             self._stop_check()
             return
         self._passes_since += 1
-        due = self._check_is_due()
+        due = forward_pass.implicit or self._check_is_due()
         if self._check is None and due and not any(p.backward_seen or p.uses.rule_calls for p in self._passes[:-1]):
             self._passes_since = 0
             names = {p: self._name_of(p) for p in self._layer_of}
@@ -254,8 +253,8 @@ class PerSampleGradNorms(HookedNorms):
             self._stop_check()  # it would say the same, in words that say less
             raise UncoveredParameterError(
                 f"{', '.join(missed)}: has a gradient, but no use of it was seen since the norm hooks were attached. "
-                f"{IN_A_FORWARD}. It must return tensors that depend on the parameter. Where it is compiled, attach "
-                "the hooks before its first call."
+                f"Attach them before the first (compiled) call of the model. {IN_A_FORWARD}. What the model returns "
+                "must depend on the parameter."
             )
 
     # ---- results ---------------------------------------------------------------------------------------------
