@@ -114,6 +114,7 @@ class NormAccumulator:
         mark = forward_pass.guarded(lambda _, p=forward_pass: None if differentiating() else self._mark(p))
         forward_pass.graph = weakref.ref(mark)
         self._check_result(forward_pass, outputs)
+        forward_pass.returned = True
         for tensor in outputs:
             tensor.register_hook(mark)
 

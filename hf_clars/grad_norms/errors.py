@@ -5,6 +5,10 @@ from __future__ import annotations
 from hf_clars.errors import HfClarsError
 
 WITHOUT_SAMPLES = "use CLARS(model, estimator='microbatch'), which takes norms of whole passes"
+IN_A_FORWARD = (
+    "Call the model itself: where a method of it is called in its place (encode, log_prob, forward), put that call "
+    "into the forward of a module around the model, and make the norms, or the optimizer, of that module"
+)
 
 
 class UncoveredParameterError(HfClarsError, RuntimeError):

@@ -43,6 +43,8 @@ class ForwardPass:
         moves_rows: Whether the model gives rows of the batch other places.
         begun_compiled: Whether compiled code has begun it.
         unchecked: Whether compiled code in it does not hand over what the sum check compares.
+        returned: Whether the model has returned: no graph is looked through for what is called later.
+        told: Whether it was said that something was called outside of the model's call.
         weights: Tokens of each sample, [B], where the loss is a mean over tokens.
         backward_seen: Whether a gradient has reached this pass.
         closed: Whether its norms have been taken.
@@ -64,6 +66,8 @@ class ForwardPass:
     moves_rows: bool = False
     begun_compiled: bool = False
     unchecked: bool = False
+    returned: bool = False
+    told: bool = False
     weights: Tensor | None = None
     backward_seen: bool = False
     closed: bool = False
@@ -98,6 +102,11 @@ class ForwardPass:
             self.mark(self)
         if again or self.closed:
             raise second_backward(what)
+
+    @property
+    def outside(self) -> bool:
+        """Whether what is called now is no part of the model's own call."""
+        return self.implicit or self.returned
 
     def takes(self, error: Exception) -> bool:
         """Whether an error of the user's backward pass is kept; the first one is."""

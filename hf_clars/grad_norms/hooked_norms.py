@@ -191,8 +191,9 @@ class HookedNorms(NormAccumulator):
         replaced = capture(hooked, forward_pass, x, (args, kwargs), output, taint)
         if taint is not None and replaced is not None and taint.holds(x):
             taint.mark(tensors_in(replaced), taint.moved(x))
-        if forward_pass.implicit:
+        if forward_pass.outside:
             self._ever_captured.update(hooked.params.values())
+            self._ways.new = True  # the sums alone show what else uses a parameter there
         return replaced
 
     def _on_repeated_call(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SumCheckError
+from hf_clars.grad_norms.errors import IN_A_FORWARD, WITHOUT_SAMPLES, SumCheckError
 from hf_clars.grad_norms.norm_math import squared_sum
 from hf_clars.grad_norms.torch_internals import no_autocast
 from hf_clars.grad_norms.undisturbed import differentiating
@@ -167,7 +167,8 @@ class SumCheck:
                 raise SumCheckError(
                     f"{self._names.get(param, 'a parameter')}: the samples' gradients do not add up to the batch "
                     f"gradient. They differ from it by {difference:.3g}, and its norm is {norm:.3g}. A use of the "
-                    "parameter was missed, or counted twice, or a layer rule of yours is wrong. If not, please report "
+                    "parameter was missed, or counted twice: outside of the model's forward uses are not seen. "
+                    f"{IN_A_FORWARD}. Or a layer rule of yours is wrong. If not, please report "
                     "this model, and until then freeze the "
                     f"parameter, or {WITHOUT_SAMPLES}. Or the loss has a part that is no sample's, as a penalty on "
                     "weights: use weight_decay for it, or set check_every = 0 on the norms (CLARS: optimizer.norms)."

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.errors import UncoveredParameterError
+from hf_clars.grad_norms.errors import IN_A_FORWARD, UncoveredParameterError
 from hf_clars.grad_norms.explanation import CallTimes, Explanation, ParameterWay
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.hooked_norms import HookedNorms
@@ -123,19 +123,24 @@ class PerSampleGradNorms(HookedNorms):
         super()._check_result(forward_pass, outputs)
         self._choose_check(forward_pass)
 
+    def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
+        opened = super()._open(batch_size, implicit=implicit)
+        if implicit:
+            self._choose_check(opened)
+        return opened
+
     # ---- the sum check ---------------------------------------------------------------------------------------
 
     def _choose_check(self, forward_pass: ForwardPass) -> None:
         """Check this batch, if it is due and can be."""
         # Compiled code hands over the sums of all samples, also where only some are measured.
         summed = forward_pass.begun_compiled or forward_pass.measured == forward_pass.batch_size
-        whole = summed and not forward_pass.implicit
-        if not whole or not self.check_every or forward_pass.unchecked:
+        if not summed or not self.check_every or forward_pass.unchecked:
             self._passes_since += forward_pass.unchecked
             self._stop_check()
             return
         self._passes_since += 1
-        due = self._check_is_due()
+        due = forward_pass.implicit or self._check_is_due()
         if self._check is None and due and not any(p.backward_seen or p.uses.rule_calls for p in self._passes[:-1]):
             self._passes_since = 0
             names = {p: self._name_of(p) for p in self._layer_of}
@@ -245,10 +250,11 @@ class PerSampleGradNorms(HookedNorms):
         unseen = (p for p in names if p.grad is not None and p not in self._ever_captured)
         missed = [names[p] for p in unseen if _state_of_grad(p) != self._old_grads[p]]
         if missed:
+            self._stop_check()  # it would say the same, in words that say less
             raise UncoveredParameterError(
                 f"{', '.join(missed)}: has a gradient, but no use of it was seen since the norm hooks were attached. "
-                "Attach them before the first (compiled) call of the model, call the model as a whole, and use the "
-                "parameter inside its forward, so that what the model returns depends on it."
+                f"Attach them before the first (compiled) call of the model. {IN_A_FORWARD}. What the model returns "
+                "must depend on the parameter."
             )
 
     # ---- results ---------------------------------------------------------------------------------------------
@@ -258,8 +264,8 @@ class PerSampleGradNorms(HookedNorms):
         """{layer name: Tensor [samples measured]}, samples in the order of the passes; empty before `backward()`."""
         if not self._keep:
             raise RuntimeError("per_sample was not kept: create PerSampleGradNorms with keep_per_sample=True.")
-        self._close()
         self.check_all_captured()
+        self._close()
         if not any(p.backward_seen for p in self._passes):
             return {}
         # An empty batch leaves no norms, but a value of length 0 for each layer.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_clars.distributed import is_split
-from hf_clars.grad_norms.errors import BatchAxisError, MixedDevicesError
+from hf_clars.grad_norms.errors import IN_A_FORWARD, BatchAxisError, MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import (
     Way,
@@ -27,6 +28,7 @@ from hf_clars.grad_norms.plain_backward import note_call
 from hf_clars.grad_norms.pytree import differentiable_in, is_differentiable, map_tensors
 from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
 from hf_clars.grad_norms.rule_results import saved_by
+from hf_clars.grad_norms.undisturbed import differentiating
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _UNKNOWN: Any = object()
@@ -66,12 +68,15 @@ def capture(
             forward_pass.trace = None
         else:
             hooked.keep_plan(look, plan)
+    outside = forward_pass.outside and not recomputed
     if plan is None:
-        if forward_pass.trace is not None:
+        if outside:
+            _refuse_a_gradient(hooked, forward_pass, x, output)
+        elif forward_pass.trace is not None:
             forward_pass.trace.note(hooked)
         return None
     _check_device(hooked, forward_pass, x)
-    measured = RuleCall(plan, forward_pass, proven=plan.proven or forward_pass.implicit or recomputed)
+    measured = RuleCall(plan, forward_pass, proven=plan.proven or outside or recomputed)
     axis = 0 if x in forward_pass.given else None
     if axis is None and taint is not None and x.dim() > 1 and not x.requires_grad:
         axis = taint.axis_of(x)
@@ -82,10 +87,12 @@ def capture(
             forward_pass.uses.add(param)
     forward_pass.uses.rule_calls.append(measured)
     replaced = _follow(measured, x, call, output)
-    if not forward_pass.implicit:
-        measured.place(output if replaced is None else replaced, x)
-        if forward_pass.trace is not None:
-            forward_pass.trace.note(plan)
+    if outside:
+        _say_whose_rows(hooked, forward_pass, x, output if replaced is None else replaced)
+        return replaced
+    measured.place(output if replaced is None else replaced, x)
+    if forward_pass.trace is not None:
+        forward_pass.trace.note(plan)
     return replaced
 
 
@@ -94,7 +101,7 @@ def _look(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Te
     module = hooked.module
     used = [hooked.in_use(name) for name in hooked.params]
     return (
-        (forward_pass.batch_size, forward_pass.measured, forward_pass.implicit, module.training),
+        (forward_pass.batch_size, forward_pass.measured, forward_pass.outside, module.training),
         (x.shape, x.stride(), x.dtype, x.device),
         (output.shape, output.stride(), output.dtype, output.requires_grad),
         *[(t.requires_grad, t.is_leaf) for t in used],
@@ -127,7 +134,10 @@ def _decide(
     rows = _rows(hooked, forward_pass, x, results[0], axes[0])
     unproven = (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed"
     if recomputed and (unproven or hooked in forward_pass.uses.moved_without_grad):
-        forward_pass.error = forward_pass.error or _unknown_rows(hooked, forward_pass, x, results[0])
+        forward_pass.error = forward_pass.error or _unknown_rows(hooked, forward_pass, x, results[0], _RECOMPUTED)
+        return None
+    outside = forward_pass.outside and not recomputed
+    if outside and unproven:
         return None
     if rows is None and tainted:
         hooked.calls[0, x.dim()] = "graph"  # compiled code must not take its first axis for the batch either
@@ -140,7 +150,7 @@ def _decide(
     moved = 0 if forward_pass.batch_size == 1 else hooked.moved_at(x, taint, forward_pass.moves_rows)
     if moved == MOVED:
         known = None
-    always = forward_pass.implicit or not hooked.path or forward_pass.batch_size == 1
+    always = outside or not hooked.path or forward_pass.batch_size == 1
     simple = always or (x in forward_pass.given and moved != MOVED)
     # Numbers [B] may be those of B positions.
     sure = simple or (tainted is True and x.dim() > 1 and not moved and not _open(hooked, results[0], forward_pass))
@@ -159,13 +169,53 @@ def _decide(
     return plan
 
 
-def _unknown_rows(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor) -> BatchAxisError:
+_RECOMPUTED = (
+    "It was called by reentrant activation checkpointing, which hides the graph around it: checkpoint with "
+    "use_reentrant=False (Trainer: gradient_checkpointing_kwargs={'use_reentrant': False}), or freeze its parameters."
+)
+_OUTSIDE = f"It was called outside of the model's own call, which would show it. {IN_A_FORWARD}."
+
+
+def _unknown_rows(
+    hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor, why: str
+) -> BatchAxisError:
     return BatchAxisError(
         f"{hooked} takes {tuple(x.shape)} and returns {tuple(output.shape)}, but the batch has "
-        f"{forward_pass.batch_size} samples, and nothing tells whose rows they are. It was called by reentrant "
-        "activation checkpointing, which hides the graph around it: checkpoint with use_reentrant=False (Trainer: "
-        "gradient_checkpointing_kwargs={'use_reentrant': False}), or freeze its parameters."
+        f"{forward_pass.batch_size} samples, and nothing tells whose rows they are. {why}"
     )
+
+
+def _refuse_a_gradient(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Any) -> None:
+    """What is called outside of the model's own call need not be a part of the loss; if it is, it was not measured."""
+    results = differentiable_in(output)
+    if results and hooked.trainable():
+        error = _unknown_rows(hooked, forward_pass, x, results[0], _OUTSIDE)
+
+        def refuse() -> None:
+            raise error
+
+        _when_a_gradient_comes(results, forward_pass, refuse)
+
+
+def _say_whose_rows(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Any) -> None:
+    """Nothing shows it where the model is not called, or has returned."""
+    words = (
+        f"{hooked} was called on {tuple(x.shape)} outside of a call of the model itself with a tensor. Its rows are "
+        f"taken for the batch's {forward_pass.batch_size} samples, in their order: if they are not, norms are wrong. "
+        f"{IN_A_FORWARD}."
+    )
+
+    def say() -> None:
+        if not forward_pass.told:
+            forward_pass.told = True
+            warnings.warn(words, stacklevel=2)
+
+    _when_a_gradient_comes(differentiable_in(output), forward_pass, say)
+
+
+def _when_a_gradient_comes(results: Iterable[Tensor], forward_pass: ForwardPass, then: Callable[[], None]) -> None:
+    for result in results:
+        result.register_hook(forward_pass.guarded(lambda _: None if differentiating() else then()))
 
 
 def _key(x: Tensor, rows: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import OWN_NODES
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
-from hf_clars.grad_norms.graph.places import ContainerCall, announce, inner_roots, place_of, reaches
+from hf_clars.grad_norms.graph.places import ContainerCall, announce, inner_roots, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
@@ -316,8 +316,7 @@ class GraphFinder:
         for container in containers:
             if wanted not in (None, container.hooked) or not self._gates.get(container.hooked, True):
                 continue
-            starts = [edge.node for edge in container.batch_first(forward_pass.batch_size)]
-            if starts and reaches(starts, use.node, container.inputs):
+            if container.surrounds(use.node, forward_pass.batch_size):
                 if key not in self._gate_of and forward_pass.measured > 1:
                     announce(container, [self.name_of(p) for p in use.leaves.values()])
                 self._gate_of[key] = container.hooked

@@ -31,6 +31,7 @@ class ContainerCall:
     hooked: HookedModule
     edges: list[GradientEdge]
     inputs: set[Node]
+    _inside: set[Node] | None = None
 
     @classmethod
     def of(cls, hooked: HookedModule, given: Any, output: Any, taint: DataTaint | None) -> ContainerCall:
@@ -47,19 +48,17 @@ class ContainerCall:
         """Results that are [B, ...]."""
         return [edge for edge in self.edges if place_of(edge)[1][:1] == (batch,)]
 
-
-def reaches(starts: Sequence[Node], node: Node, ends: set[Node]) -> bool:
-    """Whether a node lies between some results and the inputs."""
-    stack, seen = list(starts), set(starts)
-    while stack:
-        here = stack.pop()
-        if here is node:
-            return True
-        for child, _ in here.next_functions:
-            if child is not None and child not in seen and child not in ends:
-                seen.add(child)
-                stack.append(child)
-    return False
+    def surrounds(self, node: Node, batch: int) -> bool:
+        """Whether an operation lies between results [B, ...] and the inputs; the graph is looked through once."""
+        if self._inside is None:
+            stack = [edge.node for edge in self.batch_first(batch)]
+            self._inside = set(stack)
+            while stack:
+                for child, _ in stack.pop().next_functions:
+                    if child is not None and child not in self._inside and child not in self.inputs:
+                        self._inside.add(child)
+                        stack.append(child)
+        return node in self._inside
 
 
 def root_at(node: Node, output: int, device: torch.device, layout: Layout) -> Root:
