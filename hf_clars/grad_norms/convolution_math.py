@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, unfold
 
-from hf_clars.grad_norms.norm_math import in_slices, product, unsliced_gram_squared_norm
+from hf_clars.grad_norms.norm_math import in_slices, on_cuda, product, unsliced_gram_squared_norm
 from hf_clars.grad_norms.torch_kernels import convolution_weight_grad
+
+_LARGE = 25
+"""Taps of a large kernel."""
+
+_REWRITTEN = 1 << 20
+"""Numbers that a kernel is given at once on a CPU: a library rewrites them, and for 4 MiB it finds memory in cache."""
 
 
 def convolution_weight_grads(
@@ -39,17 +45,59 @@ def convolution_weight_grads(
     Returns:
         [B, out, in / groups, *kernel].
     """
-    batch, out_channels = x.shape[0], kernel_shape[0]
-    grads = convolution_weight_grad(
-        g.reshape(1, batch * out_channels, *g.shape[2:]),
-        x.reshape(1, batch * x.shape[1], *x.shape[2:]),
-        (batch * out_channels, *kernel_shape[1:]),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=batch * groups,
-    )
-    return grads.reshape(batch, *kernel_shape)
+    pixels_first = groups == x.shape[1] and _likes_pixels_first(x, kernel_shape[2:])
+
+    def grads(x: Tensor, g: Tensor) -> Tensor:
+        batch = x.shape[0]
+        found = convolution_weight_grad(
+            _as_one_sample(g, pixels_first),
+            _as_one_sample(x, pixels_first),
+            (batch * kernel_shape[0], *kernel_shape[1:]),
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=batch * groups,
+        )
+        return found.reshape(batch, *kernel_shape)
+
+    return _in_cached_slices(grads, x, g)
+
+
+def _in_cached_slices(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`fn(*tensors)`; on a CPU over slices of the batch, for a kernel that rewrites tensors in a layout of its own.
+
+    Args:
+        fn: Maps tensors [b, ...] to [b, ...].
+        tensors: Arguments, batch axis first.
+
+    Returns:
+        [B, ...].
+    """
+    batch = tensors[0].shape[0]
+    largest = max(t.numel() for t in tensors)
+    if largest <= _REWRITTEN or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return fn(*tensors)
+    step = max(2, _REWRITTEN * batch // largest)
+    return torch.cat([fn(*part) for part in zip(*(t.split(step) for t in tensors), strict=True)])
+
+
+def _likes_pixels_first(x: Tensor, kernel: tuple[int, ...]) -> bool:
+    """Whether a depthwise convolution is faster in channels_last memory, copies included: two to six times on a CPU.
+
+    Large kernels are, but for images no larger than they; others only where the input has this layout already.
+    """
+    if x.dim() != 4 or on_cuda(x) or torch.compiler.is_compiling():  # a compiler knows no strides
+        return False
+    is_so = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return (is_so or math.prod(kernel) >= _LARGE) and x.shape[2] > kernel[0] and x.shape[3] > kernel[1]
+
+
+def _as_one_sample(t: Tensor, pixels_first: bool) -> Tensor:
+    """The samples' channels side by side, [B, C, *space] -> [1, B * C, *space], if need be in channels_last memory."""
+    channels = t.shape[0] * t.shape[1]
+    if not pixels_first:
+        return t.reshape(1, channels, *t.shape[2:])
+    return t.permute(2, 3, 0, 1).reshape(1, *t.shape[2:], channels).contiguous().permute(0, 3, 1, 2)
 
 
 def thin_convolution_weight_grads(
