@@ -176,3 +176,82 @@ def test_a_compiled_part_that_is_called_twice_is_refused():
     with pytest.raises(UncoveredParameterError, match="more than once"):
         model(*series(4)).sum().backward()
     norms.remove()
+
+
+class Bare(nn.Module):
+    """Uses a weight without its module; what `bare` does with it may be differentiated or not."""
+
+    def __init__(self, bare, checkpointed=False):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+        self.bare, self.checkpointed = bare, checkpointed
+
+    def between(self, x):
+        return self.bare(self.norm(self.first(x)), self.first.weight)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.between, x, use_reentrant=False) if self.checkpointed else self.between(x))
+
+
+def multiplied(x, weight):
+    return nn.functional.linear(x, weight.t())
+
+
+def penalised(x, weight):
+    return x * (1 + 1e-6 * weight.square().sum())
+
+
+def looked_at(x, weight):
+    with torch.no_grad():
+        size = weight.norm()
+    return x.to(weight.dtype) * (1 + 0 * size) + nn.functional.linear(x, weight.detach())
+
+
+@pytest.mark.parametrize("bare", [multiplied, penalised])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_weight_that_is_used_without_its_module_is_refused_by_name_in_every_pass(bare, checkpointed):
+    """Without the sum check too, which sees no small use."""
+    model = Bare(bare, checkpointed)
+    with PerSampleGradNorms(model, check=False) as norms:
+        call = whole(model)
+        for _ in range(4):
+            with pytest.raises(UncoveredParameterError, match=r"first\.weight \(in (t|square)\): is used .* without"):
+                call(*series(4)).sum().backward()
+        norms.reset()
+
+
+def test_what_is_not_differentiated_may_be_done_with_a_weight():
+    compare(Bare(looked_at, checkpointed=True), series)
+
+
+def test_a_weight_of_a_compiled_part_that_is_used_outside_of_it_is_refused():
+    model = Bare(penalised)
+    model.first.compile(fullgraph=True, backend="aot_eager")
+    with PerSampleGradNorms(model, check=False) as norms:
+        for _ in range(4):
+            with pytest.raises(UncoveredParameterError, match=r"first \(Linear\).*shares parameters with what is"):
+                model(*series(4)).sum().backward()
+        norms.reset()
+
+
+class Broken(Universal):
+    """Its code cannot be one graph."""
+
+    def forward(self, x):
+        x = self.block(self.first(x))
+        torch._dynamo.graph_break()
+        return self.head(self.block(x) if self.times > 1 else x)
+
+
+def test_a_second_use_behind_a_graph_break_is_refused():
+    def in_pieces(model):
+        return torch.compile(model, backend="aot_eager")
+
+    compare(Broken(1), series, call=in_pieces)
+    model = Broken(2).float()
+    with PerSampleGradNorms(model, check=False) as norms:
+        call = in_pieces(model)
+        for _ in range(4):
+            with pytest.raises(UncoveredParameterError, match=r"block\.0 \(Linear\).*more than once"):
+                call(*series(4)).sum().backward()
+        norms.reset()

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import torch_internals as internals
 from hf_clars.grad_norms import torch_kernels as kernels
+from hf_clars.grad_norms import torch_traces as traces
 
 
 def test_a_running_backward_pass_is_seen():
@@ -265,9 +266,9 @@ def test_a_trace_of_the_compiler_is_told_from_others_and_can_begin_anew():
 
     @torch.compiler.assume_constant_result
     def note():
-        seen.append(internals.current_trace())
+        seen.append(traces.current_trace())
         if len(seen) < 3:
-            internals.trace_anew("something was learned")
+            traces.trace_anew("something was learned")
         return True
 
     @torch.compile(backend="eager", fullgraph=True)
@@ -278,4 +279,29 @@ def test_a_trace_of_the_compiler_is_told_from_others_and_can_begin_anew():
     torch.compiler.reset()
     assert double(torch.ones(1)) == double(torch.ones(1)) == 2
     assert len({str(trace) for trace in seen}) == len(seen) == 3
-    assert internals.current_trace() is None
+    assert traces.current_trace() is None
+
+
+def test_a_trace_shows_what_it_makes_of_tensors_from_outside():
+    found = []
+
+    @torch.compiler.assume_constant_result
+    def watch():
+        traces.when_traced(lambda traced: found.extend(traces.uses_in_trace(traced)))
+        return True
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2, bias=False)
+
+        def forward(self, x):
+            watch()
+            x = checkpoint(lambda t: t @ self.linear.weight, x, use_reentrant=False)
+            return self.linear(x) + self.linear.weight.detach()
+
+    torch.compiler.reset()
+    model = Model()
+    torch.compile(model, backend="eager", fullgraph=True)(torch.ones(2, 2))
+    assert all(tensor is model.linear.weight for tensor, _, _ in found)
+    assert {(operation, caller) for _, operation, caller in found} == {("matmul", None), ("linear", nn.Linear)}

@@ -109,20 +109,13 @@ NOTHING = nullcontext()
 COMPILED = "CompiledFunction"
 """How the name of compiled code's place in the graph begins."""
 
+TRACED = "ApplyTemplate"
+"""As that, of a function in code that was traced and left as it is (`backend="eager"`)."""
+
 
 def unseen_by_modes() -> AbstractContextManager[Any]:
     """No mode, and no class of tensors, sees the functions that are called inside; without it each call is Python's."""
     return torch._C.DisableTorchFunction()
-
-
-def current_trace() -> object:
-    """Tells one trace of torch.compile from another, and from its next attempt; None outside of them."""
-    return torch._guards.CompileContext.current_trace_id()
-
-
-def trace_anew(why: str) -> None:
-    """Let torch.compile begin the trace under way anew, as it does by itself: what was learned in it counts then."""
-    raise torch._dynamo.exc.UnspecializeRestartAnalysis(restart_reason=why)
 
 
 _has_autocast = functools.cache(torch.amp.is_autocast_available)  # takes as long as a small product

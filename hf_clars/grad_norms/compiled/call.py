@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.compiled.functions import Linked, OneProduct, Watched, Way
 from hf_clars.grad_norms.compiled.operations import check_sum, refuse
-from hf_clars.grad_norms.compiled.uses import kind_of_use, looks_up, note_uses
+from hf_clars.grad_norms.compiled.uses import kind_of_use, looks_up, note_uses, watch_trace
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
 from hf_clars.grad_norms.pytree import tensor_given
@@ -92,6 +92,7 @@ class CompiledCall:
             return None
         if not self.rows:
             return refuse(output, self.state.receiver, used_twice(self.name), False)
+        watch_trace(self.state.uses.number)
         if self.state.within:
             self._note_uses(wanted)
         names = tuple(self.names[i] for i in wanted)
@@ -269,6 +270,15 @@ class CompiledCall:
         squares = found if found.dim() == 1 else squared_sum(found)
         size = squares.clamp(min=0).sqrt().sum()
         return check_sum(found, total, size, self.places, self.names.index(name), self.state.receiver, dtype)
+
+
+def used_outside(names: str) -> str:
+    """What is wrong with parameters that compiled code uses without the modules that own them."""
+    return (
+        f"{names}: is used in compiled code without the module that owns it, where no layer rule measures it. Call the "
+        "module, detach the parameter there, compile only parts of the model without that use (as "
+        "model.layers[0].compile()), or run the model without torch.compile."
+    )
 
 
 def used_twice(names: str) -> str:

@@ -65,7 +65,7 @@ class CompiledCalls:
                 owners.setdefault(p, []).append(h)
         self.params = measured(owners)
         self.shapes = [tuple(p.shape) for p in self.params]
-        self.uses = Uses(len(self.params))
+        self.uses = Uses(len(self.params), [h for h in hooked if can_be_compiled(h)])
         rows = {p: i for i, p in enumerate(self.params)}
         self.links = {i: Links() for p, i in rows.items() if any(looks_up(h.rule) for h in owners[p])}
         for h in hooked:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.distributed import on_device
-from hf_clars.grad_norms.compiled.call import CompiledCall, used_twice
+from hf_clars.grad_norms.compiled.call import CompiledCall, used_outside, used_twice
 from hf_clars.grad_norms.compiled.calls import CompiledCalls
 from hf_clars.grad_norms.compiled.containers import CompiledContainer, CompiledModel
 from hf_clars.grad_norms.compiled.operations import enlist
@@ -137,7 +137,7 @@ class CompiledPasses:
         except SecondBackwardError:
             self._norms._stop_check()
             raise
-        if failed := self._used_twice(forward_pass, uses):
+        if failed := self._used_outside() or self._used_twice(forward_pass, uses):
             self._norms._stop_check()
             raise UncoveredParameterError(failed)
         self._arrived = {n for n in self._arrived if n in self._open} | {number}
@@ -148,6 +148,11 @@ class CompiledPasses:
         of_layers.index_add_(0, on_device(self._layer_index, found.device), found)
         for layer in self._layers:
             forward_pass.sums.add_squares(layer, of_layers[layer])
+
+    def _used_outside(self) -> str:
+        """What is wrong with uses that traces have shown, and no row knows of; "" if there are none."""
+        names = [words for p, words in self.calls.uses.outside.items() if p.requires_grad]
+        return used_outside(", ".join(names)) if names else ""
 
     def _used_twice(self, forward_pass: ForwardPass, uses: Tensor) -> str:
         """What is wrong with rows that were used twice; "" if none was. A GPU is asked in checked passes only."""

@@ -10,20 +10,21 @@ with code made for it:
 - **summed**: any other parameter. Its uses share zeros [B, *shape], and the "gradient" of these is the sum of each
   sample's gradients.
 
-Each row's count is delivered once in both, so that a use that was missed is told as ever.
+Each row's count is delivered once in both, so that a use that was missed is told as ever. A use without the module that
+owns the parameter has no row: it is seen in what was traced, and refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.compiled.operations import enlist, receiver_of
 from hf_clars.grad_norms.registry import LayerRule
-from hf_clars.grad_norms.torch_internals import current_trace, trace_anew
+from hf_clars.grad_norms.torch_traces import current_trace, trace_anew, uses_in_trace, when_traced
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.hooked_modules import HookedModule
@@ -36,17 +37,22 @@ class Uses:
 
     Args:
         parameters: How many there are.
+        hooked: The modules that use them.
 
     Attributes:
         number: By which traced code knows it.
         ways: `ONCE`, `LINKED` or `SUMMED` for each parameter. The compiler guards it in code that has read it.
         several: Whether there is one that is not `ONCE`.
+        outside: Parameters that are used without their modules: name and operation.
     """
 
-    def __init__(self, parameters: int) -> None:
+    def __init__(self, parameters: int, hooked: Sequence[HookedModule]) -> None:
         self.number = enlist(self)
         self.ways = (ONCE,) * parameters
         self.several = False
+        self.outside: dict[nn.Parameter, str] = {}
+        self._hooked = hooked
+        self._watched: object = None
         self._trace: object = None
         self._kinds: dict[int, list[str]] = {}
         self._called: dict[str, Sequence[int]] = {}
@@ -77,6 +83,19 @@ class Uses:
             self.ways, self.several = tuple(ways), True
             trace_anew("hf_clars: a parameter is used several times")
 
+    def watch(self) -> None:
+        """A module is called in a trace: see what that trace is when it ends."""
+        if current_trace() != self._watched:
+            self._watched = current_trace()
+            when_traced(self._look)
+
+    def _look(self, traced: Any) -> None:
+        for tensor, operation, caller in uses_in_trace(traced):
+            owners = [(h, n) for h in self._hooked for n, p in h.params.items() if p is tensor]
+            if owners and caller not in [type(h.module) for h, _ in owners]:
+                hooked, name = owners[0]
+                self.outside[hooked.params[name]] = f"{hooked.full_name(name)} (in {operation})"
+
     def note_done(self, path: str) -> None:
         """A module with others inside returns in a trace."""
         if self._follow():
@@ -101,6 +120,13 @@ def _way_of(kinds: list[str]) -> int:
 def note_uses(number: int, path: str, rows: Sequence[int], kinds: Sequence[str]) -> bool:
     """`Uses.note`, of the object with this number; it is called when a model is traced, and not by the code."""
     receiver_of(number).note(path, rows, kinds)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def watch_trace(number: int) -> bool:
+    """`Uses.watch`, in the same way."""
+    receiver_of(number).watch()
     return True
 
 

@@ -147,13 +147,14 @@ class GraphFinder:
             for edge in c.edges
         }
         walk = GraphWalk(
-            lambda leaf: None if (param := self.param_of(leaf)) in forward_pass.uses.compiled else param,
+            self.param_of,
             regions,
             lambda node, signature: node in on_data or self._is_data(node, signature, taint, forward_pass.batch_size),
             self._whole.__contains__,
             forward_pass.batch_size,
             OWN_NODES,
             lambda node, key: self._moved_at(node, key, taint),
+            forward_pass.uses.compiled,
         )
         walk.run(outputs)
         return walk

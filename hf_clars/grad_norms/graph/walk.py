@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from hf_clars.distributed import whole_shape
-from hf_clars.grad_norms.torch_internals import BATCH_NORM_NODES, COMPILED, dtype_at, results_of, shape_at
+from hf_clars.grad_norms.torch_internals import BATCH_NORM_NODES, COMPILED, TRACED, dtype_at, results_of, shape_at
 
 Edge = tuple[Node, int]
 Signature = tuple[object, ...]
@@ -98,6 +98,7 @@ class GraphWalk:
         batch: B.
         measured_by_itself: Names of operations whose parameters are measured by their own backward function.
         moved_at: Where the rows of a use's operation are, by that and by the use's key.
+        compiled: The parameters that compiled code measures where it uses them; elsewhere it does not.
 
     Attributes:
         uses: What was found.
@@ -114,6 +115,7 @@ class GraphWalk:
     batch: int
     measured_by_itself: Sequence[str]
     moved_at: Callable[[Node, Signature], int]
+    compiled: set[nn.Parameter] = field(default_factory=set)
     uses: list[Use] = field(default_factory=list)
     couplings: list[Node] = field(default_factory=list)
     once: bool = False
@@ -147,6 +149,10 @@ class GraphWalk:
             region = self.regions.get(node)
             if region is not None:
                 self._cover(node, region)
+            elif self.compiled and node.name().startswith(COMPILED):
+                self._covered.setdefault(node, set()).update(self.compiled)
+            elif self.compiled and node.name().startswith(TRACED):
+                self._cover(node, Region(self.compiled, None))
             stack.append((node, True))
             stack += [(child, False) for child, _ in node.next_functions if child is not None and child not in own]
 
