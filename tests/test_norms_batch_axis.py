@@ -192,10 +192,24 @@ def test_a_module_that_returns_no_tensor_is_served_by_one_around_it():
     check(Unwraps(), torch.randn(3, 4))
 
 
-def test_a_model_that_returns_no_tensor_is_refused_by_name():
+def test_a_model_that_returns_an_object_is_exact():
     model = ReturnsAnObject()
+    for _ in range(3):
+        x = torch.randn(3, 4)
+        with PerSampleGradNorms(model) as norms:
+            model(x).value.sum().backward()
+            torch.testing.assert_close(norms.per_sample["ReturnsAnObject"], 3 * x.norm(dim=1))
+
+
+def test_a_model_whose_result_cannot_be_looked_into_is_refused_by_name():
+    class Hides(ReturnsAnObject):
+        def forward(self, x):
+            y = x * self.gain
+            return lambda: y
+
+    model = Hides()
     with PerSampleGradNorms(model) as norms:
-        model(torch.randn(3, 4)).value.sum().backward()
+        model(torch.randn(3, 4))().sum().backward()
         with pytest.raises(UncoveredParameterError, match=r"gain: has a gradient.*forward"):
             norms.per_sample  # noqa: B018
 

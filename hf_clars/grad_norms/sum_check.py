@@ -167,11 +167,11 @@ class SumCheck:
                 raise SumCheckError(
                     f"{self._names.get(param, 'a parameter')}: the samples' gradients do not add up to the batch "
                     f"gradient. They differ from it by {difference:.3g}, and its norm is {norm:.3g}. A use of the "
-                    "parameter was missed, or counted twice: outside of the model's forward uses are not seen. "
-                    f"{IN_A_FORWARD}. Or a layer rule of yours is wrong. If not, please report "
-                    "this model, and until then freeze the "
-                    f"parameter, or {WITHOUT_SAMPLES}. Or the loss has a part that is no sample's, as a penalty on "
-                    "weights: use weight_decay for it, or set check_every = 0 on the norms (CLARS: optimizer.norms)."
+                    "parameter was missed, or counted twice, or a layer rule of yours is wrong. Uses outside of the "
+                    f"model's forward are not seen. {IN_A_FORWARD}. Or the loss has a part that is no sample's, as a "
+                    "penalty on weights: use weight_decay for it, or set check_every = 0 on the norms (CLARS: "
+                    "optimizer.norms). If it is none of these, please report this model, and until then freeze the "
+                    f"parameter, or {WITHOUT_SAMPLES}."
                 )
 
     def _table(self) -> Tensor:
