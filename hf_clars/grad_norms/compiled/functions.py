@@ -127,3 +127,7 @@ class OneProduct(torch.autograd.Function):
                 x_grad = x_grad.to(ctx.x_dtype)
         grads = [total.to(dtype) for total, dtype in zip(sums, ctx.param_dtypes, strict=True)]
         return None, None, None, None, x_grad, *squares, *(t.new_ones(1) for t in squares), *grads
+
+
+NODES = tuple(f"{function.__name__}Backward" for function in (Watched, Summed, Linked, OneProduct))
+"""Names of their places in the graph, where a compiler leaves them as they are: torch 2.8 with `backend="eager"`."""

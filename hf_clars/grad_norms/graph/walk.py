@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from hf_clars.distributed import whole_shape
+from hf_clars.grad_norms.compiled.functions import NODES
 from hf_clars.grad_norms.torch_internals import BATCH_NORM_NODES, COMPILED, TRACED, dtype_at, results_of, shape_at
 
 Edge = tuple[Node, int]
@@ -151,7 +152,7 @@ class GraphWalk:
                 self._cover(node, region)
             elif self.compiled and node.name().startswith(COMPILED):
                 self._covered.setdefault(node, set()).update(self.compiled)
-            elif self.compiled and node.name().startswith(TRACED):
+            elif self.compiled and node.name().startswith((TRACED, *NODES)):
                 self._cover(node, Region(self.compiled, None))
             stack.append((node, True))
             stack += [(child, False) for child, _ in node.next_functions if child is not None and child not in own]
