@@ -82,6 +82,11 @@ def linear_weight_grads(x: Tensor, g: Tensor) -> Tensor:
     return product(g.mT, x)
 
 
+def linear_weight_rows(x: Tensor, g: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of each sample's `linear_weight_grads`, by their numbers: rows [B, S] -> [B, S, in]."""
+    return g.gather(2, rows.unsqueeze(1).expand(-1, g.shape[1], -1)).mT @ x
+
+
 def embedding_weight_squared_norm(tokens: Tensor, g: Tensor) -> Tensor:
     """Squared norm of each sample's gradient of an embedding table.
 

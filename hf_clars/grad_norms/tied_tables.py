@@ -51,7 +51,7 @@ class TiedTable:
             return
         x, g = positions(saved[0]), positions(g)
         squares = call.rule.squared_norms(call.module, (x,), g, {name})[name]
-        rows = [g.gather(2, tokens.unsqueeze(1).expand(-1, g.shape[1], -1)).mT @ x for tokens in self.tokens]
+        rows = [norm_math.linear_weight_rows(x, g, tokens) for tokens in self.tokens]
         self._dense.append(squares)
         self._rows.append(rows)
 

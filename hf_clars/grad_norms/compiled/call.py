@@ -16,7 +16,7 @@ from hf_clars.grad_norms.compiled.functions import Linked, OneProduct, Watched, 
 from hf_clars.grad_norms.compiled.operations import check_sum, refuse
 from hf_clars.grad_norms.compiled.uses import kind_of_use, looks_up, note_uses, watch_trace
 from hf_clars.grad_norms.hooked_modules import HookedModule
-from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
+from hf_clars.grad_norms.norm_math import at_least_float32, linear_weight_rows, slices_of, squared_sum
 from hf_clars.grad_norms.pytree import tensor_given
 from hf_clars.grad_norms.registry import LayerRule, is_shipped
 from hf_clars.grad_norms.rules.linear import positions
@@ -237,8 +237,7 @@ class CompiledCall:
             rows = self.row_grads(saved, g, batch)
             return (tokens.unsqueeze(2) == mine.unsqueeze(1)).to(rows.dtype) @ rows
         (x,), g, _ = self._wide(saved, g, batch)
-        x, g = positions(x), positions(g)
-        return g.gather(2, tokens.unsqueeze(1).expand(-1, g.shape[1], -1)).mT @ x
+        return linear_weight_rows(positions(x), positions(g), tokens)
 
     def whole_backward(
         self, names: tuple[str, ...], x: Tensor, weight: Tensor, g: Tensor, *, input_wanted: bool
