@@ -1,4 +1,4 @@
-"""Promise: compiled code takes no other axis for the batch, and says in our words what it cannot measure."""
+"""Promise: compiled code takes no other axis for the batch: it follows the samples through what is done with axes."""
 
 import copy
 
@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from hf_clars.grad_norms import (
-    BatchAxisError,
     LayerRule,
     PerSampleGradNorms,
     UncoveredParameterError,
@@ -60,22 +59,51 @@ class TimeFirst(Net):
         return self.head(torch.relu(self.linear(x.transpose(0, 1)))).mean(0)
 
 
-@pytest.mark.parametrize("make", [BatchSecond, Column, TableAsLongAsTheBatch, FrozenTableAsLongAsTheBatch])
+class TimeFolded(Net):
+    """[T * B, ...], and windows [B * 2, ...] of it later."""
+
+    def forward(self, x):
+        y = self.linear(x.transpose(0, 1).reshape(-1, 6)).view(4, -1, 6).transpose(0, 1)
+        return self.head(y.reshape(-1, 2, 6).tanh()).view(-1, 4, 3).mean(1)
+
+
+class Halves(Net):
+    """Every sample's steps in two parts; the second one turned round."""
+
+    def forward(self, x):
+        first, second = x.chunk(2, dim=1)
+        y = torch.stack([first, second.flip(1)])  # [2, B, T / 2, 6]
+        return self.head(self.linear(y).sum(2, keepdim=True).squeeze(2)).permute(1, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [BatchSecond, Column, TableAsLongAsTheBatch, FrozenTableAsLongAsTheBatch, TimeFirst, TimeFolded, Halves],
+)
 def test_another_axis_is_not_taken_for_the_batch(make):
-    """Each of these gave wrong norms, and the first two another output."""
-    model = make()
-    inputs = {BatchSecond: torch.randn(4, 6), Column: torch.randint(4, (4, 2))}.get(make, torch.randn(4, 4, 6))
-    with PerSampleGradNorms(model), pytest.raises(BatchAxisError, match=r"whose is not known. Run one forward"):
-        whole(model)(inputs)
+    """There are as many steps as samples. Taken for the batch, the first axis gave wrong norms."""
+
+    def inputs(batch):
+        shape = {BatchSecond: (batch, 6), Column: (batch, 2)}.get(make, (batch, 4, 6))
+        return (torch.randint(4, shape) if make is Column else torch.randn(shape),)
+
+    compare(make(), whole, inputs, (4, 4, 4))
 
 
-def test_time_first_is_refused_once_a_pass_has_shown_it_also_where_there_are_as_many_steps_as_samples():
-    model = TimeFirst()
-    with PerSampleGradNorms(model) as norms:
-        model(torch.randn(5, 4, 6)).square().sum().backward()
-        assert len(norms.per_sample["linear"]) == 5
-        with pytest.raises(BatchAxisError, match="have shown no way to tell"):
-            whole(model)(torch.randn(4, 4, 6))
+class Mixed(Net):
+    """Samples change places by what they are: nothing says where they went."""
+
+    def forward(self, x):
+        order = x.sum(1).argsort()
+        return self.head(self.linear(x[order].view(2, -1, 6))).flatten(0, 1)
+
+
+def test_where_samples_are_cannot_be_followed_is_said():
+    model = Mixed()
+    norms = PerSampleGradNorms(model)
+    with pytest.raises(UncoveredParameterError, match=r"linear\.weight.*does not begin with the batch of 4"):
+        whole(model)(torch.randn(4, 6))
+    norms.remove()
 
 
 class Positions(Net):
@@ -129,11 +157,10 @@ class HeadAndBias(Head):
 
 def test_a_bias_may_have_another_owner_who_does_not_use_it():
     compare(Head(), whole, lambda batch: (torch.randn(batch, 6),), (4, 4, 4))
-    norms = PerSampleGradNorms(model := HeadAndBias())
-    assert norms.why_not_compiled() == "bias, head.weight"
-    with pytest.raises(UncoveredParameterError, match=r"bias, head\.weight: no layer rule"):
-        whole(model)(torch.randn(4, 6))
-    norms.remove()
+
+
+def test_or_one_who_uses_it_too():
+    compare(HeadAndBias(), whole, lambda batch: (torch.randn(batch, 6),), (4, 4, 4))
 
 
 def test_some_samples_are_checked_three_times():

@@ -287,7 +287,7 @@ def test_a_trace_shows_what_it_makes_of_tensors_from_outside():
 
     @torch.compiler.assume_constant_result
     def watch():
-        traces.when_traced(lambda traced: found.extend(traces.uses_in_trace(traced)))
+        traces.when_traced(lambda traced: found.extend(traces.uses_in_trace(traced.graph, traced.nn_modules)))
         return True
 
     class Model(nn.Module):

@@ -323,6 +323,12 @@ class HookedNorms(NormAccumulator):
             self._ever_captured.update(params)
             self._ways.note(call.in_words(), params)
 
+    def _note_bare(self, params: Sequence[nn.Parameter]) -> None:
+        """Compiled code measures bare uses of these parameters."""
+        if params:
+            self._ever_captured.update(params)
+            self._ways.note("copies for each sample, at its uses in the compiled graph", params)
+
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""
         self._following.end()

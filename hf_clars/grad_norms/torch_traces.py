@@ -5,11 +5,15 @@ They end when torch lets hooks see a trace. `tests/test_torch_internals.py` fail
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_clars.grad_norms.pytree import tensors_in
 
@@ -24,26 +28,120 @@ def trace_anew(why: str) -> None:
     raise torch._dynamo.exc.UnspecializeRestartAnalysis(restart_reason=why)
 
 
+def at_root_of_trace() -> bool:
+    """Whether the trace under way is not inside of a function that gets a graph of its own, as with checkpointing."""
+    return bool(torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.is_root_tracer())
+
+
+def before_compiling(change: Callable[[Any], None]) -> None:
+    """Let `change(traced)` change what was traced, a graph module, before the compiler gets it."""
+    output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
+    compiler: Callable[..., Any] = output.compiler_fn  # type: ignore[assignment]  # it is None in exports only
+
+    @functools.wraps(compiler)
+    def changed(traced: Any, inputs: Any, **settings: Any) -> Any:
+        try:
+            change(traced)
+        except torch._dynamo.exc.RestartAnalysis:
+            output.root_tx.speculation_log.clear()  # it holds where the code went that is traced anew
+            raise
+        return compiler(traced, inputs, **settings)
+
+    output.compiler_fn = changed
+
+
+def compile_anew(why: str) -> NoReturn:
+    """As `trace_anew`, when the trace has ended and what was traced is compiled."""
+    raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason=why)
+
+
+def value_of(node: Any) -> Any:
+    """What stands for a node's value in a trace: a tensor without numbers, or what is no tensor."""
+    return node.meta.get("example_value")
+
+
+def held_by(node: Any) -> Any:
+    """What a trace took from outside at an input; None for numbers."""
+    held = node.meta.get("grapharg")
+    return None if held is None else held.example
+
+
+def is_from_model(node: Any, parameters: Iterable[Any]) -> bool:
+    """Whether an input of a trace is held by the module that these inputs, parameters, are reached from."""
+
+    def name(of: Any) -> str:
+        held = of.meta.get("grapharg")
+        found = "" if held is None else held.source.name
+        return found if isinstance(found, str) else str(found())  # a method in older versions of torch
+
+    roots = {name(p).partition("._modules[")[0].partition("._parameters[")[0] for p in parameters}
+    return any(name(node).startswith(f"{root}.") for root in roots)
+
+
+@contextmanager
+def fake_values(like: Tensor) -> Iterator[None]:
+    """Compute on what stands for tensors in a trace; what cannot be done there is not logged as an error of torch's."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        with like.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+            yield
+    finally:
+        log.disabled = disabled
+
+
+def opened(node: Any) -> tuple[Any, list[Any]]:
+    """The operations that a function of torch's in a trace is made of.
+
+    Args:
+        node: The call.
+
+    Returns:
+        A graph with a value for each node, and the nodes whose tensors it takes. Its output is a tuple.
+    """
+    inputs = [n for n in node.all_input_nodes if isinstance(value_of(n), Tensor)]
+
+    def call(*tensors: Tensor) -> Any:
+        given = dict(zip(inputs, tensors, strict=True))
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: given[n] if n in given else value_of(n))
+        return tuple(node.target(*args, **kwargs))
+
+    values = [value_of(n) for n in inputs]
+    with values[0].fake_mode:
+        graph = make_fx(call, pre_dispatch=True)(*(t.detach() for t in values)).graph
+    for n in graph.nodes:
+        n.meta = {"example_value": n.meta.get("val")}
+        for t in tensors_in(value_of(n)):
+            t.requires_grad_(t.is_floating_point())
+    return graph, inputs
+
+
+def attention(*args: Any, **kwargs: Any) -> Tensor:
+    """`scaled_dot_product_attention` as products and a softmax: its kernels have no gradient of a sample's mask."""
+    return torch._scaled_dot_product_attention_math(*args, **kwargs)[0]
+
+
 def when_traced(look: Callable[[Any], None]) -> None:
     """Let `look(traced)` see what was traced when the trace under way ends; for `uses_in_trace`."""
     traced = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
     traced.add_cleanup_hook(lambda: look(traced))
 
 
-def uses_in_trace(traced: Any) -> Iterator[tuple[Tensor, str, type | None]]:
+def uses_in_trace(graph: Any, bodies: Mapping[str, Any]) -> Iterator[tuple[Tensor, str, type | None]]:
     """What a trace makes of tensors from outside, as far as that may be differentiated.
 
     Args:
-        traced: See `when_traced`.
+        graph: Of the trace.
+        bodies: Functions with graphs of their own that it calls, by name.
 
     Yields:
         The tensor; the operation; the class of the module that calls it, None for the code that was compiled itself.
         What this does with parameters of its own is left out.
     """
-    for node in traced.graph.nodes:
+    for node in graph.nodes:
         held = node.meta.get("grapharg") if node.op == "placeholder" else None
         if held is not None and isinstance(held.example, Tensor) and held.example.requires_grad:
-            for operation, caller in _uses_of(node, traced.nn_modules):
+            for operation, caller in _uses_of(node, bodies):
                 if caller is not None or "_modules_" in node.name:
                     yield held.example, operation, caller
 

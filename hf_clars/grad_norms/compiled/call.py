@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.compiled.functions import Linked, OneProduct, Watched, Way
 from hf_clars.grad_norms.compiled.operations import check_sum, refuse
-from hf_clars.grad_norms.compiled.uses import kind_of_use, looks_up, note_uses, watch_trace
+from hf_clars.grad_norms.compiled.uses import BARE, kind_of_use, looks_up, note_bare, note_uses
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, linear_weight_rows, slices_of, squared_sum
 from hf_clars.grad_norms.pytree import tensor_given
@@ -87,12 +87,19 @@ class CompiledCall:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """After the module's forward, while a compiler looks on. What is returned takes the output's place."""
         x = tensor_given(args, kwargs)
-        wanted = [i for i, n in enumerate(self.names) if getattr(module, n).requires_grad]
-        if not (self.state.measures and torch.is_grad_enabled() and wanted) or x is None:
+        ways = self.state.uses.ways
+        wanted = [
+            i
+            for i, (n, row) in enumerate(zip(self.names, self.row_numbers, strict=True))
+            if getattr(module, n).requires_grad and ways[row] != BARE
+        ]
+        if not (self.state.measures and torch.is_grad_enabled()) or x is None:
+            return None
+        self.state.keep_rows()
+        if not wanted:
             return None
         if not self.rows:
             return refuse(output, self.state.receiver, used_twice(self.name), False)
-        watch_trace(self.state.uses.number)
         if self.state.within:
             self._note_uses(wanted)
         names = tuple(self.names[i] for i in wanted)
@@ -104,9 +111,11 @@ class CompiledCall:
             self.ran = True
         batch = rows[0].shape[0]
         if not self._layout_is_known(x, output, batch):
+            if self.state.within:  # the uses are found in what is traced, where axes can be followed
+                note_bare(self.state.uses, [self.row_numbers[i] for i in wanted])
             return refuse(output, self.state.receiver, self._unknown_rows(x, batch), True)
         spread = output.shape[0] == 1 != batch
-        way = None if spread or any(summed) else self._way(names, x, output, batch)
+        way = None if spread or any(summed) or not self._is_first() else self._way(names, x, output, batch)
         if way is not None:
             params = [getattr(self.module, n) for n in names]
             return OneProduct.apply(output.detach(), self, names, way, x, *rows, *params)
@@ -133,7 +142,7 @@ class CompiledCall:
     def _note_uses(self, wanted: list[int]) -> None:
         uses = self.state.uses
         rows, kinds = [self.row_numbers[i] for i in wanted], [self.kinds[i] for i in wanted]
-        note_uses(uses.number, self.hooked.path, rows, kinds)
+        note_uses(uses, self.hooked.path, rows, kinds)
         if uses.several and not self.state.shares:
             self.state.share()
 
@@ -151,6 +160,14 @@ class CompiledCall:
         if products and self.rule.gives_whole_backward and self.rule.supplies_backward(self.module, x, output):
             return "kernels"
         return "torch" if self.rule.gives_input_grad and self.rule.fuses_weight_grad(self.module, x, output) else None
+
+    def _is_first(self) -> bool:
+        """Whether no other tracker's call of this module comes before: it would be cut off."""
+        for hook in self.module._forward_hooks.values():
+            traced = getattr(hook, "traced", None)
+            if isinstance(traced, CompiledCall):
+                return traced is self
+        return True
 
     def _layout_is_known(self, x: Tensor, output: Tensor, batch: int) -> bool:
         """Whether the first axis is the batch, or folds it as an uncompiled pass has shown."""

@@ -7,17 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_clars.grad_norms.compiled.bare_uses import BareUses
 from hf_clars.grad_norms.compiled.call import PATIENCE, CompiledCall
 from hf_clars.grad_norms.compiled.functions import Summed
-from hf_clars.grad_norms.compiled.operations import begin_pass
+from hf_clars.grad_norms.compiled.operations import begin_pass, keep_rows
 from hf_clars.grad_norms.compiled.uses import (
+    BARE,
     LINKED,
+    ONCE,
     SUMMED,
     Links,
     Uses,
+    bare_ones,
     can_be_compiled,
     looks_up,
     measured,
+    watch_trace,
 )
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.pytree import of_the_batch, tensors_in
@@ -44,6 +49,7 @@ class CompiledCalls:
         checked: Whether sums are checked in this batch.
         paused: As the tracker's.
         by_tokens: Whether the loss is a mean over tokens.
+        beside: Rows of parameters whose bare uses compiled code measures.
         reason: Which parameters stand in the way of `whole`, in words.
     """
 
@@ -51,7 +57,7 @@ class CompiledCalls:
         self.model = model
         self.receiver = receiver
         self.measures = self.within = self.shares = False
-        self.number: Tensor | None = None
+        self.number = self.rows = self.counts = None  # type: Tensor | None
         self.given_axes: tuple[int, ...] = ()
         self.given: tuple[Tensor, ...] = ()
         self.checked = True
@@ -63,19 +69,23 @@ class CompiledCalls:
         for h in hooked:
             for p in h.params.values():
                 owners.setdefault(p, []).append(h)
-        self.params = measured(owners)
+        with_rules = measured(owners)
+        bare, missing = bare_ones(owners, with_rules)
+        self.params = [*with_rules, *bare]
         self.shapes = [tuple(p.shape) for p in self.params]
-        self.uses = Uses(len(self.params), [h for h in hooked if can_be_compiled(h)])
+        ways = [ONCE] * len(with_rules) + [BARE] * len(bare)
+        self.beside: set[int] = set()
+        self.uses = Uses(ways, [h for h in hooked if can_be_compiled(h)], self._measure_bare)
         rows = {p: i for i, p in enumerate(self.params)}
         self.links = {i: Links() for p, i in rows.items() if any(looks_up(h.rule) for h in owners[p])}
         for h in hooked:
-            if can_be_compiled(h) and rows.keys() >= set(h.params.values()):
+            if can_be_compiled(h) and h.params and set(with_rules) >= set(h.params.values()):
                 self.calls[h.path] = CompiledCall(self, h, [rows[p] for p in h.params.values()])
-        missing = [
-            of[0].full_name(n) for p, of in owners.items() if p not in rows for n, q in of[0].params.items() if q is p
-        ]
-        self.whole = bool(self.params) and not missing
-        self.reason = ", ".join(missing)
+        self._owners = owners
+        # A graph in which no module is called that tells of itself is not seen.
+        alone = [] if self.calls else bare
+        self.whole = bool(self.params) and not missing and not alone
+        self.reason = ", ".join(self._name_of(p) for p in owners if p in {*missing, *alone})
         wide = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
         # Of one number, and not without axes: the compiler takes those for numbers of Python, and begins anew.
         self.leaf = torch.zeros(1, dtype=wide, requires_grad=True)
@@ -91,7 +101,7 @@ class CompiledCalls:
         weights = label_counts(self.model, kwargs) if self.by_tokens else None
         rows, uses, number = begin_pass(self.leaf, batched, weights, self.receiver, len(self.params), self.checked)
         each, used = rows.unbind(0), uses.unbind(0)
-        self.measures = True
+        self.measures, self.rows, self.counts = True, rows, uses
         self.within = torch.compiler.is_compiling()
         for call in self.calls.values():
             call.rows = tuple(each[i] for i in call.row_numbers)
@@ -117,6 +127,30 @@ class CompiledCalls:
             call.rows = tuple(shared.get(i, row) for i, row in zip(call.row_numbers, call.rows, strict=True))
             call.summed = tuple(way == SUMMED for way in ways)
 
+    # ---- bare uses -------------------------------------------------------------------------------------------
+
+    def keep_rows(self) -> None:
+        """A module is called in a trace: let what measures bare uses find the rows there."""
+        if watch_trace(self.uses) and self.within and self.measures:
+            keep_rows(self.rows, self.counts, self.receiver, list(self.given_axes))
+
+    def bare_rows(self) -> list[int]:
+        """The rows of parameters with bare uses."""
+        return [i for i, way in enumerate(self.uses.ways) if way == BARE]
+
+    def _measure_bare(self, traced: Any) -> None:
+        BareUses(self, traced).measure()
+
+    def name_of_row(self, row: int) -> str:
+        """A parameter's name in the model."""
+        return self._name_of(self.params[row])
+
+    def _name_of(self, param: nn.Parameter) -> str:
+        owner = self._owners[param][0]
+        return next(owner.full_name(n) for n, q in owner.params.items() if q is param)
+
+    # ---- parts of the model ----------------------------------------------------------------------------------
+
     def expects_code(self) -> bool:
         """Whether compiled code may be met in a call outside of it."""
         return self.expected > 0 or any(m._compiled_call_impl is not None for m in self.modules)
@@ -133,6 +167,7 @@ class CompiledCalls:
         """The model returns. In compiled code and outside."""
         self.measures = self.within = self.shares = False
         self.given = ()
+        self.rows = self.counts = None
         for call in self.calls.values():
             call.rows = call.counts = call.summed = ()
         for links in self.links.values():

@@ -35,7 +35,8 @@ class CompiledContainer:
         """Note that it was called, or say what cannot be measured."""
         state = self.state
         if state.within and state.measures:
-            note_done(state.uses.number, self.path)
+            state.keep_rows()
+            note_done(state.uses, self.path)
         if self.missing and not (state.within or state.paused) and torch.is_grad_enabled():
             state.number = refuse(state.place, state.receiver, not_compiled(self.missing), False)
 

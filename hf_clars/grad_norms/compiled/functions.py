@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from hf_clars.grad_norms.compiled.operations import check_sum
 from hf_clars.grad_norms.norm_math import squared_sum
 from hf_clars.grad_norms.torch_internals import no_autocast
 
@@ -55,6 +56,49 @@ class Summed(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """The backward pass; see the class."""
         return squared_sum(g), g.new_ones(1), None
+
+
+class Copies(torch.autograd.Function):
+    """As `Summed`, for a parameter's bare uses: zeros [B, *shape], whose "gradient" is the parameter's, by sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        row: Tensor,
+        count: Tensor,
+        number: int,
+        shape: tuple[int, ...],
+        receiver: int,
+        checked: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The forward pass; `number` is the row's, and `dtype` the parameter's."""
+        ctx.number, ctx.receiver, ctx.checked, ctx.dtype = number, receiver, checked, dtype
+        return row.new_zeros(()).expand(row.shape[0], *shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """The backward pass; see the class."""
+        squares = squared_sum(g)
+        if ctx.checked:
+            place = torch.full((1,), ctx.number)
+            squares = check_sum(squares, g.sum(0), squares.sqrt().sum(), place, 0, ctx.receiver, ctx.dtype)
+        return squares, g.new_ones(1), None, None, None, None, None
+
+
+class Beside(torch.autograd.Function):
+    """A result y, beside which z was made for the samples' gradients: both get y's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor) -> Tensor:
+        """The forward pass: y."""
+        ctx.dtype = z.dtype
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The backward pass; see the class."""
+        return g, g.to(ctx.dtype)
 
 
 class Linked(torch.autograd.Function):
@@ -129,5 +173,5 @@ class OneProduct(torch.autograd.Function):
         return None, None, None, None, x_grad, *squares, *(t.new_ones(1) for t in squares), *grads
 
 
-NODES = tuple(f"{function.__name__}Backward" for function in (Watched, Summed, Linked, OneProduct))
+NODES = tuple(f"{function.__name__}Backward" for function in (Watched, Summed, Copies, Beside, Linked, OneProduct))
 """Names of their places in the graph, where a compiler leaves them as they are: torch 2.8 with `backend="eager"`."""

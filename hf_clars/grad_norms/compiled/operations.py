@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -41,9 +42,22 @@ def enlist(receiver: Any) -> int:
     return number
 
 
-def receiver_of(number: int) -> Any:
-    """The receiver with this number; None if it is gone."""
-    return _receivers.get(number)
+@torch.library.custom_op("hf_clars::keep_rows", mutates_args=())
+def keep_rows(rows: Tensor, counts: Tensor, receiver: int, given_axes: Sequence[int]) -> Tensor:
+    """Nothing: a trace keeps what an operation takes, and it is found there.
+
+    Args:
+        rows: See `begin_pass`.
+        counts: The same.
+        receiver: The number of whom they belong to.
+        given_axes: Lengths of the axes of what the model was called with, but for the batch.
+    """
+    return counts.clone()
+
+
+@keep_rows.register_fake
+def _(rows: Tensor, counts: Tensor, receiver: int, given_axes: Sequence[int]) -> Tensor:
+    return torch.empty_like(counts)
 
 
 #: For a compiler that captures graphs: these run in Python each time, and must stay outside.

@@ -54,7 +54,7 @@ class CompiledPasses:
         """What stands for a module's hook in compiled code."""
         if hooked.path in self.calls.calls:
             return self.calls.calls[hooked.path]
-        known = set(self.calls.params)
+        known = set(self.calls.params) - {self.calls.params[row] for row in self.calls.bare_rows()}
         inside = ((n, p) for n, p in hooked.module.named_parameters() if p in self._norms._layer_of)
         missing = ", ".join(hooked.full_name(n) for n, p in inside if p not in known)
         return CompiledContainer(self.calls, hooked.path, missing)
@@ -143,6 +143,7 @@ class CompiledPasses:
         self._arrived = {n for n in self._arrived if n in self._open} | {number}
         if forward_pass.begun_compiled:
             self._norms._note_compiled(list(self.calls.calls.values()))
+            self._norms._note_bare([self.calls.params[row] for row in self.calls.beside])
         found = squares[:, : forward_pass.measured].clamp(min=0)  # linked uses may cancel, but for rounding
         of_layers = found.new_zeros(self._layers[-1] + 1, found.shape[1])
         of_layers.index_add_(0, on_device(self._layer_index, found.device), found)
@@ -151,7 +152,8 @@ class CompiledPasses:
 
     def _used_outside(self) -> str:
         """What is wrong with uses that traces have shown, and no row knows of; "" if there are none."""
-        names = [words for p, words in self.calls.uses.outside.items() if p.requires_grad]
+        bare = {self.calls.params[row] for row in self.calls.bare_rows()}
+        names = [words for p, words in self.calls.uses.outside.items() if p.requires_grad and p not in bare]
         return used_outside(", ".join(names)) if names else ""
 
     def _used_twice(self, forward_pass: ForwardPass, uses: Tensor) -> str:

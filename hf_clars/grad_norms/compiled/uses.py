@@ -10,48 +10,56 @@ with code made for it:
 - **summed**: any other parameter. Its uses share zeros [B, *shape], and the "gradient" of these is the sum of each
   sample's gradients.
 
-Each row's count is delivered once in both, so that a use that was missed is told as ever. A use without the module that
-owns the parameter has no row: it is seen in what was traced, and refused.
+Each row's count is delivered once in both, so that a use that was missed is told as ever.
+
+- **bare**: what no module with a rule uses, or not only such a module. See `bare_uses.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_clars.grad_norms.compiled.operations import enlist, receiver_of
 from hf_clars.grad_norms.registry import LayerRule
-from hf_clars.grad_norms.torch_traces import current_trace, trace_anew, uses_in_trace, when_traced
+from hf_clars.grad_norms.torch_traces import (
+    at_root_of_trace,
+    before_compiling,
+    current_trace,
+    trace_anew,
+    uses_in_trace,
+    when_traced,
+)
 
 if TYPE_CHECKING:
     from hf_clars.grad_norms.hooked_modules import HookedModule
 
-ONCE, LINKED, SUMMED = range(3)
+ONCE, LINKED, SUMMED, BARE = range(4)
 
 
 class Uses:
     """How often each parameter is used, as traces of the model have shown it.
 
     Args:
-        parameters: How many there are.
+        ways: How each parameter is used, as far as that is known.
         hooked: The modules that use them.
+        compiling: Is called with what was traced, before that is compiled.
 
     Attributes:
-        number: By which traced code knows it.
-        ways: `ONCE`, `LINKED` or `SUMMED` for each parameter. The compiler guards it in code that has read it.
-        several: Whether there is one that is not `ONCE`.
+        ways: `ONCE`, `LINKED`, `SUMMED` or `BARE` for each parameter. The compiler guards it in code that has read it.
+        hooked: As given.
+        several: Whether there is one that is `LINKED` or `SUMMED`.
         outside: Parameters that are used without their modules: name and operation.
     """
 
-    def __init__(self, parameters: int, hooked: Sequence[HookedModule]) -> None:
-        self.number = enlist(self)
-        self.ways = (ONCE,) * parameters
+    def __init__(self, ways: Sequence[int], hooked: Sequence[HookedModule], compiling: Callable[[Any], None]) -> None:
+        self.ways = tuple(ways)
+        self._compiling = compiling
         self.several = False
         self.outside: dict[nn.Parameter, str] = {}
-        self._hooked = hooked
+        self.hooked = hooked
         self._watched: object = None
         self._trace: object = None
         self._kinds: dict[int, list[str]] = {}
@@ -83,18 +91,31 @@ class Uses:
             self.ways, self.several = tuple(ways), True
             trace_anew("hf_clars: a parameter is used several times")
 
-    def watch(self) -> None:
-        """A module is called in a trace: see what that trace is when it ends."""
-        if current_trace() != self._watched:
-            self._watched = current_trace()
-            when_traced(self._look)
+    def watch(self) -> bool:
+        """A module is called in a trace: see what that trace is when it ends. Whether this is the first call in it."""
+        if current_trace() == self._watched or not at_root_of_trace():
+            return False
+        self._watched = current_trace()
+        when_traced(self._look)
+        before_compiling(self._compiling)
+        return True
 
     def _look(self, traced: Any) -> None:
-        for tensor, operation, caller in uses_in_trace(traced):
-            owners = [(h, n) for h in self._hooked for n, p in h.params.items() if p is tensor]
+        self.outside |= self.used_outside(traced.graph, traced.nn_modules)
+
+    def used_outside(self, graph: Any, bodies: Mapping[str, Any]) -> dict[nn.Parameter, str]:
+        """The parameters that a traced graph uses without the modules that own them, and in which operation."""
+        found = {}
+        for tensor, operation, caller in uses_in_trace(graph, bodies):
+            owners = [(h, n) for h in self.hooked for n, p in h.params.items() if p is tensor]
             if owners and caller not in [type(h.module) for h, _ in owners]:
                 hooked, name = owners[0]
-                self.outside[hooked.params[name]] = f"{hooked.full_name(name)} (in {operation})"
+                found[hooked.params[name]] = f"{hooked.full_name(name)} (in {operation})"
+        return found
+
+    def measure_bare(self, rows: Collection[int]) -> None:
+        """Parameters are to be measured where they are used; what is traced for another way is no longer right."""
+        self.ways = tuple(BARE if i in rows else way for i, way in enumerate(self.ways))
 
     def note_done(self, path: str) -> None:
         """A module with others inside returns in a trace."""
@@ -117,23 +138,30 @@ def _way_of(kinds: list[str]) -> int:
 
 
 @torch.compiler.assume_constant_result
-def note_uses(number: int, path: str, rows: Sequence[int], kinds: Sequence[str]) -> bool:
-    """`Uses.note`, of the object with this number; it is called when a model is traced, and not by the code."""
-    receiver_of(number).note(path, rows, kinds)
+def note_uses(uses: Uses, path: str, rows: Sequence[int], kinds: Sequence[str]) -> bool:
+    """`Uses.note`; it is called when a model is traced, and not by the code."""
+    uses.note(path, rows, kinds)
     return True
 
 
 @torch.compiler.assume_constant_result
-def watch_trace(number: int) -> bool:
+def watch_trace(uses: Uses) -> bool:
     """`Uses.watch`, in the same way."""
-    receiver_of(number).watch()
+    return bool(uses.watch())
+
+
+@torch.compiler.assume_constant_result
+def note_done(uses: Uses, path: str) -> bool:
+    """`Uses.note_done`, in the same way."""
+    uses.note_done(path)
     return True
 
 
 @torch.compiler.assume_constant_result
-def note_done(number: int, path: str) -> bool:
-    """`Uses.note_done`, in the same way."""
-    receiver_of(number).note_done(path)
+def note_bare(uses: Uses, rows: Sequence[int]) -> bool:
+    """`Uses.measure_bare`, in the same way."""
+    uses.measure_bare(rows)
+    trace_anew("hf_clars: a parameter is measured where it is used")
     return True
 
 
@@ -174,6 +202,15 @@ def measured(owners: Mapping[nn.Parameter, Sequence[HookedModule]]) -> list[nn.P
         if len(left) == len(known):
             return [p for p in owners if p in left]
         known = left
+
+
+def bare_ones(
+    owners: Mapping[nn.Parameter, Sequence[HookedModule]], with_rules: Sequence[nn.Parameter]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Of the other parameters, those that are measured where they are used; and those that a compiler cannot follow."""
+    rest = [p for p in owners if p not in set(with_rules)]
+    stopped = {p for p in rest if any(h.rule is not None and not can_be_compiled(h) for h in owners[p])}
+    return [p for p in rest if p not in stopped], [p for p in rest if p in stopped]
 
 
 class Links:

@@ -1,0 +1,322 @@
+"""Parameters that compiled code uses without a module that has a rule: class tokens, `gamma`, tables, packed weights.
+
+What was traced is a graph of operations. A parameter's *use* is an operation with an operand that is made of parameters
+alone, and with another one that depends on the data. Beside the use, what led to it runs once more, for each sample
+with a copy of the parameter of its own:
+
+    y = use(x, made(p))                                                 as it was, with p's own gradient
+    z = vmap(use(., made(.)))(x.detach(), p.detach() + copies)
+    y = Beside(y, z)                                                    is y, and z gets the same gradient
+
+`copies` are zeros [B, *shape], whose "gradient" is every sample's own. Nobody needs the numbers of z, so a compiler
+leaves out what only they need.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hf_clars.grad_norms.compiled.places import SPREADS, Place, is_view, name_of, place_of
+from hf_clars.grad_norms.compiled.sample_use import CopiesOf, Joined, SampleUse, function_of
+from hf_clars.grad_norms.pytree import is_differentiable, tensors_in
+from hf_clars.grad_norms.torch_traces import (
+    attention,
+    compile_anew,
+    fake_values,
+    held_by,
+    is_from_model,
+    opened,
+    value_of,
+)
+
+if TYPE_CHECKING:
+    from hf_clars.grad_norms.compiled.calls import CompiledCalls
+
+MADE, CONSTANT, DATA = range(3)
+
+_IN_PLACE = {getattr(operator, f"i{n}"): getattr(operator, n) for n in ("add", "sub", "mul", "truediv", "matmul")}
+
+
+class _NotOfSamplesError(ValueError):
+    """A use whose samples cannot be told apart; its words say why."""
+
+
+class BareUses:
+    """Finds the bare uses in what was traced, and puts what measures them beside each.
+
+    Args:
+        calls: The tracker's state.
+        traced: The graph module; it is changed.
+    """
+
+    def __init__(self, calls: CompiledCalls, traced: fx.GraphModule) -> None:
+        self.calls = calls
+        self.module = traced
+        self.graph: fx.Graph = traced.graph
+        self.params: dict[fx.Node, int] = {}
+        self.copies: dict[int, fx.Node] = {}
+        self.kinds: dict[fx.Node, int] = {}
+        self.places: dict[fx.Node, Any] = {}
+        self.done: set[fx.Node] = set()
+        self.writes: dict[fx.Node, list[fx.Node]] = {}
+
+    def measure(self) -> None:
+        """Do it; where that is not possible, the code will refuse."""
+        if not self._find_rows():
+            return
+        held = {n: held_by(n) for n in self.graph.nodes if n.op == "placeholder"}
+        rows = {id(p): row for row, p in enumerate(self.calls.params)}
+        outside = self.calls.uses.used_outside(self.graph, dict(self.module.named_modules()))
+        self._measure_anew({rows[id(p)] for p in outside})
+        bare = {id(self.calls.params[row]): row for row in self.calls.bare_rows()}
+        self.params = {n: bare[id(t)] for n, t in held.items() if id(t) in bare and is_differentiable(t)}
+        known = {id(t) for t in itertools.chain(self.calls.model.parameters(), self.calls.model.buffers())}
+        of_model = [n for n, t in held.items() if id(t) in rows]
+        for node, t in held.items():
+            constant = not isinstance(t, Tensor) or id(t) in known or is_from_model(node, of_model)
+            self.kinds[node] = MADE if node in self.params else CONSTANT if constant else DATA
+            if not constant and t.dim() and value_of(node).shape[0] == self.batch:
+                self.places[node] = Place()
+        for node in list(self.graph.nodes):
+            if node.op == "output":
+                for made in self._differentiable(node):
+                    self._refuse(made, "it leaves the compiled code without having met a sample")
+            elif node.op != "placeholder" and node not in self.done:
+                self._follow(node)
+        by_module = {n: rows[id(t)] for n, t in held.items() if id(t) in rows and n not in self.params}
+        self._measure_anew({row for n, row in by_module.items() if any(map(self._is_folded, n.users))})
+        self.graph.lint()
+        self.module.recompile()
+
+    def _measure_anew(self, rows: set[int]) -> None:
+        """Trace the model anew, if there are parameters that no module can measure rightly."""
+        rows -= set(self.calls.bare_rows())
+        if rows:
+            self.calls.uses.measure_bare(rows)
+            compile_anew("hf_clars: a parameter is measured where it is used")
+
+    def _is_folded(self, node: fx.Node) -> bool:
+        """Whether an operation's samples are on another axis than a module's rule takes them for."""
+        place = self.places.get(node)
+        return isinstance(place, Place) and (place.axis != 0 or place.outer != 1)
+
+    def _find_rows(self) -> bool:
+        kept = [n for n in self.graph.nodes if n.target is torch.ops.hf_clars.keep_rows.default]
+        kept = [n for n in kept if n.args[2] == self.calls.receiver]
+        if kept:
+            self.rows, self.counts, _, axes = kept[0].args
+            self.axes = [value_of(a) if isinstance(a, fx.Node) else a for a in axes]
+            self.batch = value_of(self.rows).shape[1]
+        for node in kept:
+            self.graph.erase_node(node)
+        return bool(kept)
+
+    def _follow(self, node: fx.Node) -> None:
+        """One operation: what it is made of, where its samples are, and what measures it."""
+        made = self._differentiable(node)
+        written = _written(node)
+        if written is not None and self.kinds[written] == MADE:
+            self.writes.setdefault(self._memory_of(written), []).append(node)
+        with_data = any(self.kinds[n] == DATA for n in node.all_input_nodes)
+        differentiable = any(is_differentiable(t) for t in tensors_in(value_of(node)))
+        if not any(True for _ in tensors_in(value_of(node))) and node.op != "get_attr":
+            with_data = False  # a size
+        self.kinds[node] = DATA if with_data else MADE if made and differentiable else CONSTANT
+        self.places[node] = place_of(node, self.places, self.batch) if with_data else None
+        if made and name_of(node) == "multi_head_attention_forward":
+            return self._open(node)
+        if not (made and differentiable) or not (with_data or self._is_spread(node, made[0])):
+            return
+        self.kinds[node] = DATA
+        try:
+            self._put_beside(node, made)
+        except _NotOfSamplesError as error:
+            self._refuse(node, str(error))
+
+    def _differentiable(self, node: fx.Node) -> list[fx.Node]:
+        """What a node takes that is made of parameters, and may be differentiated."""
+        made = (n for n in node.all_input_nodes if self.kinds[n] == MADE)
+        return [n for n in made if any(is_differentiable(t) for t in tensors_in(value_of(n)))]
+
+    def _is_spread(self, node: fx.Node, made: fx.Node) -> bool:
+        """Whether one row of parameters becomes one for each sample, as a class token does."""
+        y, m = value_of(node), value_of(made)
+        one = isinstance(y, Tensor) and y.dim() > 0 and y.shape[0] == self.batch and self.batch not in self.axes
+        return one and name_of(node) in SPREADS and (m.dim() < y.dim() or m.shape[0] == 1 != self.batch)
+
+    def _open(self, node: fx.Node) -> None:
+        """Put the operations that a function of torch's is made of in its place, and follow these."""
+        inside, inputs = opened(node)
+        env = dict(zip((n for n in inside.nodes if n.op == "placeholder"), inputs, strict=True))
+        with self.graph.inserting_before(node):
+            own = [n for n in inside.nodes if n.op not in ("placeholder", "output")]
+            for n in own:
+                env[n] = self.graph.node_copy(n, env.__getitem__)
+        for user in list(node.users):
+            user.replace_all_uses_with(env[inside.output_node().args[0][user.args[1]]])
+            self.graph.erase_node(user)
+            self.done.add(user)
+        self.graph.erase_node(node)
+        for n in own:
+            self._follow(env[n])
+
+    # ---- one use ---------------------------------------------------------------------------------------------
+
+    def _put_beside(self, node: fx.Node, made: Sequence[fx.Node]) -> None:
+        y, batch = value_of(node), self.batch
+        if not isinstance(y, Tensor) or y.dim() == 0:
+            raise _NotOfSamplesError("the operation is a whole function, or has several results")
+        result = self.places[node] or Place()
+        if y.dim() <= result.axis or y.shape[result.axis] != result.length(batch):
+            raise _NotOfSamplesError(f"its result {tuple(y.shape)} does not begin with the batch of {batch}")
+        self.places[node] = result
+        target = self._functional(node)
+        for wide, alone, ambiguous in itertools.product((True, False), (False, True), (False, True)):
+            params, others, chain = self._operands(node, alone)
+            places = [self._place_in(n, y, result, ambiguous) for n in others]
+            run = function_of([*params, *others], chain, target, (batch, result) if alone else None)
+            use = SampleUse(run, len(params), places, result, batch, kept=_written(node) is not None, wide=wide)
+            if self._fits(use, params, others, y):
+                break
+        else:
+            raise _NotOfSamplesError("the operation cannot be done for one sample alone")
+        copies = [self._copies(self.params[p]) for p in params]
+        self._insert(node, use, [*copies, *params, *others])
+
+    def _functional(self, node: fx.Node) -> Any:
+        """The operation, or the one like it that does not write into its operand."""
+        written = _written(node)
+        if name_of(node) == "scaled_dot_product_attention":
+            if node.kwargs.get("dropout_p") or any(isinstance(a, float) and a for a in node.args[4:5]):
+                raise _NotOfSamplesError("it draws numbers at random")
+            return attention
+        if written is None:
+            return node.target
+        if node.target is operator.setitem or any(n is not node and n > node for n in written.users):
+            raise _NotOfSamplesError("the operation writes into what is used later")
+        return str(node.target)[:-1] if node.op == "call_method" else _IN_PLACE[node.target]
+
+    def _operands(self, node: fx.Node, alone: bool) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
+        """The parameters that led to a use; what else it and they were made with; and the operations, in order.
+
+        Args:
+            node: The use.
+            alone: Whether constants are taken as they were before they were spread over the samples.
+        """
+        params: dict[fx.Node, None] = {}
+        others: dict[fx.Node, None] = {}
+        chain, todo = {node}, [node]
+        while todo:
+            for n in todo.pop().all_input_nodes:
+                spread = alone and self.kinds[n] == CONSTANT and n.op != "placeholder" and is_view(name_of(n))
+                if n in self.params or not (spread or self.kinds[n] == MADE):
+                    (params if n in self.params else others)[n] = None
+                    continue
+                written = [w for w in self.writes.get(self._memory_of(n), ()) if w < node]
+                todo += {n, *written} - chain
+                chain.update([n, *written])
+        return list(params), list(others), sorted(chain)
+
+    def _memory_of(self, node: fx.Node) -> fx.Node:
+        """Whose memory a tensor that is made of parameters looks at."""
+        while is_view(name_of(node)) or _written(node) is not None:
+            node = node.all_input_nodes[0]
+        return node
+
+    def _place_in(self, node: fx.Node, y: Tensor, result: Place, ambiguous: bool) -> Place | None:
+        """Where the samples are in an operand; `ambiguous`: also in what may only be as long as the batch."""
+        t, place = value_of(node), self.places.get(node)
+        if not isinstance(t, Tensor) or t.dim() == 0 or place is not None:
+            return place
+        if t.shape[0] != y.shape[0] or result.axis:
+            return None
+        told = self.kinds[node] == DATA and (t.dim() >= y.dim() or not t.is_floating_point())
+        return result if told or ambiguous else None
+
+    def _fits(self, use: SampleUse, params: Sequence[fx.Node], others: Sequence[fx.Node], y: Tensor) -> bool:
+        with fake_values(y):
+            copies = [
+                value_of(p).new_zeros((use.batch, *value_of(p).shape), dtype=self.calls.leaf.dtype) for p in params
+            ]
+            try:
+                z = use(*copies, *(value_of(n) for n in (*params, *others)))
+            except Exception:  # whatever torch says where shapes do not fit
+                return False
+        return isinstance(z, Tensor) and z.shape == y.shape
+
+    def _copies(self, row: int) -> fx.Node:
+        if row not in self.copies:
+            calls, param = self.calls, self.calls.params[row]
+            calls.beside.add(row)
+            module = CopiesOf(row, tuple(param.shape), calls.receiver, checked=calls.checked, dtype=param.dtype)
+            after = max(self.rows, self.counts)
+            while after.next.op == "placeholder":
+                after = after.next
+            with self.graph.inserting_after(after):
+                self.copies[row] = self._call(module, f"copies_{row}", (self.rows, self.counts))
+        return self.copies[row]
+
+    def _insert(self, node: fx.Node, use: SampleUse, operands: Sequence[fx.Node]) -> None:
+        users = list(node.users)
+        with self.graph.inserting_before(node):
+            beside = self._call(use, f"use_{len(self.kinds)}", operands)
+        with self.graph.inserting_after(node):
+            joined = self._call(Joined(), f"joined_{len(self.kinds)}", (node, beside))
+        joined.meta = dict(node.meta)
+        self._replace(node, joined, users)
+
+    def _replace(self, node: fx.Node, new: fx.Node, users: Sequence[fx.Node]) -> None:
+        for user in users:
+            user.replace_input_with(node, new)
+        self.kinds[new], self.places[new] = DATA, self.places.get(node)
+
+    def _call(self, module: nn.Module, name: str, args: Sequence[fx.Node]) -> fx.Node:
+        name = f"hf_clars_{self.calls.receiver}_{name}"  # another tracker has its own
+        self.module.add_submodule(name, module)
+        return self.graph.call_module(name, tuple(args))
+
+    def _refuse(self, node: fx.Node, why: str) -> None:
+        """Let the code say that a use cannot be measured."""
+        names = ", ".join(self.calls.name_of_row(row) for row in sorted(self._rows_in(node)))
+        words = bare_use_refused(names, name_of(node), why)
+        users, place = list(node.users), node
+        if not isinstance(value_of(node), Tensor):  # of several results
+            place = next(n for n in node.all_input_nodes if isinstance(value_of(n), Tensor))
+            users = [node]
+        with self.graph.inserting_before(node) if place is not node else self.graph.inserting_after(node):
+            args = (place, self.calls.receiver, words, False)
+            said = self.graph.call_function(torch.ops.hf_clars.refuse.default, args)
+        said.meta = dict(place.meta)
+        kind = self.kinds[place]
+        self._replace(place, said, users)
+        self.kinds[said] = DATA if place is node else kind
+
+    def _rows_in(self, node: fx.Node) -> set[int]:
+        found, todo = set(), [node]
+        while todo:
+            n = todo.pop()
+            if n in self.params:
+                found.add(self.params[n])
+            todo += [m for m in n.all_input_nodes if self.kinds[m] == MADE]
+        return found
+
+
+def _written(node: fx.Node) -> fx.Node | None:
+    """What an operation writes into."""
+    method = node.op == "call_method" and str(node.target).endswith("_")
+    return node.all_input_nodes[0] if method or node.target in (*_IN_PLACE, operator.setitem) else None
+
+
+def bare_use_refused(names: str, operation: str, why: str) -> str:
+    """What is wrong with a use that compiled code cannot measure."""
+    return (
+        f"{names} (in {operation}): cannot be measured in compiled code, because {why}. Compile only the parts of the "
+        "model without it (as model.layers[0].compile()), register a rule (README of grad_norms), freeze it, or run "
+        "the model without torch.compile."
+    )
