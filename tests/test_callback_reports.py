@@ -3,11 +3,13 @@
 import json
 import logging
 
+import datasets
 import pytest
 import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from hf_clars.errors import DataError
 from hf_clars.per_sample import IndexedDataset, PerSampleLog, PerSampleNormsCallback, keep_index, with_index
 from hf_clars.per_sample.log import FOLDER
 from tests.callback_kit import LOGGER, brute_force, train
@@ -82,6 +84,14 @@ def test_a_data_set_without_a_length_or_room_for_an_index_is_refused():
         with_index(Stream())
     with pytest.raises(ValueError, match="has no room for an index"):
         IndexedDataset([1, 2])[0]
+
+
+@pytest.mark.parametrize("made", [list, datasets.Dataset.from_list], ids=["items", "columns"])
+def test_a_column_of_the_index_s_name_is_not_written_over(made):
+    data = made([{"x": 1, "sample_index": 7}])
+    with pytest.raises(DataError, match=r"has a column 'sample_index' already.*column="):
+        with_index(data)[0]
+    assert with_index(data, column="place")[0] == {"x": 1, "sample_index": 7, "place": 0}
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------

@@ -140,13 +140,15 @@ class GradientProbe:
     `backward()` has just added to them, tell the factor. Sparse gradients are left out: the others tell it as well.
 
     Args:
-        params: The trainable parameters.
+        params: The parameters; those that are frozen have no gradient to look at.
     """
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         self._params = list(params)
         self._before: dict[nn.Parameter, Tensor] = {}
-        self._handles: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._note) for p in self._params]
+        self._handles: list[RemovableHandle] = [
+            p.register_post_accumulate_grad_hook(self._note) for p in self._params if p.requires_grad
+        ]
 
     def _note(self, param: Tensor) -> None:
         if param.grad is not None and not param.grad.is_sparse and isinstance(param, nn.Parameter):

@@ -102,7 +102,8 @@ class NormMonitor:
         optimizer: Any = None,
         run: Any = None,
     ) -> None:
-        check_settings(every=every, top_k=top_k, decay=decay, flush_every=flush_every)
+        told: dict[str, Any] = {"layers": layers, "index_column": index_column}
+        check_settings(every=every, top_k=top_k, decay=decay, flush_every=flush_every, **told)
         self.every: int = every
         make_room(model, run)
         self.run = run
@@ -173,7 +174,7 @@ class NormMonitor:
         if self._attached is None and self.ended is None and not self._stopped:
             with self._guarded():
                 # Also before a step that is not measured: a model that is compiled must know the hooks from the start.
-                on_error = None if self.strict else self._end
+                on_error = None if self.strict else self.end
                 self._attached = AttachedNorms(self.model, self.layers, on_error=on_error, paused=True)
         if self._measuring or not self.due:
             return
@@ -182,13 +183,15 @@ class NormMonitor:
             with self._guarded():
                 self.early = before_zero_steps(self.layers, self._engine)
         if self._attached is not None:
-            self._attached.resume()
+            with self._guarded():
+                self._attached.resume()
 
     def note_index(self, index: Any) -> None:
         """The data set's indices of the pass that comes, or of the one that has just begun; None: nothing is known."""
         attached = self._attached
         if attached is not None and self._taker is not None and self._taker.meets_compiler:
-            attached.keep_hooks()
+            with self._guarded():
+                attached.keep_hooks()
         if index is not None and attached is not None and self._measuring:
             with self._guarded():
                 attached.note_index(checked_index(index))
@@ -237,7 +240,7 @@ class NormMonitor:
         """Whether a process cannot measure: then none goes on, since all must take part in the sums."""
         failed = any_process(here, self.layers[0].params[0].device)
         if failed and self.ended is None:
-            self._end(NothingMeasuredError("Another process could not measure, and says why."))
+            self.end(NothingMeasuredError("Another process could not measure, and says why."))
         self._stopped = failed
         return failed
 
@@ -300,9 +303,14 @@ class NormMonitor:
             if self.strict:
                 self._detach()
                 raise
-            self._end(error)
+            self.end(error)
 
-    def _end(self, error: Exception) -> None:
+    def end(self, error: Exception) -> None:
+        """Say once that an error ends the measuring, which the next measured step does on all processes alike.
+
+        Args:
+            error: What happened.
+        """
         if self.ended is None:
             self.ended = f"{type(error).__name__}: {error}"
             logger.warning(
