@@ -140,6 +140,24 @@ def test_a_resumed_run_has_the_log_and_the_averages_of_one_that_was_not_stopped(
     torch.testing.assert_close(again.monitor.noise.read().value, whole.monitor.noise.read().value, rtol=1e-9, atol=0)
 
 
+def test_the_hardest_of_a_window_are_named_also_if_the_run_was_stopped_within_it(tmp_path):
+    """The window is of steps 5 to 8, and the run resumes after step 6."""
+    settings = {"max_steps": 10, "logging_steps": 4, "save_strategy": "steps", "save_steps": 6}
+
+    def windows(resume=None):
+        callback = PerSampleNormsCallback(every=1, top_k=6, strict=True)
+        args = plain_args(tmp_path, **settings, per_device_train_batch_size=8, learning_rate=0.05)
+        trainer = Trainer(Plain(), args, train_dataset=with_index(Images()), callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        lines = (tmp_path / FOLDER / "windows.jsonl").read_text().splitlines()
+        return [(w["step"], [(h["step"], h["index"]) for h in w["hardest"]]) for w in map(json.loads, lines)]
+
+    whole = windows()
+    assert [step for step, _ in whole] == [4, 8, 10]
+    assert {step for step, _ in whole[1][1]} & {5, 6}
+    assert windows(str(tmp_path / "checkpoint-6")) == whole
+
+
 def test_a_callback_that_is_added_late_says_so_and_measures_from_there(tmp_path, caplog):
     late = PerSampleNormsCallback(every=2, strict=True)
 

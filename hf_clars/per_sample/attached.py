@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.hooks import BoundHook, PlacedHooks
 from hf_clars.layers import ParamLayer
 from hf_clars.per_sample.gradient import wide_dtype
+
+
+class NothingMeasuredError(HfClarsError, RuntimeError):
+    """A step that was to be measured gave no samples."""
 
 
 @dataclass

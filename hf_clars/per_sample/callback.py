@@ -132,6 +132,7 @@ class PerSampleNormsCallback(TrainerCallback):
                 model,
                 folder=folder,
                 first_step=state.global_step,
+                window_began=int(max((entry["step"] for entry in state.log_history if "loss" in entry), default=0)),
                 on_spike=self._on_spike,
                 optimizer=given.get("optimizer"),
                 run=state,

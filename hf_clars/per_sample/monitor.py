@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_clars.errors import ConfigError, HfClarsError
+from hf_clars.errors import ConfigError
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
-from hf_clars.per_sample.attached import AttachedNorms, LocalSamples
+from hf_clars.per_sample.attached import AttachedNorms, LocalSamples, NothingMeasuredError
 from hf_clars.per_sample.gradient import BeforeZeroSteps, GradientNotHereError, before_zero_steps, gradient_squares
 from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexTaker, checked_index
 from hf_clars.per_sample.log import PerSampleLog
@@ -25,10 +25,6 @@ from hf_clars.per_sample.spikes import NAMED, Spike, SpikeRule
 from hf_clars.per_sample.window import Hard, Window
 
 logger = logging.getLogger(__name__)
-
-
-class NothingMeasuredError(HfClarsError, RuntimeError):
-    """A step that was to be measured gave no samples."""
 
 
 class NormMonitor:
@@ -68,6 +64,7 @@ class NormMonitor:
         strict: An error of the measuring ends the training. Default False: it is reported once, and measuring ends.
         on_spike: Called with each `Spike`, on every process.
         first_step: Steps that were taken before, in a run that is resumed. Default 0.
+        window_began: In a run that is resumed, after which step the window began that it was in. Default: `first_step`.
         optimizer: For the noise scale under DeepSpeed's ZeRO: the optimizer that `accelerator.prepare` returned, or
             DeepSpeed's engine, which must step inside the block. Elsewhere it is not looked at.
         run: Any object that tells this run from others: a monitor of another run of the model is closed, not refused.
@@ -99,11 +96,12 @@ class NormMonitor:
         strict: bool = False,
         on_spike: Callable[[Spike], None] | None = None,
         first_step: int = 0,
+        window_began: int | None = None,
         optimizer: Any = None,
         run: Any = None,
     ) -> None:
-        told: dict[str, Any] = {"layers": layers, "index_column": index_column}
-        check_settings(every=every, top_k=top_k, decay=decay, flush_every=flush_every, **told)
+        taken: dict[str, Any] = {"layers": layers, "index_column": index_column, "flush_every": flush_every}
+        check_settings(every=every, top_k=top_k, decay=decay, **taken)
         self.every: int = every
         make_room(model, run)
         self.run = run
@@ -132,10 +130,8 @@ class NormMonitor:
         self.ended: str | None = None
         self._taker: IndexTaker | None = IndexTaker(model, index_column, self.note_index)
         if self._log is not None and first_step and PerSampleLog.is_in(self._log.folder.parent):
-            for row in self._log.rows():  # the averages of a run that is resumed are those that it had
-                if row.independent:
-                    self.noise.update(row.batch_square, row.sample_square, row.samples)
-                self._rule.look(row)
+            for row in self._log.rows():  # averages and window of a run that is resumed are those that it had
+                self._learn(row, in_window=row.step > (first_step if window_began is None else window_began))
         WATCHED[model] = weakref.ref(self)
 
     # ---- one step --------------------------------------------------------------------------------------------
@@ -182,18 +178,19 @@ class NormMonitor:
         if self.with_gradient:
             with self._guarded():
                 self.early = before_zero_steps(self.layers, self._engine)
-        if self._attached is not None:
-            with self._guarded():
+        with self._guarded():
+            if self._attached is not None:
                 self._attached.resume()
 
     def note_index(self, index: Any) -> None:
         """The data set's indices of the pass that comes, or of the one that has just begun; None: nothing is known."""
         attached = self._attached
-        if attached is not None and self._taker is not None and self._taker.meets_compiler:
-            with self._guarded():
+        if attached is None:
+            return
+        with self._guarded():
+            if self._taker is not None and self._taker.meets_compiler:
                 attached.keep_hooks()
-        if index is not None and attached is not None and self._measuring:
-            with self._guarded():
+            if index is not None and self._measuring:
                 attached.note_index(checked_index(index))
                 self.knows_indices = True
 
@@ -266,10 +263,7 @@ class NormMonitor:
                 "(clipping by value, noise), so they are not the batch's: set noise_scale=False."
             )
         self.last = found
-        if found.independent:
-            self.noise.update(found.batch_square, found.sample_square, found.samples)
-        self._window.add(found)
-        for spike in self._rule.look(found):
+        for spike in self._learn(found):
             logger.warning("%s", spike.sentence())
             if self._on_spike is not None:
                 self._on_spike(spike)
@@ -277,6 +271,13 @@ class NormMonitor:
             self._log.append(found)
             if found.step == 1 or (found.step // self.every) % self._flush_every == 0:
                 self._log.flush()
+
+    def _learn(self, found: StepMeasures, *, in_window: bool = True) -> list[Spike]:
+        if found.independent:
+            self.noise.update(found.batch_square, found.sample_square, found.samples)
+        if in_window:
+            self._window.add(found)
+        return self._rule.look(found)
 
     def end_step(self) -> None:
         """After the optimizer's step, measured or not."""
