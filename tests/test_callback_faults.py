@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_clars.errors import ConfigError, DataError, HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.per_sample import NormMonitor, PerSampleNormsCallback, with_index
+from hf_clars.layers import param_layers
+from hf_clars.per_sample import NormMonitor, PerSampleLog, PerSampleNormsCallback, rank_samples, with_index
 from hf_clars.per_sample.log import FOLDER
 from tests.callback_kit import LOGGER, Sentences, hooks_on, train
 from tests.trainer_kit import Images, Plain, plain_args
@@ -240,6 +241,25 @@ def test_parts_that_are_frozen_on_the_way_have_no_gradient_from_there_and_others
     torch.testing.assert_close(last.batch_square.sum().sqrt().float(), torch.tensor(logged), rtol=1e-5, atol=0)
 
 
+class Thaws(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            model.conv.requires_grad_(True)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_parts_that_thaw_on_the_way_are_measured_where_the_partition_has_them(tmp_path, first):
+    model = Plain()
+    model.conv.requires_grad_(False)
+    callback = PerSampleNormsCallback(every=1, strict=True, layers=param_layers(model, frozen=True))
+    callbacks = [Thaws(), callback] if first else [callback, Thaws()]
+    trainer = train(tmp_path, callbacks, model=model, max_grad_norm=0.1)
+    log = PerSampleLog.open(tmp_path).read()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    torch.testing.assert_close(log["batch_square"].sum(1).sqrt().float(), torch.tensor(logged), rtol=1e-4, atol=0)
+    assert (log["sample_norm"][:, 0] > 0).tolist() == [False] * 3 + [True] * 3
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -297,6 +317,15 @@ def test_settings_out_of_range_are_refused_before_the_run(wrong):
     for make in (PerSampleNormsCallback, lambda **settings: NormMonitor(Plain(), **settings)):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             make(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [lambda m: param_layers(Plain()), lambda m: [*param_layers(m), param_layers(m)[0]]])
+def test_a_partition_of_another_model_or_with_a_parameter_twice_is_refused(wrong):
+    model = Plain()
+    with pytest.raises(ConfigError, match=r"layers= has conv\.weight"):
+        NormMonitor(model, layers=wrong(model))
+    with pytest.raises(ConfigError, match=r"layers= has conv\.weight"):
+        rank_samples(model, Images(8), layers=wrong(model), progress=False)
 
 
 @pytest.mark.parametrize("model", [None, 3, [nn.Linear(2, 2)], torch.optim.SGD(nn.Linear(2, 2).parameters())], ids=str)

@@ -1,5 +1,6 @@
 """Promise: `rank_samples` gives each sample's own loss and gradient norm, goes on where it stopped, changes nothing."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -142,6 +143,19 @@ def test_only_the_indices_asked_for_are_ranked():
     assert list(ranked["index"]) == [9, 3, 5]
     with pytest.raises(DataError, match="between 0 and 63"):
         rank_samples(Plain(), Images(), indices=[64], progress=False)
+
+
+@pytest.mark.parametrize(
+    "given", [np.array([9, 3]), torch.tensor([9, 3]), iter([9, 3]), [np.int64(9), torch.tensor(3)]]
+)
+def test_indices_may_come_in_any_form(given):
+    assert list(rank_samples(Plain(), Images(), indices=given, progress=False)["index"]) == [9, 3]
+
+
+@pytest.mark.parametrize("given", [[True, False], np.zeros(64, bool), torch.ones(64) > 0, [1.5], ["a"], 3, [[1], [2]]])
+def test_a_mask_is_not_taken_for_samples_0_and_1_nor_anything_else_for_indices(given):
+    with pytest.raises(DataError, match="whole numbers"):
+        rank_samples(Plain(), Images(), indices=given, progress=False)
 
 
 class Smoothed(Plain):

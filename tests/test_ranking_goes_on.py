@@ -93,12 +93,12 @@ def test_a_function_that_calls_itself_is_told_too(tmp_path):
 
 def test_other_parameters_that_train_are_another_ranking(tmp_path):
     rank(tmp_path)
-    frozen = Plain()
+    frozen, plain = Plain(), Plain()
     frozen.conv.requires_grad_(False)
     with pytest.raises(DataError, match="other parameters"):
         rank(tmp_path, frozen)
     with pytest.raises(DataError, match="other parameters"):
-        rank(tmp_path, layers=param_layers(Plain())[-1:])
+        rank(tmp_path, plain, layers=param_layers(plain)[-1:])
 
 
 def test_another_configuration_or_module_with_the_same_weights_is_another_model(tmp_path):

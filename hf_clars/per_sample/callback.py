@@ -62,7 +62,8 @@ class PerSampleNormsCallback(TrainerCallback):
         noise_scale: Read the batch gradient too: noise scale, share of signal, R_k. Default True.
         strict: An error of the measuring ends the training. Default False: it is reported once, and measuring ends.
         decay: How much of the noise scale's averages a measured step keeps. Default 0.9.
-        layers: `"module"` (default), `"tensor"`, or a partition.
+        layers: `"module"` (default), `"tensor"`, or a partition. Parts that are frozen at first and thaw on the way
+            need `param_layers(model, frozen=True)`.
         norm_layers_only: The cheap mode: measure the normalisation layers only. Default False.
         index_column: Column of the batch with the data set's indices. Default `"sample_index"`.
         keep_log: Keep `per_sample_norms/` in the output folder. Default True.

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_clars.errors import ConfigError
-from hf_clars.layers import LayerMode, ParamLayer, param_layers
+from hf_clars.layers import LayerMode, ParamLayer
 from hf_clars.per_sample.attached import AttachedNorms, LocalSamples, NothingMeasuredError
 from hf_clars.per_sample.gradient import BeforeZeroSteps, GradientNotHereError, before_zero_steps, gradient_squares
 from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexTaker, checked_index
@@ -20,7 +20,7 @@ from hf_clars.per_sample.log import PerSampleLog
 from hf_clars.per_sample.measures import StepMeasures, step_measures
 from hf_clars.per_sample.noise_scale import NoiseScaleAverage
 from hf_clars.per_sample.norm_layers import Coupling, norm_layers
-from hf_clars.per_sample.setup import WATCHED, any_process, check_settings, log_in, make_room, watcher_of
+from hf_clars.per_sample.setup import WATCHED, any_process, check_settings, log_in, make_room, partition_of, watcher_of
 from hf_clars.per_sample.spikes import NAMED, Spike, SpikeRule
 from hf_clars.per_sample.window import Hard, Window
 
@@ -107,7 +107,7 @@ class NormMonitor:
         self.run = run
         self.model = model
         self.strict, self.with_gradient, self.top_k = strict, noise_scale, top_k
-        partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
+        partition = partition_of(model, layers)
         self.layers = norm_layers(model, partition) if norm_layers_only else partition
         if not self.layers:
             raise ConfigError(f"{type(model).__name__} has no trainable parameter whose gradients could be measured.")

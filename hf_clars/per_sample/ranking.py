@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 from hf_clars.errors import DataError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.pytree import map_tensors
-from hf_clars.layers import LayerMode, ParamLayer, param_layers
+from hf_clars.layers import LayerMode, ParamLayer
 from hf_clars.per_sample.indexing import INDEX_COLUMN, checked_length, named_columns, takes, without_column
 from hf_clars.per_sample.losses import LossesOf, sample_losses
 from hf_clars.per_sample.ranking_head import ranking_head
+from hf_clars.per_sample.setup import partition_of
 from hf_clars.records.files import write_complete
 
 if TYPE_CHECKING:
@@ -85,12 +86,10 @@ def rank_samples(
     if not isinstance(model, nn.Module):
         raise DataError(f"The model is a {type(model).__name__}, and no torch module.")
     length = checked_length(dataset)
-    wanted = list(range(length)) if indices is None else [int(i) for i in indices]
-    if any(not 0 <= i < length for i in wanted):
-        raise DataError(f"indices must be between 0 and {length - 1}, the data set's last.")
+    wanted = _wanted(length, indices)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise DataError(f"batch_size={batch_size!r}: give a positive number of samples.")
-    partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
+    partition = partition_of(model, layers)
     if not partition:
         raise DataError(f"{type(model).__name__} has no trainable parameter whose gradients could be ranked by.")
     columns = [f"norm/{layer.name}" for layer in partition] if per_layer else []
@@ -114,6 +113,18 @@ def rank_samples(
             store.flush()
     nothing = {"index": np.empty(0, np.int64)} | {name: np.empty(0) for name in ("loss", "norm", *columns)}
     return concatenate_datasets([Dataset(table) for table in store.tables() or [pa.table(nothing)]])
+
+
+def _wanted(length: int, indices: Any) -> list[int]:
+    """The indices to rank; whole numbers, and no mask, whose True and False would be taken for 1 and 0."""
+    given = range(length) if indices is None else indices.tolist() if hasattr(indices, "tolist") else indices
+    found: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    if any(np.ndim(i) or np.asarray(i).dtype.kind not in "iu" for i in found):
+        raise DataError("indices must be whole numbers, one for each sample to rank.")
+    wanted = [int(i) for i in found]
+    if any(not 0 <= i < length for i in wanted):
+        raise DataError(f"indices must be between 0 and {length - 1}, the data set's last.")
+    return wanted
 
 
 def _measured(

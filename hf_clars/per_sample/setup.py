@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_clars.distributed import sum_over_ranks, world_size
 from hf_clars.errors import ConfigError
-from hf_clars.layers import ParamLayer
+from hf_clars.layers import LayerMode, ParamLayer, param_layers
 from hf_clars.per_sample.log import PerSampleLog
 
 if TYPE_CHECKING:
@@ -71,6 +71,23 @@ def check_settings(
     ready = isinstance(layers, Sequence) and all(isinstance(layer, ParamLayer) for layer in layers)
     if layers not in ("module", "tensor") and not (ready and layers):
         raise ConfigError(f"layers={layers!r}: give 'module', 'tensor', or layers that hf_clars.param_layers has made.")
+
+
+def partition_of(model: nn.Module, layers: LayerMode | Sequence[ParamLayer]) -> list[ParamLayer]:
+    """The layers to measure.
+
+    Raises:
+        ConfigError: If a parameter is not the model's, or in two of them: its norms would be missing, or count twice.
+    """
+    if isinstance(layers, str):
+        return param_layers(model, layers=layers)
+    left = dict.fromkeys(model.parameters())
+    for layer in layers:
+        for name, param in zip(layer.param_names, layer.params, strict=True):
+            if param not in left:
+                raise ConfigError(f"layers= has {name}, which is no parameter of this model, or in another layer too.")
+            del left[param]
+    return list(layers)
 
 
 def _whole(value: object) -> bool:
