@@ -57,9 +57,19 @@ def test_it_is_what_trainer_logs_also_in_a_shorter_last_window(tmp_path, model, 
     assert found == pytest.approx(logged, rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"label_smoothing_factor": 0.1}])
-def test_where_trainer_computes_another_loss_the_model_s_is_not_told_in_its_place(tmp_path, settings):
-    found, _ = both(tmp_path, sentences(), Sentences(28), **settings)
+class Tuples(Plain):
+    def forward(self, pixel_values, labels=None):
+        out = super().forward(pixel_values, labels)
+        return out["loss"], out["logits"]
+
+
+def test_a_model_may_return_a_tuple_that_begins_with_it(tmp_path):
+    found, logged = both(tmp_path, Tuples(), Images(28))
+    assert found == pytest.approx(logged, rel=1e-5)
+
+
+def test_where_trainer_computes_another_loss_the_model_s_is_not_told_in_its_place(tmp_path):
+    found, _ = both(tmp_path, sentences(), Sentences(28), label_smoothing_factor=0.1)
     assert all(math.isnan(loss) for loss in found)
 
 

@@ -154,7 +154,8 @@ class AttachedNorms:
     def _note_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled():
             loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-            loss = output if isinstance(output, Tensor) and output.dim() == 0 else loss
+            first = output[0] if isinstance(output, tuple) and output else output  # as Trainer takes it
+            loss = first if isinstance(first, Tensor) and first.dim() == 0 else loss
             if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
                 self._open.losses.append(_ModelLoss(loss))
 
