@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_clars.errors import ConfigError, DataError, HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.per_sample import NormMonitor, PerSampleNormsCallback, with_index
+from hf_clars.layers import param_layers
+from hf_clars.per_sample import NormMonitor, PerSampleLog, PerSampleNormsCallback, rank_samples, with_index
 from hf_clars.per_sample.log import FOLDER
 from tests.callback_kit import LOGGER, Sentences, hooks_on, train
 from tests.trainer_kit import Images, Plain, plain_args
@@ -223,6 +224,71 @@ class Words(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+class Freezes(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            model.conv.requires_grad_(False)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_parts_that_are_frozen_on_the_way_have_no_gradient_from_there_and_others_are_measured_on(tmp_path, every):
+    callback = PerSampleNormsCallback(every=every, strict=True)
+    trainer = train(tmp_path, [callback, Freezes()], max_grad_norm=0.1)
+    last, place = callback.monitor.last, [layer.name for layer in callback.monitor.layers].index("conv")
+    assert last.step == trainer.state.global_step == 6
+    assert last.sample_norm[place] == last.batch_square[place] == 0
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry][-1]
+    torch.testing.assert_close(last.batch_square.sum().sqrt().float(), torch.tensor(logged), rtol=1e-5, atol=0)
+
+
+class Thaws(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            model.conv.requires_grad_(True)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_parts_that_thaw_on_the_way_are_measured_where_the_partition_has_them(tmp_path, first):
+    model = Plain()
+    model.conv.requires_grad_(False)
+    callback = PerSampleNormsCallback(every=1, strict=True, layers=param_layers(model, frozen=True))
+    callbacks = [Thaws(), callback] if first else [callback, Thaws()]
+    trainer = train(tmp_path, callbacks, model=model, max_grad_norm=0.1)
+    log = PerSampleLog.open(tmp_path).read()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    torch.testing.assert_close(log["batch_square"].sum(1).sqrt().float(), torch.tensor(logged), rtol=1e-4, atol=0)
+    assert (log["sample_norm"][:, 0] > 0).tolist() == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "hf_clars.per_sample.callback.GradientProbe",
+        "hf_clars.per_sample.callback._deepspeed_loss_scale",
+        "hf_clars.per_sample.callback.model_values",
+        "hf_clars.per_sample.reporting.Reporter.keep_window",
+        "hf_clars.per_sample.monitor.NormMonitor.begin",
+        "hf_clars.per_sample.monitor.NormMonitor.hardest",
+    ],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_error_anywhere_in_the_callback_ends_no_training(tmp_path, caplog, monkeypatch, broken, strict):
+    def raises(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(broken, raises)
+    callback = PerSampleNormsCallback(every=1, strict=strict)
+    if strict:
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, callback)
+        return
+    with caplog.at_level(logging.WARNING, LOGGER):
+        trainer = train(tmp_path, callback)
+    assert trainer.state.global_step == 6
+    assert sum("no longer measured" in r.getMessage() for r in caplog.records) == 1
+    assert hooks_on(trainer.model) == 0
+
+
 def test_sparse_gradients_are_read_too(tmp_path):
     callback, data = PerSampleNormsCallback(every=1, top_k=8, strict=True), Sentences()
     train(tmp_path, callback, model=Words(), dataset=data, max_steps=1, max_grad_norm=0, optim="sgd")
@@ -237,7 +303,32 @@ def test_sparse_gradients_are_read_too(tmp_path):
     torch.testing.assert_close(last.batch_square.sum().float(), g.mean(0).square().sum(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("wrong", [{"every": 0}, {"top_k": -1}, {"decay": 2.0}])
+WRONG = [
+    *({"every": value} for value in (0, 2.5, "often", True)),
+    *({"top_k": value} for value in (-1, 2.5, None)),
+    *({"decay": value} for value in (2.0, float("nan"), "slow")),
+    *({"layers": value} for value in ("blocks", [], ["conv"], None)),
+    *({"index_column": value} for value in ("", None, 3)),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_settings_out_of_range_are_refused_before_the_run(wrong):
-    with pytest.raises(ConfigError):
-        PerSampleNormsCallback(**wrong)
+    for make in (PerSampleNormsCallback, lambda **settings: NormMonitor(Plain(), **settings)):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            make(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [lambda m: param_layers(Plain()), lambda m: [*param_layers(m), param_layers(m)[0]]])
+def test_a_partition_of_another_model_or_with_a_parameter_twice_is_refused(wrong):
+    model = Plain()
+    with pytest.raises(ConfigError, match=r"layers= has conv\.weight"):
+        NormMonitor(model, layers=wrong(model))
+    with pytest.raises(ConfigError, match=r"layers= has conv\.weight"):
+        rank_samples(model, Images(8), layers=wrong(model), progress=False)
+
+
+@pytest.mark.parametrize("model", [None, 3, [nn.Linear(2, 2)], torch.optim.SGD(nn.Linear(2, 2).parameters())], ids=str)
+def test_what_is_no_module_is_refused_in_a_sentence(model):
+    with pytest.raises(ConfigError, match="no torch module"):
+        NormMonitor(model)

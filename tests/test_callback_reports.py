@@ -3,11 +3,13 @@
 import json
 import logging
 
+import datasets
 import pytest
 import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from hf_clars.errors import DataError
 from hf_clars.per_sample import IndexedDataset, PerSampleLog, PerSampleNormsCallback, keep_index, with_index
 from hf_clars.per_sample.log import FOLDER
 from tests.callback_kit import LOGGER, brute_force, train
@@ -84,6 +86,14 @@ def test_a_data_set_without_a_length_or_room_for_an_index_is_refused():
         IndexedDataset([1, 2])[0]
 
 
+@pytest.mark.parametrize("made", [list, datasets.Dataset.from_list], ids=["items", "columns"])
+def test_a_column_of_the_index_s_name_is_not_written_over(made):
+    data = made([{"x": 1, "sample_index": 7}])
+    with pytest.raises(DataError, match=r"has a column 'sample_index' already.*column="):
+        with_index(data)[0]
+    assert with_index(data, column="place")[0] == {"x": 1, "sample_index": 7, "place": 0}
+
+
 # ---- reports ---------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +138,24 @@ def test_a_resumed_run_has_the_log_and_the_averages_of_one_that_was_not_stopped(
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=0, equal_nan=True)
     torch.testing.assert_close(again.monitor.noise.read().value, whole.monitor.noise.read().value, rtol=1e-9, atol=0)
+
+
+def test_the_hardest_of_a_window_are_named_also_if_the_run_was_stopped_within_it(tmp_path):
+    """The window is of steps 5 to 8, and the run resumes after step 6."""
+    settings = {"max_steps": 10, "logging_steps": 4, "save_strategy": "steps", "save_steps": 6}
+
+    def windows(resume=None):
+        callback = PerSampleNormsCallback(every=1, top_k=6, strict=True)
+        args = plain_args(tmp_path, **settings, per_device_train_batch_size=8, learning_rate=0.05)
+        trainer = Trainer(Plain(), args, train_dataset=with_index(Images()), callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        lines = (tmp_path / FOLDER / "windows.jsonl").read_text().splitlines()
+        return [(w["step"], [(h["step"], h["index"]) for h in w["hardest"]]) for w in map(json.loads, lines)]
+
+    whole = windows()
+    assert [step for step, _ in whole] == [4, 8, 10]
+    assert {step for step, _ in whole[1][1]} & {5, 6}
+    assert windows(str(tmp_path / "checkpoint-6")) == whole
 
 
 def test_a_callback_that_is_added_late_says_so_and_measures_from_there(tmp_path, caplog):

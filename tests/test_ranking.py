@@ -1,12 +1,13 @@
 """Promise: `rank_samples` gives each sample's own loss and gradient norm, goes on where it stopped, changes nothing."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel, default_data_collator
 
-from hf_clars.errors import DataError
+from hf_clars.errors import DataError, HfClarsError
 from hf_clars.per_sample import rank_samples, ranking, with_index
 from hf_clars.per_sample.losses import UnknownLossError
 from tests.callback_kit import Sentences, brute_force
@@ -144,6 +145,19 @@ def test_only_the_indices_asked_for_are_ranked():
         rank_samples(Plain(), Images(), indices=[64], progress=False)
 
 
+@pytest.mark.parametrize(
+    "given", [np.array([9, 3]), torch.tensor([9, 3]), iter([9, 3]), [np.int64(9), torch.tensor(3)]]
+)
+def test_indices_may_come_in_any_form(given):
+    assert list(rank_samples(Plain(), Images(), indices=given, progress=False)["index"]) == [9, 3]
+
+
+@pytest.mark.parametrize("given", [[True, False], np.zeros(64, bool), torch.ones(64) > 0, [1.5], ["a"], 3, [[1], [2]]])
+def test_a_mask_is_not_taken_for_samples_0_and_1_nor_anything_else_for_indices(given):
+    with pytest.raises(DataError, match="whole numbers"):
+        rank_samples(Plain(), Images(), indices=given, progress=False)
+
+
 class Smoothed(Plain):
     def forward(self, pixel_values, labels=None):
         out = super().forward(pixel_values, labels)
@@ -205,3 +219,112 @@ def test_a_model_that_does_not_train_is_refused():
 def test_what_has_no_items_by_number_is_refused(dataset, said):
     with pytest.raises(DataError, match=said):
         rank_samples(Plain(), dataset, progress=False)
+
+
+class Strict(Plain):
+    """Takes what it names, and nothing else."""
+
+    def forward(self, pixel_values, labels):
+        return super().forward(pixel_values, labels)
+
+
+def test_columns_that_the_model_does_not_name_are_left_out_as_trainer_does():
+    rows = [{"label": int(y), "pixel_values": x, "idx": i, "text": "a"} for i, (x, y) in enumerate(_pairs())]
+    expected = rank_samples(Plain(), Images(6), progress=False)
+    assert list(rank_samples(Strict(), rows, progress=False)["norm"]) == list(expected["norm"])
+
+
+def _pairs():
+    return list(zip(Images(6).x, Images(6).y, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pixel_values": None}, "make no batch"),
+        ({"pixel_values": torch.randn(1, 4, 4)}, "make no batch"),
+        ({"labels": 3}, "cannot be called with the batch's pixel_values, labels .IndexError"),
+        ({"labels": 1.0}, "whole-numbered"),
+        ({}, "Plain cannot be called with the batch's labels .TypeError"),
+    ],
+)
+def test_items_that_do_not_fit_are_an_error_in_a_sentence(change, said):
+    rows = [{"pixel_values": x, "labels": int(y)} for x, y in _pairs()]
+    rows = [rows[0], {**rows[1], **change}] if change else [{"labels": 1}]
+    with pytest.raises(HfClarsError, match=said):
+        rank_samples(Plain(), rows, progress=False)
+
+
+def test_what_is_no_module_and_no_number_of_samples_is_refused():
+    with pytest.raises(DataError, match="no torch module"):
+        rank_samples(None, Images(6), progress=False)
+    with pytest.raises(DataError, match=r"batch_size=2\.5"):
+        rank_samples(Plain(), Images(6), batch_size=2.5, progress=False)
+
+
+def test_gradients_are_computed_also_where_the_caller_has_none():
+    model, data = Plain(), Images(6)
+    with torch.inference_mode():
+        ranked = rank_samples(model, data, progress=False)
+    assert list(ranked["norm"]) == list(rank_samples(model, data, progress=False)["norm"])
+
+
+# ---- whose loss it is ------------------------------------------------------------------------------------------
+
+
+class NearlyCrossEntropy(Plain):
+    """Outputs so small that the losses differ by less than a part in a hundred."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, pixel_values, labels=None):
+        logits = 0.02 * super().forward(pixel_values)["logits"]
+        return {"loss": nn.functional.cross_entropy(logits, labels, **self.settings), "logits": logits}
+
+
+@pytest.mark.parametrize("settings", [{"label_smoothing": 0.1}, {"weight": torch.tensor([1.0, 5.0, 1.0])}], ids=str)
+def test_another_loss_is_seen_too_where_it_is_nearly_the_same_number(settings):
+    assert len(rank_samples(NearlyCrossEntropy(), Images(8), progress=False)) == 8
+    with pytest.raises(UnknownLossError, match="smooths labels, weighs classes"):
+        rank_samples(NearlyCrossEntropy(**settings), Images(8), progress=False)
+
+
+class Words(nn.Module):
+    """Predicts the next word, and its name does not say so; or this one's class."""
+
+    def __init__(self, shift):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shift, self.table, self.head = shift, nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.table(input_ids))
+        left, right = (logits[:, :-1], labels[:, 1:]) if self.shift else (logits, labels)
+        return {"loss": nn.functional.cross_entropy(left.flatten(0, 1), right.flatten()), "logits": logits}
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_whether_labels_are_shifted_is_read_off_the_model_s_loss(shift):
+    ids = torch.randint(0, 9, (5, 7), generator=torch.Generator().manual_seed(0))
+    ranked = rank_samples(Words(shift), [{"input_ids": row, "labels": row} for row in ids], progress=False)
+    model = Words(shift)
+    for row, norm in zip(ids, ranked["norm"], strict=True):
+        grads = torch.autograd.grad(model(row[None], row[None])["loss"], list(model.parameters()))
+        assert norm == pytest.approx(float(torch.cat([g.flatten() for g in grads]).norm()), rel=1e-5)
+
+
+def test_where_nothing_tells_it_is_refused():
+    model = Words(shift=True)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    with pytest.raises(UnknownLossError, match="whether it shifts labels"):
+        rank_samples(model, [{"input_ids": torch.arange(7), "labels": torch.arange(7)}], progress=False)
+
+
+def test_a_batch_without_a_label_that_counts_has_no_loss_and_no_gradient():
+    ids = torch.arange(7)
+    rows = [{"input_ids": ids, "labels": torch.full((7,), -100)}, {"input_ids": ids, "labels": ids}]
+    ranked = rank_samples(Words(shift=False), rows, batch_size=1, progress=False)
+    assert ranked["norm"][0] == ranked["loss"][0] == 0 < ranked["norm"][1]

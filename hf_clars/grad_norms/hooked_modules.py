@@ -33,6 +33,8 @@ class HookedModule:
         rule: The rule that serves it, if any does.
         calls: How calls of each layout are measured: "certain", "observed" (proven by one sample's gradient)
             or "graph" (their rows belong to no sample: measured where the graph uses the parameters).
+        expected: Layouts that were known to be right in the run that this one resumes. They are proven anew, and the
+            weight's gradient is taken as it was there, so that it is rounded as it was.
         own_dims: Numbers of axes with which it was called on tensors that are made of parameters alone.
         data_dims: The same for tensors that depend on the data.
         moved: By the same numbers of axes, where the rows of such tensors were at worst.
@@ -48,6 +50,7 @@ class HookedModule:
         self.params = {n: p for n, p in module.named_parameters(recurse=False) if n in layers}
         self.rule: LayerRule | None = find_rule(module) if layers else None
         self.calls: dict[tuple[int, ...], str] = {}
+        self.expected: set[tuple[int, ...]] = set()
         self.own_dims: set[int] = set()
         self.data_dims: set[int] = set()
         self.moved = WorstPlaces()

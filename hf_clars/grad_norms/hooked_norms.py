@@ -103,6 +103,11 @@ class HookedNorms(NormAccumulator):
         self._finder.forget()
         self._graphs.forget()
 
+    @property
+    def hooked(self) -> Sequence[HookedModule]:
+        """The modules that are measured, and what is known of each."""
+        return self._hooked
+
     # ---- forward pass ----------------------------------------------------------------------------------------
 
     @property

@@ -130,9 +130,9 @@ class PlacedHooks:
         self._handles.clear()
 
     def place(self) -> None:
-        """Put back what was taken off."""
+        """Put back what was taken off, but on parameters that have been frozen since: they take no hook."""
         if not self._handles:
-            self._handles = [register(hook, **settings) for register, hook, settings in self._placed]
+            self._handles = [register(hook, **told) for register, hook, told in self._placed if _takes_hooks(register)]
 
     def remove(self) -> None:
         """Take them off for good."""
@@ -157,3 +157,8 @@ def kind_of_hook(name: str) -> type[BoundHook]:
 
 
 PassBegins, PassEnds, ModelReturns = (kind_of_hook(n) for n in ("PassBegins", "PassEnds", "ModelReturns"))
+
+
+def _takes_hooks(register: Any) -> bool:
+    owner = register.__self__  # whose method it is
+    return not isinstance(owner, torch.Tensor) or owner.requires_grad

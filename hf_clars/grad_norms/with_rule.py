@@ -164,7 +164,7 @@ def _decide(
     plan.x_depends_on_data = x.dim() > 1 and (x.dim() in hooked.data_dims if tainted is None else tainted)
     plan.lasts = lasts
     plan.proven, plan.moved = known is not None or forward_pass.batch_size == 1, moved == MOVED
-    if known is not None and rows == 1 and not rule.several_results:
+    if (known is not None or (key in hooked.expected and not plan.moved)) and rows == 1 and not rule.several_results:
         plan.way = _way(plan, x, output, all_measured=forward_pass.measured == forward_pass.batch_size)
     return plan
 

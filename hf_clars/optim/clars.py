@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 from hf_clars.distributed import world_size
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms import MicroBatchGradNorms, NormTotals, PerSampleGradNorms
+from hf_clars.grad_norms.resumed import Proven, expect_calls, proven_calls
 from hf_clars.layers import LayerMode
 from hf_clars.optim.lars import LARS, TRUST_CLIP
 from hf_clars.optim.measures import LayerMeasures, StepTensors
 from hf_clars.optim.process_checks import check_gradients_are_shared
 from hf_clars.optim.rates import mean_sample_norm, trust_ratio
 from hf_clars.optim.update import MomentumForm
+
+PROVEN = "proven_calls"  # in a state, beside torch's entries
 
 
 class NoNormsError(HfClarsError, RuntimeError):
@@ -70,6 +74,8 @@ class CLARS(LARS):
         AccumulationIgnoredError: If Trainer passes `num_items_in_batch` to a head that ignores it.
     """
 
+    _proven_before: Proven = MappingProxyType({})
+
     def __init__(
         self,
         model: nn.Module,
@@ -121,6 +127,11 @@ class CLARS(LARS):
         self.norms = self._new_norms(model)
 
     def _new_norms(self, model: nn.Module) -> PerSampleGradNorms | MicroBatchGradNorms:
+        norms = self._estimator(model)
+        expect_calls(norms, self._proven_before)
+        return norms
+
+    def _estimator(self, model: nn.Module) -> PerSampleGradNorms | MicroBatchGradNorms:
         samples = self._local_samples
         if not self._micro_batches:
             norms = PerSampleGradNorms(model, layers=self.partition, samples=samples, keep_per_sample=False)
@@ -159,6 +170,25 @@ class CLARS(LARS):
             "momentum_form": "heavy_ball",
         }
         return cls(model, lr, **{**settings, **overrides})
+
+    # ---- runs that resume ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and which calls of layers are proven, so that a run that resumes rounds its gradients alike."""
+        return {**super().state_dict(), PROVEN: proven_calls(self.norms)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `LayerwiseOptimizer.load_state_dict`.
+
+        Args:
+            state_dict: As there.
+
+        Raises:
+            ValueError: As there.
+        """
+        super().load_state_dict(state_dict)
+        self._proven_before = state_dict.get(PROVEN, {})
+        expect_calls(self.norms, self._proven_before)
 
     # ---- the step ------------------------------------------------------------------------------------------
 

@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.hooks import BoundHook, PlacedHooks
 from hf_clars.layers import ParamLayer
 from hf_clars.per_sample.gradient import wide_dtype
+
+
+class NothingMeasuredError(HfClarsError, RuntimeError):
+    """A step that was to be measured gave no samples."""
 
 
 @dataclass
@@ -27,7 +32,8 @@ class LocalSamples:
         micro_batch: Number of the pass that each sample was in, [n], int64.
         row: Its place in that pass, [n], int64.
         index: Its index in the data set, [n], int64; -1 where none came with the batch.
-        losses: Mean loss of each pass as far as the model told it, [passes]; NaN where it did not.
+        losses: What each pass adds to the loss that `backward()` differentiates, as far as the model told it, [passes];
+            NaN where it did not.
     """
 
     squares: Tensor
@@ -44,12 +50,38 @@ class _Pass:
     loss: Tensor | None
 
 
+class _ModelLoss:
+    """A loss that a model returned, and what it counts in the loss that is differentiated.
+
+    A loop divides it by its passes or multiplies it by a loss scale, or takes a loss of its own in its place. The
+    gradient that arrives at it tells.
+    """
+
+    def __init__(self, loss: Tensor) -> None:
+        self._value = loss.detach()
+        self._weight: Tensor | None = None
+        loss.register_hook(self._arrived)
+
+    def _arrived(self, weight: Tensor) -> None:
+        self._weight = weight.detach()
+
+    @property
+    def share(self) -> Tensor | None:
+        """What it adds to the loss; None where no gradient has arrived."""
+        return None if self._weight is None else self._value.float() * self._weight.float()
+
+
 @dataclass
 class _Open:
     """The pass that is under way."""
 
     index: Tensor | None = None
-    losses: list[Tensor] = field(default_factory=list)
+    losses: list[_ModelLoss] = field(default_factory=list)
+
+    def loss(self) -> Tensor | None:
+        """What the model's losses add to the one that is differentiated; None where they have no part in it."""
+        shares = [share for share in (loss.share for loss in self.losses) if share is not None]
+        return torch.stack(shares).sum() if shares else None
 
 
 class AttachedNorms:
@@ -122,9 +154,10 @@ class AttachedNorms:
     def _note_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled():
             loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-            loss = output if isinstance(output, Tensor) and output.dim() == 0 else loss
-            if isinstance(loss, Tensor) and loss.dim() == 0:
-                self._open.losses.append(loss.detach())
+            first = output[0] if isinstance(output, tuple) and output else output  # as Trainer takes it
+            loss = first if isinstance(first, Tensor) and first.dim() == 0 else loss
+            if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+                self._open.losses.append(_ModelLoss(loss))
 
     def note_index(self, index: Tensor | None) -> None:
         """The data set's indices of the samples of the pass that comes."""
@@ -134,11 +167,11 @@ class AttachedNorms:
         """A backward pass of a micro-batch is done.
 
         Args:
-            loss: Its loss, if the loop knows better than the model.
+            loss: What `backward()` was called on, if the loop knows better than the model.
         """
         totals = self._norms.totals()
         samples = 0 if totals is None else totals.captured - sum(p.samples for p in self._passes)
-        known = loss if loss is not None else (self._open.losses[-1] if self._open.losses else None)
+        known = self._open.loss() if loss is None else loss
         self._passes.append(_Pass(samples, self._open.index, known))
         self._open = _Open()
 

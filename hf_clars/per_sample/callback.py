@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,21 @@ from hf_clars.per_sample.setup import any_process, check_settings
 from hf_clars.per_sample.spikes import Spike
 
 logger = logging.getLogger(__name__)
+
+
+def _harmless(hook: Callable[..., None]) -> Callable[..., None]:
+    """An error in a hook of ours ends the measuring, and not the training, unless it is strict."""
+
+    @wraps(hook)
+    def run(self: PerSampleNormsCallback, *args: Any, **kwargs: Any) -> None:
+        try:
+            hook(self, *args, **kwargs)
+        except Exception as error:
+            if self.strict:
+                raise
+            self._fail(error)
+
+    return run
 
 
 class PerSampleNormsCallback(TrainerCallback):
@@ -46,7 +62,8 @@ class PerSampleNormsCallback(TrainerCallback):
         noise_scale: Read the batch gradient too: noise scale, share of signal, R_k. Default True.
         strict: An error of the measuring ends the training. Default False: it is reported once, and measuring ends.
         decay: How much of the noise scale's averages a measured step keeps. Default 0.9.
-        layers: `"module"` (default), `"tensor"`, or a partition.
+        layers: `"module"` (default), `"tensor"`, or a partition. Parts that are frozen at first and thaw on the way
+            need `param_layers(model, frozen=True)`.
         norm_layers_only: The cheap mode: measure the normalisation layers only. Default False.
         index_column: Column of the batch with the data set's indices. Default `"sample_index"`.
         keep_log: Keep `per_sample_norms/` in the output folder. Default True.
@@ -71,7 +88,7 @@ class PerSampleNormsCallback(TrainerCallback):
         index_column: str = INDEX_COLUMN,
         keep_log: bool = True,
     ) -> None:
-        check_settings(every=every, top_k=top_k, decay=decay, flush_every=1)
+        check_settings(every=every, top_k=top_k, decay=decay, flush_every=1, layers=layers, index_column=index_column)
         self.strict = strict
         self.keep_log = keep_log
         self._with_gradient = noise_scale
@@ -95,6 +112,7 @@ class PerSampleNormsCallback(TrainerCallback):
 
     # ---- begin and end ---------------------------------------------------------------------------------------
 
+    @_harmless
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -115,6 +133,7 @@ class PerSampleNormsCallback(TrainerCallback):
                 model,
                 folder=folder,
                 first_step=state.global_step,
+                window_began=int(max((entry["step"] for entry in state.log_history if "loss" in entry), default=0)),
                 on_spike=self._on_spike,
                 optimizer=given.get("optimizer"),
                 run=state,
@@ -123,9 +142,7 @@ class PerSampleNormsCallback(TrainerCallback):
         except Exception as error:
             if self.strict:
                 raise
-            logger.warning(
-                "Per-sample norms are not measured, and training goes on. %s: %s", type(error).__name__, error
-            )
+            self._fail(error)
         if any_process(self.monitor is None, args.device):
             if self.monitor is not None:
                 self.monitor.close()  # all take part in the sums, or none
@@ -133,12 +150,15 @@ class PerSampleNormsCallback(TrainerCallback):
             # The data set has the column all the same, and the model does not know it.
             self._taker = IndexTaker(model, self._settings["index_column"], lambda _: None)
 
+    @_harmless
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take everything off the model, and write what is left."""
-        self._end_window(state)
-        self._close()
+        try:
+            self._end_window(state)
+        finally:
+            self._close()
 
     def _close(self) -> None:
         self._drop_probe()
@@ -156,8 +176,15 @@ class PerSampleNormsCallback(TrainerCallback):
             self._probe.remove()
             self._probe = None
 
+    def _fail(self, error: Exception) -> None:
+        if self.monitor is not None:
+            self.monitor.end(error)
+            return
+        logger.warning("Per-sample norms are not measured, and training goes on. %s: %s", type(error).__name__, error)
+
     # ---- steps -----------------------------------------------------------------------------------------------
 
+    @_harmless
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -180,6 +207,7 @@ class PerSampleNormsCallback(TrainerCallback):
         if monitor.with_gradient and monitor.early is None and self._probe is None:
             self._probe = GradientProbe([p for layer in monitor.layers for p in layer.params])
 
+    @_harmless
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -187,6 +215,7 @@ class PerSampleNormsCallback(TrainerCallback):
         if self.monitor is not None:
             self.monitor.end_pass()
 
+    @_harmless
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -202,6 +231,7 @@ class PerSampleNormsCallback(TrainerCallback):
         )
         self._drop_probe()
 
+    @_harmless
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The log is on disk before a checkpoint is, so that a run that is killed resumes without a gap."""
         if self.monitor is not None and control.should_save:
@@ -209,6 +239,7 @@ class PerSampleNormsCallback(TrainerCallback):
 
     # ---- reports ---------------------------------------------------------------------------------------------
 
+    @_harmless
     def on_log(
         self,
         args: TrainingArguments,

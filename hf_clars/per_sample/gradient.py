@@ -140,11 +140,12 @@ class GradientProbe:
     `backward()` has just added to them, tell the factor. Sparse gradients are left out: the others tell it as well.
 
     Args:
-        params: The trainable parameters.
+        params: The parameters; those that are frozen now are left out too.
     """
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
-        self._params = list(params)
+        self._device = params[0].device
+        self._params = [p for p in params if p.requires_grad]
         self._before: dict[nn.Parameter, Tensor] = {}
         self._handles: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._note) for p in self._params]
 
@@ -160,8 +161,7 @@ class GradientProbe:
             NaN where nothing tells it: no gradients, all zero, or changed by something else than a factor (clipping by
             value, noise that was added).
         """
-        device = self._params[0].device
-        wide = wide_dtype(device)
+        device, wide = self._device, wide_dtype(self._device)
         split = any(is_split(p) for p in self._params)
         before, after = [torch.zeros(1, dtype=wide, device=device)], [torch.zeros(1, dtype=wide, device=device)]
         for param in self._params:

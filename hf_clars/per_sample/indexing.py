@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class IndexedDataset(Dataset[Any]):
         column: The index's name in an item.
 
     Raises:
-        DataError: For a data set without a length, or whose items are no mappings.
+        DataError: For a data set without a length, or whose items are no mappings or have the column already.
     """
 
     def __init__(self, dataset: Any, column: str = INDEX_COLUMN) -> None:
@@ -43,6 +43,8 @@ class IndexedDataset(Dataset[Any]):
                 f"Item {place} of the data set is a {type(item).__name__}, which has no room for an index: make items "
                 f"dicts with a {self.column!r} of their own."
             )
+        if self.column in item:
+            raise DataError(_has_column(self.column))
         return {**item, self.column: place % len(self)}
 
 
@@ -65,11 +67,18 @@ def with_index(dataset: Any, column: str = INDEX_COLUMN) -> Any:
     """
     length = checked_length(dataset)
     if column in (getattr(dataset, "column_names", None) or ()):
-        raise DataError(f"The data set has a column {column!r} already: use it, or give the index another name.")
+        raise DataError(_has_column(column))
     plain = getattr(dataset, "format", None)  # a transform would have to hand the column on: wrap that
     if hasattr(dataset, "add_column") and isinstance(plain, dict) and plain.get("type") is None:
         return dataset.add_column(column, list(range(length)))
     return IndexedDataset(dataset, column)
+
+
+def _has_column(column: str) -> str:
+    return (
+        f"The data set has a column {column!r} already. If it holds indices, train on the data set as it is; if not, "
+        "give with_index and the callback another name: with_index(dataset, column=...), index_column=..."
+    )
 
 
 class keep_index:
@@ -131,6 +140,17 @@ def takes(model: nn.Module, name: str) -> bool:
         return name in signature(model.forward).parameters
     except (TypeError, ValueError):  # a forward that is not Python's
         return False
+
+
+def named_columns(model: nn.Module) -> set[str] | None:
+    """The columns that a model's forward names, and labels by their other names; None if it takes any."""
+    try:
+        named = signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is Parameter.VAR_KEYWORD for p in named.values()):
+        return None
+    return {*named, "label", "label_ids"}
 
 
 def checked_index(index: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hf_clars.errors import HfClarsError
+from hf_clars.errors import DataError, HfClarsError, name_list
 
 IGNORED = -100  # labels that transformers' losses leave out
 
@@ -35,26 +35,61 @@ def sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         [B].
 
     Raises:
+        DataError: If the model cannot be called with the batch.
         UnknownLossError: If the model computes another loss than that.
     """
     labels = batch.get("labels")
-    outputs = model(**batch)
-    logits, own = _entry(outputs, "logits"), _entry(outputs, "loss")
-    if not isinstance(labels, Tensor) or logits is None or labels.is_floating_point():
+    logits = own = None
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        outputs = _called(model, batch)
+        logits, own = _entry(outputs, "logits"), _entry(outputs, "loss")
+    if not isinstance(labels, Tensor) or logits is None:
         raise UnknownLossError(
             f"{type(model).__name__}: its batches need whole-numbered `labels` and its outputs `logits` for each "
             "sample's cross-entropy. For another loss give losses=, a function of model and batch that returns [B]."
         )
-    found, weights = _cross_entropies(logits, labels, shifted=_is_causal(model, logits, labels))
-    if own is not None and own.dim() == 0:
-        total = (found.detach() * weights).sum() / weights.sum().clamp(min=1)
-        if not torch.isclose(total.float(), own.detach().float(), rtol=2e-2, atol=1e-5):
-            raise UnknownLossError(
-                f"{type(model).__name__} has the loss {own.item():.5g} on a batch whose mean cross-entropy is "
-                f"{float(total):.5g}: it smooths labels, weighs classes or computes something else. Give losses=, a "
-                "function of model and batch that returns each sample's own loss, [B]."
-            )
+    causal = _is_causal(model, logits, labels)
+    found, weights = _cross_entropies(logits, labels, shifted=causal)
+    if own is None or own.dim() or not weights.any():
+        return found
+    fits = _is_mean(own, found, weights)
+    if not causal and labels.dim() == 2 and logits.dim() == 3 and labels.shape[1] > 1:
+        # The name does not say whether position t predicts token t + 1. The loss does.
+        others = _cross_entropies(logits, labels, shifted=True)
+        if _is_mean(own, *others) != fits:
+            return found if fits else others[0]
+        fits = False  # neither, or both
+    if not fits:
+        raise UnknownLossError(
+            f"{type(model).__name__} has the loss {own.item():.5g} on a batch whose mean cross-entropy is "
+            f"{float(_mean(found, weights)):.5g}: it smooths labels, weighs classes or computes something else, or "
+            "nothing tells whether it shifts labels. Give losses=, a function of model and batch that returns each "
+            "sample's own loss, [B]."
+        )
     return found
+
+
+def _called(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """What a model returns; what its code says of a batch that it cannot take is no sentence for users."""
+    try:
+        return model(**batch)
+    except HfClarsError:
+        raise
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{type(model).__name__} cannot be called with the batch's {name_list(list(batch))} "
+            f"({type(error).__name__}: {error}): give a data set of what it takes, or a collate= that makes it."
+        ) from error
+
+
+def _mean(losses: Tensor, weights: Tensor) -> Tensor:
+    return (losses.detach().double() * weights).sum() / weights.sum().clamp(min=1)
+
+
+def _is_mean(own: Tensor, losses: Tensor, weights: Tensor) -> bool:
+    """Whether a loss is the mean of samples' losses, as near as its precision lets it be."""
+    near = 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return bool(torch.isclose(_mean(losses, weights), own.detach().double(), rtol=near, atol=1e-5))
 
 
 def _cross_entropies(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,8 @@ class StepMeasures:
         sample_square: Mean of ||g_ik||^2 over samples, [K].
         sample_norm: Mean of ||g_ik||, [K].
         quantiles: Of the whole-network norms ||g_i||, [5], see `QUANTILES`.
-        loss: Mean of the passes' losses, 0-dim; NaN where the model told none.
+        loss: The loss whose gradient the batch gradient is, 0-dim: the sum over passes, the mean over processes. NaN
+            where it is not made of a loss that the model returned.
         top_norm: The largest whole-network norms, [k], falling; NaN beyond the number of samples.
         top_share: Their part of sum_i ||g_i||^2, [k].
         top_index: The data set's index of each, [k], int64; -1 where unknown.
@@ -100,7 +101,7 @@ def step_measures(
     norms = local.squares.sqrt() * unit
     layers, wide = len(norms), norms.dtype
     losses = local.losses.to(wide)
-    own = torch.cat([norms.sum(1), norms.square().sum(1), losses.sum()[None], losses.new_full((1,), len(losses))])
+    own = torch.cat([norms.sum(1), norms.square().sum(1), losses.sum()[None]])
     sums = sum_over_ranks(own.to(norms))
     means, squares = sums[:layers] / max(samples, 1), sums[layers : 2 * layers] / max(samples, 1)
     whole, places = _gathered(norms.square().sum(0).sqrt(), local, counts)
@@ -121,7 +122,7 @@ def step_measures(
         sample_square=squares,
         sample_norm=means,
         quantiles=_quantiles(whole, levels),
-        loss=sums[2 * layers] / sums[2 * layers + 1],
+        loss=sums[2 * layers] / ranks / loss_scale,
         top_norm=torch.nn.functional.pad(top_norm, (0, missing), value=torch.nan),
         top_share=torch.nn.functional.pad(share, (0, missing), value=torch.nan),
         top_index=places[0],

@@ -11,24 +11,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_clars.errors import ConfigError, HfClarsError
-from hf_clars.layers import LayerMode, ParamLayer, param_layers
-from hf_clars.per_sample.attached import AttachedNorms, LocalSamples
+from hf_clars.errors import ConfigError
+from hf_clars.layers import LayerMode, ParamLayer
+from hf_clars.per_sample.attached import AttachedNorms, LocalSamples, NothingMeasuredError
 from hf_clars.per_sample.gradient import BeforeZeroSteps, GradientNotHereError, before_zero_steps, gradient_squares
 from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexTaker, checked_index
 from hf_clars.per_sample.log import PerSampleLog
 from hf_clars.per_sample.measures import StepMeasures, step_measures
 from hf_clars.per_sample.noise_scale import NoiseScaleAverage
 from hf_clars.per_sample.norm_layers import Coupling, norm_layers
-from hf_clars.per_sample.setup import WATCHED, any_process, check_settings, log_in, make_room, watcher_of
+from hf_clars.per_sample.setup import WATCHED, any_process, check_settings, log_in, make_room, partition_of, watcher_of
 from hf_clars.per_sample.spikes import NAMED, Spike, SpikeRule
 from hf_clars.per_sample.window import Hard, Window
 
 logger = logging.getLogger(__name__)
-
-
-class NothingMeasuredError(HfClarsError, RuntimeError):
-    """A step that was to be measured gave no samples."""
 
 
 class NormMonitor:
@@ -68,6 +64,7 @@ class NormMonitor:
         strict: An error of the measuring ends the training. Default False: it is reported once, and measuring ends.
         on_spike: Called with each `Spike`, on every process.
         first_step: Steps that were taken before, in a run that is resumed. Default 0.
+        window_began: In a run that is resumed, after which step the window began that it was in. Default: `first_step`.
         optimizer: For the noise scale under DeepSpeed's ZeRO: the optimizer that `accelerator.prepare` returned, or
             DeepSpeed's engine, which must step inside the block. Elsewhere it is not looked at.
         run: Any object that tells this run from others: a monitor of another run of the model is closed, not refused.
@@ -99,16 +96,18 @@ class NormMonitor:
         strict: bool = False,
         on_spike: Callable[[Spike], None] | None = None,
         first_step: int = 0,
+        window_began: int | None = None,
         optimizer: Any = None,
         run: Any = None,
     ) -> None:
-        check_settings(every=every, top_k=top_k, decay=decay, flush_every=flush_every)
+        taken: dict[str, Any] = {"layers": layers, "index_column": index_column, "flush_every": flush_every}
+        check_settings(every=every, top_k=top_k, decay=decay, **taken)
         self.every: int = every
         make_room(model, run)
         self.run = run
         self.model = model
         self.strict, self.with_gradient, self.top_k = strict, noise_scale, top_k
-        partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
+        partition = partition_of(model, layers)
         self.layers = norm_layers(model, partition) if norm_layers_only else partition
         if not self.layers:
             raise ConfigError(f"{type(model).__name__} has no trainable parameter whose gradients could be measured.")
@@ -131,10 +130,8 @@ class NormMonitor:
         self.ended: str | None = None
         self._taker: IndexTaker | None = IndexTaker(model, index_column, self.note_index)
         if self._log is not None and first_step and PerSampleLog.is_in(self._log.folder.parent):
-            for row in self._log.rows():  # the averages of a run that is resumed are those that it had
-                if row.independent:
-                    self.noise.update(row.batch_square, row.sample_square, row.samples)
-                self._rule.look(row)
+            for row in self._log.rows():  # averages and window of a run that is resumed are those that it had
+                self._learn(row, in_window=row.step > (first_step if window_began is None else window_began))
         WATCHED[model] = weakref.ref(self)
 
     # ---- one step --------------------------------------------------------------------------------------------
@@ -173,7 +170,7 @@ class NormMonitor:
         if self._attached is None and self.ended is None and not self._stopped:
             with self._guarded():
                 # Also before a step that is not measured: a model that is compiled must know the hooks from the start.
-                on_error = None if self.strict else self._end
+                on_error = None if self.strict else self.end
                 self._attached = AttachedNorms(self.model, self.layers, on_error=on_error, paused=True)
         if self._measuring or not self.due:
             return
@@ -181,16 +178,19 @@ class NormMonitor:
         if self.with_gradient:
             with self._guarded():
                 self.early = before_zero_steps(self.layers, self._engine)
-        if self._attached is not None:
-            self._attached.resume()
+        with self._guarded():
+            if self._attached is not None:
+                self._attached.resume()
 
     def note_index(self, index: Any) -> None:
         """The data set's indices of the pass that comes, or of the one that has just begun; None: nothing is known."""
         attached = self._attached
-        if attached is not None and self._taker is not None and self._taker.meets_compiler:
-            attached.keep_hooks()
-        if index is not None and attached is not None and self._measuring:
-            with self._guarded():
+        if attached is None:
+            return
+        with self._guarded():
+            if self._taker is not None and self._taker.meets_compiler:
+                attached.keep_hooks()
+            if index is not None and self._measuring:
                 attached.note_index(checked_index(index))
                 self.knows_indices = True
 
@@ -237,7 +237,7 @@ class NormMonitor:
         """Whether a process cannot measure: then none goes on, since all must take part in the sums."""
         failed = any_process(here, self.layers[0].params[0].device)
         if failed and self.ended is None:
-            self._end(NothingMeasuredError("Another process could not measure, and says why."))
+            self.end(NothingMeasuredError("Another process could not measure, and says why."))
         self._stopped = failed
         return failed
 
@@ -263,10 +263,7 @@ class NormMonitor:
                 "(clipping by value, noise), so they are not the batch's: set noise_scale=False."
             )
         self.last = found
-        if found.independent:
-            self.noise.update(found.batch_square, found.sample_square, found.samples)
-        self._window.add(found)
-        for spike in self._rule.look(found):
+        for spike in self._learn(found):
             logger.warning("%s", spike.sentence())
             if self._on_spike is not None:
                 self._on_spike(spike)
@@ -274,6 +271,13 @@ class NormMonitor:
             self._log.append(found)
             if found.step == 1 or (found.step // self.every) % self._flush_every == 0:
                 self._log.flush()
+
+    def _learn(self, found: StepMeasures, *, in_window: bool = True) -> list[Spike]:
+        if found.independent:
+            self.noise.update(found.batch_square, found.sample_square, found.samples)
+        if in_window:
+            self._window.add(found)
+        return self._rule.look(found)
 
     def end_step(self) -> None:
         """After the optimizer's step, measured or not."""
@@ -300,9 +304,14 @@ class NormMonitor:
             if self.strict:
                 self._detach()
                 raise
-            self._end(error)
+            self.end(error)
 
-    def _end(self, error: Exception) -> None:
+    def end(self, error: Exception) -> None:
+        """Say once that an error ends the measuring, which the next measured step does on all processes alike.
+
+        Args:
+            error: What happened.
+        """
         if self.ended is None:
             self.ended = f"{type(error).__name__}: {error}"
             logger.warning(

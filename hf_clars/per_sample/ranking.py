@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,11 @@ from tqdm.auto import tqdm
 from hf_clars.errors import DataError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.pytree import map_tensors
-from hf_clars.layers import LayerMode, ParamLayer, param_layers
-from hf_clars.per_sample.indexing import INDEX_COLUMN, checked_length, takes, without_column
+from hf_clars.layers import LayerMode, ParamLayer
+from hf_clars.per_sample.indexing import INDEX_COLUMN, checked_length, named_columns, takes, without_column
 from hf_clars.per_sample.losses import LossesOf, sample_losses
+from hf_clars.per_sample.ranking_head import ranking_head
+from hf_clars.per_sample.setup import partition_of
 from hf_clars.records.files import write_complete
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
 HEAD = "ranking.json"
 ROWS_A_FILE = 4096
-LOOKED_AT = 8  # items, to tell one data set from another
+SECONDS_A_FILE = 60  # what a call that is killed has lost
 
 
 def rank_samples(
@@ -60,11 +63,12 @@ def rank_samples(
         losses: Function of model and batch that returns each sample's loss, [B]. Default: cross-entropy of `logits`
             and `labels`, by token for language models, checked against the model's own loss.
         collate: Makes a batch (a mapping of tensors) of a list of items. Default: transformers' default collator,
-            which takes mappings.
+            which takes mappings, of the columns that the model's forward names (all, if it takes `**kwargs`).
         indices: Rank only these. Default: all.
         layers: What the norm of a layer is taken over, see `hf_clars.param_layers`.
         per_layer: Also a column for each layer, `norm/<layer>`. Default False.
-        output: Folder for parquet files. A call that was stopped goes on where it was. Default: in memory.
+        output: Folder for parquet files, written once a minute. A call that was stopped goes on where it was, if all
+            that its numbers depend on is as before. Default: in memory.
         num_workers: Processes that load samples. Default 0.
         progress: Show a bar. Default True.
 
@@ -72,40 +76,55 @@ def rank_samples(
         A `datasets.Dataset` with the columns `index` (int64), `loss` and `norm` (float64), in the order of the indices.
 
     Raises:
-        DataError: For a data set without a length, indices outside of it, items that are no mappings without
-            `collate`, a model without trainable parameters, or an `output` that holds another ranking.
+        DataError: For a data set without a length, indices outside of it, items that make no batch or do not fit the
+            model, a model without trainable parameters, or an `output` that holds another ranking.
         UnknownLossError: If each sample's loss cannot be told from what the model returns.
         HfClarsError: As `PerSampleGradNorms` raises, for a model that it cannot measure.
     """
     from datasets import Dataset, concatenate_datasets
 
+    if not isinstance(model, nn.Module):
+        raise DataError(f"The model is a {type(model).__name__}, and no torch module.")
     length = checked_length(dataset)
-    wanted = list(range(length)) if indices is None else [int(i) for i in indices]
-    if any(not 0 <= i < length for i in wanted):
-        raise DataError(f"indices must be between 0 and {length - 1}, the data set's last.")
-    if batch_size < 1:
-        raise DataError(f"batch_size={batch_size}: give a positive number of samples.")
-    partition = param_layers(model, layers=layers) if isinstance(layers, str) else list(layers)
+    wanted = _wanted(length, indices)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise DataError(f"batch_size={batch_size!r}: give a positive number of samples.")
+    partition = partition_of(model, layers)
     if not partition:
         raise DataError(f"{type(model).__name__} has no trainable parameter whose gradients could be ranked by.")
     columns = [f"norm/{layer.name}" for layer in partition] if per_layer else []
-    head = {} if output is None else _head(model, dataset, wanted, columns, (losses, collate))
-    store = _Store(output, head)
+    told = functools.partial(ranking_head, per_layer=per_layer, functions=(losses, collate))
+    store = _Store(output, {} if output is None else told(model, dataset, wanted, partition))
     todo = wanted[store.rows :]
     loader = DataLoader(
         _Chosen(dataset, todo),
         batch_size=batch_size,
-        collate_fn=_Collate(collate, index_wanted=takes(model, INDEX_COLUMN)),
+        collate_fn=_Collate(collate, model),
         num_workers=num_workers,
     )
     bar = tqdm(total=len(wanted), initial=store.rows, unit="sample", desc="Ranking", disable=not progress)
-    with bar, _evaluated(model), PerSampleGradNorms(model, layers=partition, loss_reduction="sum") as norms:
-        for index, batch in loader:
-            store.add(_measured(model, norms, losses, index, batch, per_layer))
-            bar.update(len(index))
-    store.flush()
+    measuring = PerSampleGradNorms(model, layers=partition, loss_reduction="sum")
+    with torch.inference_mode(False), bar, _evaluated(model), measuring as norms:
+        try:
+            for index, batch in loader:
+                store.add(_measured(model, norms, losses, index, batch, per_layer))
+                bar.update(len(index))
+        finally:
+            store.flush()
     nothing = {"index": np.empty(0, np.int64)} | {name: np.empty(0) for name in ("loss", "norm", *columns)}
     return concatenate_datasets([Dataset(table) for table in store.tables() or [pa.table(nothing)]])
+
+
+def _wanted(length: int, indices: Any) -> list[int]:
+    """The indices to rank; whole numbers, and no mask, whose True and False would be taken for 1 and 0."""
+    given = range(length) if indices is None else indices.tolist() if hasattr(indices, "tolist") else indices
+    found: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    if any(np.ndim(i) or np.asarray(i).dtype.kind not in "iu" for i in found):
+        raise DataError("indices must be whole numbers, one for each sample to rank.")
+    wanted = [int(i) for i in found]
+    if any(not 0 <= i < length for i in wanted):
+        raise DataError(f"indices must be between 0 and {length - 1}, the data set's last.")
+    return wanted
 
 
 def _measured(
@@ -172,59 +191,33 @@ class _Chosen(torch.utils.data.Dataset[Any]):
 class _Collate:
     """Keeps the indices apart from what the user's collator sees."""
 
-    def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]] | None, *, index_wanted: bool) -> None:
-        self._collate, self._index_wanted = collate, index_wanted
+    def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]] | None, model: nn.Module) -> None:
+        self._collate, self._index_wanted = collate, takes(model, INDEX_COLUMN)
+        self._known = None if collate is not None else named_columns(model)
 
     def __call__(self, items: list[tuple[int, Any]]) -> tuple[Tensor, Mapping[str, Any]]:
         index = torch.tensor([number for number, _ in items])
         bare = [item if self._index_wanted else without_column(item, INDEX_COLUMN) for _, item in items]
-        if self._collate is not None:
-            return index, self._collate(bare)
-        if not isinstance(bare[0], Mapping):
+        return index, self._default(index, bare) if self._collate is None else self._collate(bare)
+
+    def _default(self, index: Tensor, items: list[Any]) -> Mapping[str, Any]:
+        if not isinstance(items[0], Mapping):
             raise DataError(
-                f"Item {items[0][0]} of the data set is a {type(bare[0]).__name__}, and no mapping: give collate=, a "
-                "function that makes a batch (a mapping of tensors) of a list of items."
+                f"Item {int(index[0])} of the data set is a {type(items[0]).__name__}, and no mapping: give collate=, "
+                "a function that makes a batch (a mapping of tensors) of a list of items."
             )
         from transformers import default_data_collator
 
-        return index, default_data_collator(bare)
-
-
-def _head(
-    model: nn.Module, dataset: Any, indices: list[int], columns: list[str], functions: Sequence[Any]
-) -> dict[str, Any]:
-    """What tells one ranking from another."""
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return {
-        "samples": len(dataset),
-        "indices": hashlib.sha256(np.asarray(indices, np.int64).tobytes()).hexdigest(),
-        "weights": weights.hexdigest(),
-        "layers": [name.removeprefix("norm/") for name in columns],
-        "data": _look_of(dataset, indices),
-        "functions": [_name_of(function) for function in functions],
-    }
-
-
-def _name_of(function: Any) -> str:
-    """What `losses=` and `collate=` are told by: their name, and the code of functions."""
-    from datasets.fingerprint import Hasher
-
-    named = function if hasattr(function, "__qualname__") else type(function)
-    code = getattr(function, "__code__", None)
-    return f"{named.__module__}.{named.__qualname__}" + ("" if code is None else f" {Hasher.hash(code)}")
-
-
-def _look_of(dataset: Any, indices: list[int]) -> str:
-    """A hash of a few items; of a data set whose items change from one look to the next, that they do."""
-    from datasets.fingerprint import Hasher
-
-    places = indices[:: max(1, len(indices) // LOOKED_AT)]
-    first, second = ([Hasher.hash(dataset[i]) for i in places] for _ in range(2))
-    return Hasher.hash(first) if first == second else "changes"
+        known = self._known
+        kept = [{name: x for name, x in item.items() if known is None or name in known} for item in items]
+        try:
+            return default_data_collator(kept)
+        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            raise DataError(
+                f"Items {int(index[0])} to {int(index[-1])} of the data set make no batch ({error}): they differ in "
+                "shape or in their columns. Give collate=, as transformers' DataCollatorWithPadding(tokenizer) or "
+                "DataCollatorForSeq2Seq(tokenizer), which pads labels too."
+            ) from error
 
 
 class _Store:
@@ -234,6 +227,7 @@ class _Store:
         self._folder = None if folder is None else Path(folder)
         self._waiting: list[dict[str, np.ndarray]] = []
         self._tables: list[pa.Table] = []
+        self._written = time.monotonic()
         if self._folder is not None:
             self._open(self._folder, head)
         self.rows = sum(len(table) for table in self._tables)
@@ -265,7 +259,8 @@ class _Store:
     def add(self, columns: dict[str, np.ndarray]) -> None:
         """Add a batch's rows."""
         self._waiting.append(columns)
-        if sum(len(part["index"]) for part in self._waiting) >= ROWS_A_FILE:
+        rows, seconds = sum(len(part["index"]) for part in self._waiting), time.monotonic() - self._written
+        if rows >= ROWS_A_FILE or (self._folder is not None and seconds >= SECONDS_A_FILE):
             self.flush()
 
     def flush(self) -> None:
@@ -279,6 +274,7 @@ class _Store:
             write_complete(path, lambda temporary: parquet.write_table(table, temporary))
         self._tables.append(table)
         self._waiting.clear()
+        self._written = time.monotonic()
 
     def tables(self) -> list[pa.Table]:
         """All rows."""

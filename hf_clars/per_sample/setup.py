@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from hf_clars.distributed import sum_over_ranks, world_size
 from hf_clars.errors import ConfigError
+from hf_clars.layers import LayerMode, ParamLayer, param_layers
 from hf_clars.per_sample.log import PerSampleLog
 
 if TYPE_CHECKING:
@@ -30,8 +32,10 @@ def make_room(model: nn.Module, run: object) -> None:
     """Close the monitor of another run of a model: that run has ended with an error, or lost its callback.
 
     Raises:
-        ConfigError: If a monitor of this run, or of no known one, watches the model.
+        ConfigError: If a monitor of this run, or of no known one, watches the model, or it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"The model is a {type(model).__name__}, and no torch module: give the one that is trained.")
     other = watcher_of(model)
     if other is None:
         return
@@ -50,16 +54,44 @@ def any_process(here: bool, device: torch.device) -> bool:
     return bool(sum_over_ranks(torch.tensor([float(here)], device=device)) > 0)
 
 
-def check_settings(*, every: int, top_k: int, decay: float, flush_every: int) -> None:
+def check_settings(
+    *, every: int, top_k: int, decay: float, flush_every: int, layers: object, index_column: str
+) -> None:
     """Raise `ConfigError` for settings that cannot work."""
-    if every < 1:
-        raise ConfigError(f"every={every} measures no step: give 1 for each step, 50 for each fiftieth.")
-    if top_k < 0:
-        raise ConfigError(f"top_k={top_k}: give how many samples to name, or 0 for none.")
-    if not 0 <= decay <= 1:
-        raise ConfigError(f"decay={decay} cannot work: it must be in [0, 1].")
-    if flush_every < 1:
-        raise ConfigError(f"flush_every={flush_every}: give a positive number of measured steps.")
+    if not _whole(every) or every < 1:
+        raise ConfigError(f"every={every!r} measures no step: give 1 for each step, 50 for each fiftieth.")
+    if not _whole(top_k) or top_k < 0:
+        raise ConfigError(f"top_k={top_k!r}: give how many samples to name, or 0 for none.")
+    if not isinstance(decay, int | float) or not 0 <= decay <= 1:
+        raise ConfigError(f"decay={decay!r} cannot work: it must be in [0, 1].")
+    if not _whole(flush_every) or flush_every < 1:
+        raise ConfigError(f"flush_every={flush_every!r}: give a positive number of measured steps.")
+    if not isinstance(index_column, str) or not index_column:
+        raise ConfigError(f"index_column={index_column!r}: give the name of a column.")
+    ready = isinstance(layers, Sequence) and all(isinstance(layer, ParamLayer) for layer in layers)
+    if layers not in ("module", "tensor") and not (ready and layers):
+        raise ConfigError(f"layers={layers!r}: give 'module', 'tensor', or layers that hf_clars.param_layers has made.")
+
+
+def partition_of(model: nn.Module, layers: LayerMode | Sequence[ParamLayer]) -> list[ParamLayer]:
+    """The layers to measure.
+
+    Raises:
+        ConfigError: If a parameter is not the model's, or in two of them: its norms would be missing, or count twice.
+    """
+    if isinstance(layers, str):
+        return param_layers(model, layers=layers)
+    left = dict.fromkeys(model.parameters())
+    for layer in layers:
+        for name, param in zip(layer.param_names, layer.params, strict=True):
+            if param not in left:
+                raise ConfigError(f"layers= has {name}, which is no parameter of this model, or in another layer too.")
+            del left[param]
+    return list(layers)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def log_in(
