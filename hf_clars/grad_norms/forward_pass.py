@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,9 @@ class ForwardPass:
         closed: Whether its norms have been taken.
         graph: Lives as long as what the model returned can be differentiated; None: nothing was returned that is known.
         trace: What its graph is known by so far; None if it must be walked.
+        begun_at: How many operations torch had recorded when the model was called.
+        operations: The numbers of those that it recorded until the model returned.
+        earlier: Those of the model's calls before, to which the same backward pass may come.
         times: Takes the time of each call's norms, if they are timed.
     """
 
@@ -73,6 +76,9 @@ class ForwardPass:
     closed: bool = False
     graph: Callable[[], Any] | None = None
     trace: Trace | None = None
+    begun_at: int = 0
+    operations: range = range(0)
+    earlier: Sequence[range] = ()
     times: CallTimes | None = None
     uses: Uses = field(init=False)
     sums: NormSums = field(init=False)

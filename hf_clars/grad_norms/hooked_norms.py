@@ -24,7 +24,12 @@ from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_h
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds, PlacedHooks
 from hf_clars.grad_norms.model_parts import ModelParts
 from hf_clars.grad_norms.pytree import tensor_given, tensors_in
-from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
+from hf_clars.grad_norms.torch_internals import (
+    inside_backward,
+    inside_function_transform,
+    operations_recorded,
+    saved_tensors_are_packed,
+)
 from hf_clars.grad_norms.undisturbed import differentiating
 from hf_clars.grad_norms.with_rule import capture, repeat
 from hf_clars.layers import ParamLayer
@@ -119,6 +124,8 @@ class HookedNorms(NormAccumulator):
         self, forward_pass: ForwardPass, given: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         forward_pass.times, forward_pass.moves_rows = self._times, self._finder.moves_rows
+        forward_pass.earlier = [p.operations for p in self._passes if p.operations and not p.backward_seen]
+        forward_pass.begun_at = operations_recorded()
         self._following.end()
         self._in_use.begin()
         self._containers.clear()
@@ -227,6 +234,7 @@ class HookedNorms(NormAccumulator):
         taint = self._following.end()
         containers, self._containers = self._containers, []
         compiled = self._compiled.part(forward_pass)
+        forward_pass.operations = range(forward_pass.begun_at, operations_recorded())
         if not forward_pass.measured:
             return
         self._note_compiled(compiled)

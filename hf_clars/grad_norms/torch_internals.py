@@ -49,6 +49,12 @@ def operations_recorded() -> int:
     return number
 
 
+def number_of(node: torch.autograd.graph.Node) -> int:
+    """Which of the recorded operations one is, from 0 on; leaves have a number that none of them gets."""
+    number: int = node._sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
 def registered_in(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """The dictionaries that hold a module's own parameters and children; `named_parameters` runs Python for each."""
     return module._parameters, module._modules

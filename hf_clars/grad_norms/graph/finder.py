@@ -119,8 +119,8 @@ class GraphFinder:
                 break
             if not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
-        loose = any(use.moved == MOVED for use in walk.uses)
-        self.moves_rows |= loose or any(c.plan.moved and not c.cancelled for c in forward_pass.uses.rule_calls)
+        self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
+        self.moves_rows |= any(c.plan.moved and not c.cancelled for c in forward_pass.uses.rule_calls)
         found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
         gated = [use for use, at_node in found if at_node is None]
         if gated:
@@ -155,6 +155,7 @@ class GraphFinder:
             OWN_NODES,
             lambda node, key: self._moved_at(node, key, taint),
             forward_pass.uses.compiled,
+            forward_pass.earlier,
         )
         walk.run(outputs)
         return walk
@@ -165,7 +166,7 @@ class GraphFinder:
         known = self._takes_data.get(signature)
         if taint is not None:
             found = node in taint.nodes
-            if known is not None and known != found:
+            if known not in (None, found):
                 self._mixed.add(signature)
             self._takes_data[signature] = found
             return found
