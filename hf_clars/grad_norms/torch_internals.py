@@ -51,7 +51,7 @@ def operations_recorded() -> int:
 
 def number_of(node: torch.autograd.graph.Node) -> int:
     """Which of the recorded operations one is, from 0 on; leaves have a number that none of them gets."""
-    number: int = node._sequence_nr()  # type: ignore[attr-defined]
+    number: int = node._sequence_nr()
     return number
 
 

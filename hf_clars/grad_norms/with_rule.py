@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_clars.distributed import is_split
-from hf_clars.grad_norms.errors import IN_A_FORWARD, BatchAxisError, MixedDevicesError
+from hf_clars.grad_norms.errors import IN_A_FORWARD, TIME_FIRST, BatchAxisError, MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import (
     Way,
@@ -131,6 +131,8 @@ def _decide(
         (hooked.data_dims if tainted else hooked.own_dims).add(x.dim())
         hooked.plans.clear()
     axes = rule.batch_axes(hooked.module, results)
+    if axes[0] and taint is not None and forward_pass.batch_size > 1 and taint.axis_of(x) == 0:
+        warnings.warn(f"{hooked} takes time first. {TIME_FIRST}.", stacklevel=2)
     rows = _rows(hooked, forward_pass, x, results[0], axes[0])
     unproven = (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed"
     if recomputed and (unproven or hooked in forward_pass.uses.moved_without_grad):

@@ -131,6 +131,8 @@ class GraphFinder:
             edges = container.batch_first(forward_pass.batch_size)
             gates.setdefault(container, Gate(edges, str(container.hooked), forward_pass.packed)).uses.append(use)
         self._layouts_now.clear()
+        if taint is not None and self._followed == 1:
+            self._proofs.look_at_the_second_axis(forward_pass, outputs, walk)
         return [at_node for _, at_node in found if at_node is not None], list(gates.values())
 
     def _walk(
@@ -226,7 +228,7 @@ class GraphFinder:
             call.proven = True
             layout = call.plan.layout
             coupled = call.rows_per_sample == 1 and call.plan.x_depends_on_data
-            if coupled and found is not None and _is_hidden(found, place_of(call.edges[0])[1], forward_pass.batch_size):
+            if coupled and found is not None and found.is_hidden(place_of(call.edges[0])[1], forward_pass.batch_size):
                 raise _no_proof(call, forward_pass.batch_size)
             coupled = coupled and found is not None and not found.layouts
             unasked = found is not None and not found.layouts and not found.samples
@@ -253,7 +255,7 @@ class GraphFinder:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
             return True
-        if any(f is not None and _is_hidden(f, shape, batch) for f, shape in zip(found, shapes, strict=True)):
+        if any(f is not None and f.is_hidden(shape, batch) for f, shape in zip(found, shapes, strict=True)):
             raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), batch)
         looked_up = use.node.name() in _BY_INDEX and use.key not in self._tables
         if looked_up and all(f is not None and not f.layouts and f.everywhere() for f in found):
@@ -330,11 +332,6 @@ class GraphFinder:
 
 def _key(use: Use) -> tuple[object, ...]:
     return (use.key, tuple(len(s) for s in use.result_shapes))
-
-
-def _is_hidden(found: Arrival, shape: Sequence[int], batch: int) -> bool:
-    """Whether nothing tells which axis is the samples', although the first looks so."""
-    return found.mixed and shape[0] == batch and is_open(shape, batch)
 
 
 def _is_meta(call: RuleCall) -> bool:
