@@ -53,6 +53,7 @@ class HookedModule:
         self.moved = WorstPlaces()
         self.moved_results: set[int] = set()
         self.plans: dict[tuple[Any, ...], CallPlan | None] = {}
+        self._axes: dict[int, int | None] = {}
 
     def __str__(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__})"
@@ -93,6 +94,22 @@ class HookedModule:
             moves_rows: Whether the model gives rows other places. What was never seen may then be anywhere.
         """
         return self.moved.at(x.dim(), taint, lambda t: t.moved(x), moves_rows=moves_rows)
+
+    def axis_of(self, x: Tensor, taint: DataTaint | None) -> int | None:
+        """Which axis of an input that has no gradient is surely the samples'; None: not known.
+
+        Args:
+            x: The input.
+            taint: Tells it, in passes that follow the data; others know it from these, by the number of axes.
+        """
+        if x.dim() < 2 or x.requires_grad:
+            return None
+        if taint is None:
+            return self._axes.get(x.dim())
+        axis = taint.axis_of(x)
+        if taint.batch > 1:
+            self._axes[x.dim()] = axis if self._axes.get(x.dim(), axis) == axis else None
+        return axis
 
     def keep_plan(self, look: tuple[Any, ...], plan: CallPlan | None) -> None:
         """Measure calls that look like this by this plan from now on."""

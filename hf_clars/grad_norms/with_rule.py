@@ -77,9 +77,7 @@ def capture(
         return None
     _check_device(hooked, forward_pass, x)
     measured = RuleCall(plan, forward_pass, proven=plan.proven or outside or recomputed)
-    axis = 0 if x in forward_pass.given else None
-    if axis is None and taint is not None and x.dim() > 1 and not x.requires_grad:
-        axis = taint.axis_of(x)
+    axis = 0 if x in forward_pass.given else hooked.axis_of(x, taint)
     if axis is not None and not plan.moved and (axis == 0 or plan.rule.weight_sharing_axes):
         measured.given_rows = Layout(axis)
     if not recomputed:
