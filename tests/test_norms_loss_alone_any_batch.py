@@ -1,4 +1,4 @@
-"""Promise: a model that returns its loss alone is measured in batches of any size, also where one divides other axes."""
+"""Promise: a model that returns its loss alone is exact in batches of any size, also where one divides other axes."""
 
 import pytest
 import torch
