@@ -31,7 +31,7 @@ from hf_clars.grad_norms.torch_internals import (
     saved_tensors_are_packed,
 )
 from hf_clars.grad_norms.undisturbed import differentiating
-from hf_clars.grad_norms.with_rule import capture, repeat
+from hf_clars.grad_norms.with_rule import capture, refuse_nested, repeat
 from hf_clars.layers import ParamLayer
 
 
@@ -179,6 +179,7 @@ class HookedNorms(NormAccumulator):
         x = tensor_given(args, kwargs)
         if x is None or x.dim() == 0 or inside_function_transform() or (differentiating() and not inside_backward()):
             return None
+        refuse_nested(hooked, x)
         self._in_use.learn(hooked)
         taint = self._following.taint
         if not torch.is_grad_enabled():

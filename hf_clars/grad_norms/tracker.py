@@ -253,8 +253,9 @@ class PerSampleGradNorms(HookedNorms):
             self._stop_check()  # it would say the same, in words that say less
             raise UncoveredParameterError(
                 f"{', '.join(missed)}: has a gradient, but no use of it was seen since the norm hooks were attached. "
-                f"Attach them before the first (compiled) call of the model, and call it with a tensor. "
-                f"{IN_A_FORWARD}. The same goes for a loss that takes the parameter, as a temperature that is returned beside features."
+                "Attach them before the first (compiled) call of the model, and call it with a tensor. "
+                f"{IN_A_FORWARD}. The same goes for a loss that takes the parameter, as a temperature that is returned "
+                "beside features."
             )
 
     # ---- results ---------------------------------------------------------------------------------------------

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from hf_clars.distributed import is_split
-from hf_clars.grad_norms.errors import IN_A_FORWARD, TIME_FIRST, BatchAxisError, MixedDevicesError
+from hf_clars.grad_norms.errors import (
+    IN_A_FORWARD,
+    TIME_FIRST,
+    WITHOUT_SAMPLES,
+    BatchAxisError,
+    MixedDevicesError,
+)
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import (
     Way,
@@ -92,6 +98,23 @@ def capture(
     if forward_pass.trace is not None:
         forward_pass.trace.note(plan)
     return replaced
+
+
+def refuse_nested(hooked: HookedModule, x: Tensor) -> None:
+    """Rules read shapes, and samples of a nested tensor have shapes of their own.
+
+    Args:
+        hooked: The module.
+        x: Its first tensor.
+
+    Raises:
+        BatchAxisError: If that is nested, and the call may be a part of the loss.
+    """
+    if x.is_nested and torch.is_grad_enabled() and hooked.trainable():
+        raise BatchAxisError(
+            f"{hooked} is called on a nested tensor, in which no axis is the batch's: pad it "
+            f"(torch.nested.to_padded_tensor), freeze these parameters, or {WITHOUT_SAMPLES}."
+        )
 
 
 def _look(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor) -> tuple[Any, ...]:

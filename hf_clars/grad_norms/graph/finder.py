@@ -19,7 +19,7 @@ from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPl
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.rule_call import RuleCall
-from hf_clars.grad_norms.torch_internals import shape_at
+from hf_clars.grad_norms.torch_internals import is_jagged, shape_at
 
 _BY_INDEX = ("IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0")
 """Operations that take numbers of rows, which no graph shows."""
@@ -127,6 +127,8 @@ class GraphFinder:
             self._look_at_gates(forward_pass, outputs, walk, containers)
         gates: dict[ContainerCall, Gate] = {}
         for use in gated:
+            if is_jagged(use.node):
+                raise refuse(use, ", ".join(map(self.name_of, use.leaves.values())), forward_pass.batch_size)
             container = self._container_of(use, forward_pass, containers)
             edges = container.batch_first(forward_pass.batch_size)
             gates.setdefault(container, Gate(edges, str(container.hooked), forward_pass.packed)).uses.append(use)

@@ -104,7 +104,7 @@ class Arrival:
 
     def is_hidden(self, shape: Shape, batch: int) -> bool:
         """Whether nothing tells which axis is the samples', although the first looks so."""
-        return self.mixed and shape[0] == batch and is_open(shape, batch)
+        return self.mixed and shape[:1] == (batch,) and is_open(shape, batch)
 
     def everywhere(self, axis: int = 0) -> bool:
         """Whether each of several samples touched every row of an axis."""
