@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
+from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.taint import DataTaint, WorstPlaces
 from hf_clars.grad_norms.registry import LayerRule, find_rule
 from hf_clars.grad_norms.torch_internals import leaves_below
@@ -53,7 +54,7 @@ class HookedModule:
         self.moved = WorstPlaces()
         self.moved_results: set[int] = set()
         self.plans: dict[tuple[Any, ...], CallPlan | None] = {}
-        self._axes: dict[int, int | None] = {}
+        self._layouts: dict[int, Layout | None] = {}
 
     def __str__(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__})"
@@ -95,8 +96,8 @@ class HookedModule:
         """
         return self.moved.at(x.dim(), taint, lambda t: t.moved(x), moves_rows=moves_rows)
 
-    def axis_of(self, x: Tensor, taint: DataTaint | None) -> int | None:
-        """Which axis of an input that has no gradient is surely the samples'; None: not known.
+    def layout_of(self, x: Tensor, taint: DataTaint | None) -> Layout | None:
+        """Which rows of an input that has no gradient are surely whose; None: not known.
 
         Args:
             x: The input.
@@ -105,11 +106,11 @@ class HookedModule:
         if x.dim() < 2 or x.requires_grad:
             return None
         if taint is None:
-            return self._axes.get(x.dim())
-        axis = taint.axis_of(x)
+            return self._layouts.get(x.dim())
+        layout = taint.layout_of(x)
         if taint.batch > 1:
-            self._axes[x.dim()] = axis if self._axes.get(x.dim(), axis) == axis else None
-        return axis
+            self._layouts[x.dim()] = layout if self._layouts.get(x.dim(), layout) == layout else None
+        return layout
 
     def keep_plan(self, look: tuple[Any, ...], plan: CallPlan | None) -> None:
         """Measure calls that look like this by this plan from now on."""

@@ -83,9 +83,9 @@ def capture(
         return None
     _check_device(hooked, forward_pass, x)
     measured = RuleCall(plan, forward_pass, proven=plan.proven or outside or recomputed)
-    axis = 0 if x in forward_pass.given else hooked.axis_of(x, taint)
-    if axis is not None and not plan.moved and (axis == 0 or plan.rule.weight_sharing_axes):
-        measured.given_rows = Layout(axis)
+    rows = Layout() if x in forward_pass.given else hooked.layout_of(x, taint)
+    if rows is not None and not plan.moved and (rows.axis == 0 or plan.rule.weight_sharing_axes):
+        measured.given_rows = rows
     if not recomputed:
         for param in plan.wanted.values():
             forward_pass.uses.add(param)

@@ -137,6 +137,25 @@ def axis_after(
     return axis if sure and result.shape[: axis + 1] == first else None
 
 
+def joins_batches(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], held: Sequence[Tensor], axis: int, batch: int
+) -> bool:
+    """Whether a function lays whole batches one after the other, as two views of each image.
+
+    Args:
+        name: The function's.
+        args: What it was called with.
+        kwargs: The same.
+        held: What of it depends on the data.
+        axis: Which axis of these is the samples'.
+        batch: B.
+    """
+    if name not in _JOINS or len(held) < 2 or len(held) != len(args[0]):
+        return False
+    along = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    return along % held[0].dim() == axis and all(t.shape[axis] == batch for t in held)
+
+
 @dataclass(frozen=True)
 class Taken:
     """Rows that were taken from a tensor, or written to one.
