@@ -49,29 +49,78 @@ def right_norms(model, image, text):
     """Each sample's features, and the row of products that it scales, have a gradient of their own."""
     model = copy.deepcopy(model)  # without hooks
     a, b, scale = model(image, text)
-    own = [t.detach().clone().requires_grad_() for t in (a, b, scale.expand(len(image)))]
-    grads = torch.autograd.grad(loss_of(own[0], own[1], own[2].unsqueeze(1)), own)
+    scale = scale.expand(len(image), 1)
+    own = [t.detach().clone().requires_grad_() for t in (a, b, scale)]
+    grads = torch.autograd.grad(loss_of(*own), own)
     found = {name: [] for name, _ in model.named_parameters()}
     for i in range(len(image)):
-        part = (a[i] * grads[0][i]).sum() + (b[i] * grads[1][i]).sum() + scale * grads[2][i]
+        part = (a[i] * grads[0][i]).sum() + (b[i] * grads[1][i]).sum() + (scale[i] * grads[2][i]).sum()
         of_one = torch.autograd.grad(part, list(model.parameters()), retain_graph=True)
         for name, g in zip(found, of_one, strict=True):
             found[name].append(len(image) * g.norm())
     return {name: torch.stack(norms) for name, norms in found.items()}
 
 
-def test_a_temperature_that_the_loss_takes_is_refused_by_name():
+class Expanded(Towers):
+    """The other way out."""
+
+    def forward(self, image, text):
+        images, texts, scale = super().forward(image, text)
+        return images, texts, scale.expand(len(image), 1)
+
+
+class AlsoInside(Towers):
+    """A use that is seen hides none that is not, also where no sums are checked."""
+
+    def forward(self, image, text):
+        images, texts, scale = super().forward(image, text)
+        return images * scale, texts, scale
+
+
+@pytest.mark.parametrize("samples", [None, 2])
+@pytest.mark.parametrize("make", [Towers, AlsoInside])
+def test_a_returned_temperature_that_the_loss_takes_is_refused_by_name(make, samples):
+    torch.manual_seed(0)
+    model = make().double()
+    with (
+        PerSampleGradNorms(model, samples=samples),
+        pytest.raises(UncoveredParameterError, match="log_scale: the model"),
+    ):
+        loss_of(*model(*data(B))).backward()
+
+
+def test_so_is_one_that_the_loss_takes_from_the_model():
     torch.manual_seed(0)
     model = Towers().double()
     with PerSampleGradNorms(model) as norms:
-        loss_of(*model(*data(B))).backward()
+        images, texts, _ = model(*data(B))
+        loss_of(images, texts, model.log_scale.exp()).backward()
         with pytest.raises(UncoveredParameterError, match=r"log_scale: has a gradient.*as a temperature"):
             norms.per_sample  # noqa: B018
 
 
-def test_the_loss_in_a_forward_is_exact():
+def test_a_temperature_that_is_returned_and_not_used_is_no_fault():
     torch.manual_seed(0)
     model = Towers().double()
+    with PerSampleGradNorms(model) as norms:
+        images, texts, scale = model(*data(B))
+        loss_of(images, texts, scale.detach()).backward()
+    assert norms.per_sample["images"].shape == (B,)
+
+
+def test_a_penalty_on_weights_may_be_returned_where_nothing_is_checked():
+    torch.manual_seed(0)
+    model = Towers().double()
+    with PerSampleGradNorms(model, check=False) as norms:
+        images, texts, penalty = model(*data(B))
+        (loss_of(images, texts, 2.0) + penalty).backward()
+    assert norms.per_sample["images"].shape == (B,)
+
+
+@pytest.mark.parametrize("make", [Towers, Expanded])
+def test_the_ways_out_are_exact(make):
+    torch.manual_seed(0)
+    model = make().double()
     around = WithLoss(model)
     with PerSampleGradNorms(around, layers="tensor") as norms:
         for batch in (B, B, B, B - 1):

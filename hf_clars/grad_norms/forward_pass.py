@@ -178,6 +178,29 @@ def _came_too_late() -> UncoveredParameterError:
     )
 
 
+def refuse_in_the_loss(forward_pass: ForwardPass, result: Tensor, names: Sequence[str]) -> None:
+    """Refuse a gradient of a result that is made of parameters alone: no graph of the model shows its use.
+
+    Args:
+        forward_pass: The pass.
+        result: What the model returned.
+        names: The parameters.
+    """
+    error = UncoveredParameterError(
+        f"{', '.join(names)}: the model returns what is made of parameters alone, of shape {tuple(result.shape)}, and "
+        "the loss takes it, as a temperature: nothing tells for which samples. Put the loss into the forward of a "
+        "module around the model, and make the norms, or the optimizer, of that module. Or expand it to the batch "
+        "before it is returned. For a penalty on weights use weight_decay, or set check_every = 0 on the norms (CLARS: "
+        "optimizer.norms)."
+    )
+
+    def refuse(_: Tensor) -> None:
+        if not differentiating():
+            raise error
+
+    result.register_hook(forward_pass.guarded(refuse))
+
+
 def second_backward(what: object) -> SecondBackwardError:
     """The error for a second backward pass through one forward pass."""
     return SecondBackwardError(

@@ -43,6 +43,7 @@ class GraphFinder:
         moves_rows: Whether the model gives rows other places.
         given: What is known of the tensors that it is called with.
         gated: Modules whose results are kept as gates from now on.
+        bare: What the model returned last that is made of parameters alone, and of which.
     """
 
     param_of: Callable[[Tensor], nn.Parameter | None]
@@ -50,6 +51,7 @@ class GraphFinder:
     is_split: Callable[[], bool]
     unknown: bool = False
     gated: set[HookedModule] = field(default_factory=set)
+    bare: Sequence[tuple[Tensor, list[nn.Parameter]]] = ()
 
     def __post_init__(self) -> None:
         self._proofs = Proofs(self.is_split)
@@ -90,9 +92,7 @@ class GraphFinder:
         taint: DataTaint | None,
         containers: Sequence[ContainerCall],
     ) -> tuple[list[MeasuredUse], list[Gate]]:
-        """The uses of a pass that are to be measured at their nodes, and those behind gates.
-
-        Calls by rules that prove wrong are cancelled.
+        """The uses of a pass to be measured at their nodes, and those behind gates. Wrong rules' calls are cancelled.
 
         Args:
             forward_pass: The pass; its forward has just ended.
@@ -127,12 +127,11 @@ class GraphFinder:
             self._look_at_gates(forward_pass, outputs, walk, containers)
         gates: dict[ContainerCall, Gate] = {}
         for use in gated:
-            if is_jagged(use.node):
-                raise refuse(use, ", ".join(map(self.name_of, use.leaves.values())), forward_pass.batch_size)
-            container = self._container_of(use, forward_pass, containers)
+            container = self._container_of(use, forward_pass, () if is_jagged(use.node) else containers)
             edges = container.batch_first(forward_pass.batch_size)
             gates.setdefault(container, Gate(edges, str(container.hooked), forward_pass.packed)).uses.append(use)
         self._layouts_now.clear()
+        self.bare = () if taint is None else walk.bare
         if taint is not None and self._followed == 1:
             self._proofs.look_at_the_second_axis(forward_pass, outputs, walk)
         return [at_node for _, at_node in found if at_node is not None], list(gates.values())

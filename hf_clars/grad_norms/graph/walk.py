@@ -116,7 +116,7 @@ class GraphWalk:
         couplings: BatchNorm's operations.
         once: Whether a part of the graph can be differentiated only once, or not by the engine alone.
         lost: Operations that look as if they took parameters alone, although a rule's call is made on what they give.
-        bare: Whether something that the model returned looks so.
+        bare: What of the model's results looks so, each with the parameters that it is made of.
     """
 
     param_of: Callable[[Tensor], nn.Parameter | None]
@@ -132,7 +132,7 @@ class GraphWalk:
     couplings: list[Node] = field(default_factory=list)
     once: bool = False
     lost: set[Node] = field(default_factory=set)
-    bare: bool = False
+    bare: list[tuple[Tensor, list[nn.Parameter]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._own: dict[Node, Signature | None] = {}
@@ -144,7 +144,9 @@ class GraphWalk:
         for root in outputs:
             if root.grad_fn is not None:
                 self._visit(root.grad_fn)
-                self.bare |= bool(self._leaves.get(root.grad_fn))
+                leaves = self._leaves.get(root.grad_fn)
+                if leaves:
+                    self.bare.append((root, list(leaves.values())))
 
     def _visit(self, root: Node) -> None:
         """Depth first, children before parents, without recursion."""
