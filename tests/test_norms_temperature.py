@@ -84,7 +84,7 @@ def test_a_returned_temperature_that_the_loss_takes_is_refused_by_name(make, sam
     model = make().double()
     with (
         PerSampleGradNorms(model, samples=samples),
-        pytest.raises(UncoveredParameterError, match="log_scale: the model"),
+        pytest.raises(UncoveredParameterError, match="log_scale: the"),
     ):
         loss_of(*model(*data(B))).backward()
 
@@ -110,7 +110,7 @@ def test_a_temperature_that_is_returned_and_not_used_is_no_fault():
 
 def test_a_penalty_on_weights_may_be_returned_where_nothing_is_checked():
     torch.manual_seed(0)
-    model = Towers().double()
+    model = AlsoInside().double()
     with PerSampleGradNorms(model, check=False) as norms:
         images, texts, penalty = model(*data(B))
         (loss_of(images, texts, 2.0) + penalty).backward()
