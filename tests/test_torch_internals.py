@@ -55,6 +55,25 @@ def test_hooks_that_are_taken_out_do_not_run_and_those_put_back_do():
     assert seen == ["comes", "was added"]
 
 
+def test_operations_are_numbered_in_their_order_and_leaves_are_not():
+    x, before = torch.ones(2, requires_grad=True), internals.operations_recorded()
+    y = 2 * x
+    z = y.exp()
+    assert [internals.number_of(t.grad_fn) - before for t in (y, z)] == [0, 1]
+    assert internals.operations_recorded() == before + 2
+    assert internals.number_of(y.grad_fn.next_functions[0][0]) > 2**60
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_places_of_nested_tensors_have_no_shape(layout):
+    w = torch.ones(3, requires_grad=True)
+    x = torch.nested.nested_tensor([torch.ones(k, 3) for k in (1, 2)], layout=layout)
+    node = (x * w if layout is torch.jagged else nn.functional.linear(x, w.view(1, 3))).grad_fn
+    assert internals.shape_at(node) is None
+    assert internals.is_jagged(node) == (layout is torch.jagged)
+
+
 def test_packing_of_saved_tensors_is_seen():
     seen = []
 

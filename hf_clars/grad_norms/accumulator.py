@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.distributed import keeps_gradients_elsewhere
-from hf_clars.grad_norms.errors import MixedDevicesError
+from hf_clars.grad_norms.errors import BatchAxisError, MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals
 from hf_clars.grad_norms.gradient_watch import GradientWatch
 from hf_clars.grad_norms.hooks import ModelReturns, PassBegins, PlacedHooks
@@ -88,6 +88,11 @@ class NormAccumulator:
         if not self.active:
             return
         given = tensors_within((args, kwargs))
+        if any(t.is_nested for t in given):
+            raise BatchAxisError(
+                "The model is called with a nested tensor, in which no axis is the batch's: pad it before "
+                "(torch.nested.to_padded_tensor)."
+            )
         batched = of_the_batch(given)
         if batched is not None:
             if module is not self.model and next(module.parameters(), None) is None:

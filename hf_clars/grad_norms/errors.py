@@ -9,6 +9,11 @@ IN_A_FORWARD = (
     "Call the model itself: where a method of it is called in its place (encode, log_prob, forward), put that call "
     "into the forward of a module around the model, and make the norms, or the optimizer, of that module"
 )
+TIME_FIRST = (
+    "The model seems to be called with time first, and the batch second. Rows of the first axis are taken for samples: "
+    "norms are those of steps then. Put the model into a module whose forward takes and returns the batch first, and "
+    "make the norms, or the optimizer, of that module"
+)
 
 
 class UncoveredParameterError(HfClarsError, RuntimeError):

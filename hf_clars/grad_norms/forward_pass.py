@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,9 @@ class ForwardPass:
         closed: Whether its norms have been taken.
         graph: Lives as long as what the model returned can be differentiated; None: nothing was returned that is known.
         trace: What its graph is known by so far; None if it must be walked.
+        begun_at: How many operations torch had recorded when the model was called.
+        operations: The numbers of those that it recorded until the model returned.
+        earlier: Those of the model's calls before, to which the same backward pass may come.
         times: Takes the time of each call's norms, if they are timed.
     """
 
@@ -73,6 +76,9 @@ class ForwardPass:
     closed: bool = False
     graph: Callable[[], Any] | None = None
     trace: Trace | None = None
+    begun_at: int = 0
+    operations: range = range(0)
+    earlier: Sequence[range] = ()
     times: CallTimes | None = None
     uses: Uses = field(init=False)
     sums: NormSums = field(init=False)
@@ -170,6 +176,29 @@ def _came_too_late() -> UncoveredParameterError:
         "gradients were cleared and other passes begun. Call backward() before remove(), inside the with block, and "
         "before the passes of the next batch."
     )
+
+
+def refuse_in_the_loss(forward_pass: ForwardPass, result: Tensor, names: Sequence[str]) -> None:
+    """Refuse a gradient of a result that is made of parameters alone: no graph of the model shows its use.
+
+    Args:
+        forward_pass: The pass.
+        result: What the model returned.
+        names: The parameters.
+    """
+    error = UncoveredParameterError(
+        f"{', '.join(names)}: the model returns what is made of parameters alone, of shape {tuple(result.shape)}, and "
+        "the loss takes it, as a temperature: nothing tells for which samples. Put the loss into the forward of a "
+        "module around the model, and make the norms, or the optimizer, of that module. Or expand it to the batch "
+        "before it is returned. For a penalty on weights use weight_decay, or set check_every = 0 on the norms (CLARS: "
+        "optimizer.norms)."
+    )
+
+    def refuse(_: Tensor) -> None:
+        if not differentiating():
+            raise error
+
+    result.register_hook(forward_pass.guarded(refuse))
 
 
 def second_backward(what: object) -> SecondBackwardError:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
+from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.taint import DataTaint, WorstPlaces
 from hf_clars.grad_norms.registry import LayerRule, find_rule
 from hf_clars.grad_norms.torch_internals import leaves_below
@@ -56,6 +57,7 @@ class HookedModule:
         self.moved = WorstPlaces()
         self.moved_results: set[int] = set()
         self.plans: dict[tuple[Any, ...], CallPlan | None] = {}
+        self._layouts: dict[int, Layout | None] = {}
 
     def __str__(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__})"
@@ -96,6 +98,22 @@ class HookedModule:
             moves_rows: Whether the model gives rows other places. What was never seen may then be anywhere.
         """
         return self.moved.at(x.dim(), taint, lambda t: t.moved(x), moves_rows=moves_rows)
+
+    def layout_of(self, x: Tensor, taint: DataTaint | None) -> Layout | None:
+        """Which rows of an input that has no gradient are surely whose; None: not known.
+
+        Args:
+            x: The input.
+            taint: Tells it, in passes that follow the data; others know it from these, by the number of axes.
+        """
+        if x.dim() < 2 or x.requires_grad:
+            return None
+        if taint is None:
+            return self._layouts.get(x.dim())
+        layout = taint.layout_of(x)
+        if taint.batch > 1:
+            self._layouts[x.dim()] = layout if self._layouts.get(x.dim(), layout) == layout else None
+        return layout
 
     def keep_plan(self, look: tuple[Any, ...], plan: CallPlan | None) -> None:
         """Measure calls that look like this by this plan from now on."""

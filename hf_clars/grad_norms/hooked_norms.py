@@ -24,9 +24,14 @@ from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_h
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds, PlacedHooks
 from hf_clars.grad_norms.model_parts import ModelParts
 from hf_clars.grad_norms.pytree import tensor_given, tensors_in
-from hf_clars.grad_norms.torch_internals import inside_backward, inside_function_transform, saved_tensors_are_packed
+from hf_clars.grad_norms.torch_internals import (
+    inside_backward,
+    inside_function_transform,
+    operations_recorded,
+    saved_tensors_are_packed,
+)
 from hf_clars.grad_norms.undisturbed import differentiating
-from hf_clars.grad_norms.with_rule import capture, repeat
+from hf_clars.grad_norms.with_rule import capture, refuse_nested, repeat
 from hf_clars.layers import ParamLayer
 
 
@@ -124,6 +129,8 @@ class HookedNorms(NormAccumulator):
         self, forward_pass: ForwardPass, given: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         forward_pass.times, forward_pass.moves_rows = self._times, self._finder.moves_rows
+        forward_pass.earlier = [p.operations for p in self._passes if p.operations and not p.backward_seen]
+        forward_pass.begun_at = operations_recorded()
         self._following.end()
         self._in_use.begin()
         self._containers.clear()
@@ -177,6 +184,7 @@ class HookedNorms(NormAccumulator):
         x = tensor_given(args, kwargs)
         if x is None or x.dim() == 0 or inside_function_transform() or (differentiating() and not inside_backward()):
             return None
+        refuse_nested(hooked, x)
         self._in_use.learn(hooked)
         taint = self._following.taint
         if not torch.is_grad_enabled():
@@ -232,6 +240,7 @@ class HookedNorms(NormAccumulator):
         taint = self._following.end()
         containers, self._containers = self._containers, []
         compiled = self._compiled.part(forward_pass)
+        forward_pass.operations = range(forward_pass.begun_at, operations_recorded())
         if not forward_pass.measured:
             return
         self._note_compiled(compiled)

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import Size, Tensor, nn
+from torch.distributions import Distribution
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -24,6 +25,8 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for field in dataclasses.fields(tree):
             yield from tensors_in(getattr(tree, field.name, None))
+    elif isinstance(tree, Distribution):  # a policy's action beside its value
+        yield from tensors_in(list(vars(tree).values()))
 
 
 def tensors_within(tree: Any) -> list[Tensor]:

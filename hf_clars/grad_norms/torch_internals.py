@@ -49,6 +49,12 @@ def operations_recorded() -> int:
     return number
 
 
+def number_of(node: torch.autograd.graph.Node) -> int:
+    """Which of the recorded operations one is, from 0 on; leaves have a number that none of them gets."""
+    number: int = node._sequence_nr()
+    return number
+
+
 def registered_in(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """The dictionaries that hold a module's own parameters and children; `named_parameters` runs Python for each."""
     return module._parameters, module._modules
@@ -302,7 +308,13 @@ def shape_at(node: torch.autograd.graph.Node, output: int = 0) -> tuple[int, ...
         output: Which of its results.
     """
     known = getattr(node, "_input_metadata", ())
-    return tuple(known[output].shape) if output < len(known) else None
+    says = output < len(known) and not known[output].is_nested_tensor  # its rows have shapes of their own
+    return tuple(known[output].shape) if says else None
+
+
+def is_jagged(node: torch.autograd.graph.Node) -> bool:
+    """Whether an operation of the graph returned a nested tensor that is made in Python, which few functions take."""
+    return any(m.is_nested_tensor and not m.is_cpp_nested_tensor for m in getattr(node, "_input_metadata", ()))
 
 
 def dtype_at(node: torch.autograd.graph.Node, output: int = 0) -> torch.dtype:

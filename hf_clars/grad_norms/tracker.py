@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_clars.grad_norms.errors import IN_A_FORWARD, UncoveredParameterError
 from hf_clars.grad_norms.explanation import CallTimes, Explanation, ParameterWay
-from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.forward_pass import ForwardPass, refuse_in_the_loss
 from hf_clars.grad_norms.hooked_norms import HookedNorms
 from hf_clars.grad_norms.hooks import PlacedHooks
 from hf_clars.grad_norms.sum_check import SumCheck
@@ -121,6 +121,9 @@ class PerSampleGradNorms(HookedNorms):
 
     def _check_result(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
         super()._check_result(forward_pass, outputs)
+        bare, self._finder.bare = self._finder.bare, ()
+        for result, params in bare if self.check_every else ():
+            refuse_in_the_loss(forward_pass, result, [self._name_of(p) for p in params])
         self._choose_check(forward_pass)
 
     def _open(self, batch_size: int, *, implicit: bool = False) -> ForwardPass:
@@ -253,8 +256,8 @@ class PerSampleGradNorms(HookedNorms):
             self._stop_check()  # it would say the same, in words that say less
             raise UncoveredParameterError(
                 f"{', '.join(missed)}: has a gradient, but no use of it was seen since the norm hooks were attached. "
-                f"Attach them before the first (compiled) call of the model. {IN_A_FORWARD}. What the model returns "
-                "must depend on the parameter."
+                "Attach them before the first (compiled) call of the model, and call it with a tensor. "
+                f"{IN_A_FORWARD}. The same goes for a loss that takes the parameter, as a temperature."
             )
 
     # ---- results ---------------------------------------------------------------------------------------------

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from hf_clars.distributed import is_split
-from hf_clars.grad_norms.errors import IN_A_FORWARD, BatchAxisError, MixedDevicesError
+from hf_clars.grad_norms.errors import (
+    IN_A_FORWARD,
+    TIME_FIRST,
+    WITHOUT_SAMPLES,
+    BatchAxisError,
+    MixedDevicesError,
+)
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import (
     Way,
@@ -77,11 +83,9 @@ def capture(
         return None
     _check_device(hooked, forward_pass, x)
     measured = RuleCall(plan, forward_pass, proven=plan.proven or outside or recomputed)
-    axis = 0 if x in forward_pass.given else None
-    if axis is None and taint is not None and x.dim() > 1 and not x.requires_grad:
-        axis = taint.axis_of(x)
-    if axis is not None and not plan.moved and (axis == 0 or plan.rule.weight_sharing_axes):
-        measured.given_rows = Layout(axis)
+    rows = Layout() if x in forward_pass.given else hooked.layout_of(x, taint)
+    if rows is not None and not plan.moved and (rows.axis == 0 or plan.rule.weight_sharing_axes):
+        measured.given_rows = rows
     if not recomputed:
         for param in plan.wanted.values():
             forward_pass.uses.add(param)
@@ -94,6 +98,23 @@ def capture(
     if forward_pass.trace is not None:
         forward_pass.trace.note(plan)
     return replaced
+
+
+def refuse_nested(hooked: HookedModule, x: Tensor) -> None:
+    """Rules read shapes, and samples of a nested tensor have shapes of their own.
+
+    Args:
+        hooked: The module.
+        x: Its first tensor.
+
+    Raises:
+        BatchAxisError: If that is nested, and the call may be a part of the loss.
+    """
+    if x.is_nested and torch.is_grad_enabled() and hooked.trainable():
+        raise BatchAxisError(
+            f"{hooked} is called on a nested tensor, in which no axis is the batch's: pad it "
+            f"(torch.nested.to_padded_tensor), freeze these parameters, or {WITHOUT_SAMPLES}."
+        )
 
 
 def _look(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor) -> tuple[Any, ...]:
@@ -131,6 +152,8 @@ def _decide(
         (hooked.data_dims if tainted else hooked.own_dims).add(x.dim())
         hooked.plans.clear()
     axes = rule.batch_axes(hooked.module, results)
+    if axes[0] and taint is not None and forward_pass.batch_size > 1 and taint.axis_of(x) == 0:
+        warnings.warn(f"{hooked} takes time first. {TIME_FIRST}.", stacklevel=2)
     rows = _rows(hooked, forward_pass, x, results[0], axes[0])
     unproven = (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed"
     if recomputed and (unproven or hooked in forward_pass.uses.moved_without_grad):

@@ -19,7 +19,7 @@ from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPl
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.rule_call import RuleCall
-from hf_clars.grad_norms.torch_internals import shape_at
+from hf_clars.grad_norms.torch_internals import is_jagged, shape_at
 
 _BY_INDEX = ("IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0")
 """Operations that take numbers of rows, which no graph shows."""
@@ -43,6 +43,7 @@ class GraphFinder:
         moves_rows: Whether the model gives rows other places.
         given: What is known of the tensors that it is called with.
         gated: Modules whose results are kept as gates from now on.
+        bare: What the model returned last that is made of parameters alone, and of which.
     """
 
     param_of: Callable[[Tensor], nn.Parameter | None]
@@ -50,6 +51,7 @@ class GraphFinder:
     is_split: Callable[[], bool]
     unknown: bool = False
     gated: set[HookedModule] = field(default_factory=set)
+    bare: Sequence[tuple[Tensor, list[nn.Parameter]]] = ()
 
     def __post_init__(self) -> None:
         self._proofs = Proofs(self.is_split)
@@ -90,9 +92,7 @@ class GraphFinder:
         taint: DataTaint | None,
         containers: Sequence[ContainerCall],
     ) -> tuple[list[MeasuredUse], list[Gate]]:
-        """The uses of a pass that are to be measured at their nodes, and those behind gates.
-
-        Calls by rules that prove wrong are cancelled.
+        """The uses of a pass to be measured at their nodes, and those behind gates. Wrong rules' calls are cancelled.
 
         Args:
             forward_pass: The pass; its forward has just ended.
@@ -119,18 +119,21 @@ class GraphFinder:
                 break
             if not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
-        loose = any(use.moved == MOVED for use in walk.uses)
-        self.moves_rows |= loose or any(c.plan.moved and not c.cancelled for c in forward_pass.uses.rule_calls)
+        self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
+        self.moves_rows |= any(c.plan.moved and not c.cancelled for c in forward_pass.uses.rule_calls)
         found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
         gated = [use for use, at_node in found if at_node is None]
         if gated:
             self._look_at_gates(forward_pass, outputs, walk, containers)
         gates: dict[ContainerCall, Gate] = {}
         for use in gated:
-            container = self._container_of(use, forward_pass, containers)
+            container = self._container_of(use, forward_pass, () if is_jagged(use.node) else containers)
             edges = container.batch_first(forward_pass.batch_size)
             gates.setdefault(container, Gate(edges, str(container.hooked), forward_pass.packed)).uses.append(use)
         self._layouts_now.clear()
+        self.bare = () if taint is None else walk.bare
+        if taint is not None and self._followed == 1:
+            self._proofs.look_at_the_second_axis(forward_pass, outputs, walk)
         return [at_node for _, at_node in found if at_node is not None], list(gates.values())
 
     def _walk(
@@ -155,6 +158,7 @@ class GraphFinder:
             OWN_NODES,
             lambda node, key: self._moved_at(node, key, taint),
             forward_pass.uses.compiled,
+            forward_pass.earlier,
         )
         walk.run(outputs)
         return walk
@@ -165,7 +169,7 @@ class GraphFinder:
         known = self._takes_data.get(signature)
         if taint is not None:
             found = node in taint.nodes
-            if known is not None and known != found:
+            if known not in (None, found):
                 self._mixed.add(signature)
             self._takes_data[signature] = found
             return found
@@ -225,7 +229,7 @@ class GraphFinder:
             call.proven = True
             layout = call.plan.layout
             coupled = call.rows_per_sample == 1 and call.plan.x_depends_on_data
-            if coupled and found is not None and _is_hidden(found, place_of(call.edges[0])[1], forward_pass.batch_size):
+            if coupled and found is not None and found.is_hidden(place_of(call.edges[0])[1], forward_pass.batch_size):
                 raise _no_proof(call, forward_pass.batch_size)
             coupled = coupled and found is not None and not found.layouts
             unasked = found is not None and not found.layouts and not found.samples
@@ -252,7 +256,7 @@ class GraphFinder:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
             return True
-        if any(f is not None and _is_hidden(f, shape, batch) for f, shape in zip(found, shapes, strict=True)):
+        if any(f is not None and f.is_hidden(shape, batch) for f, shape in zip(found, shapes, strict=True)):
             raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), batch)
         looked_up = use.node.name() in _BY_INDEX and use.key not in self._tables
         if looked_up and all(f is not None and not f.layouts and f.everywhere() for f in found):
@@ -329,11 +333,6 @@ class GraphFinder:
 
 def _key(use: Use) -> tuple[object, ...]:
     return (use.key, tuple(len(s) for s in use.result_shapes))
-
-
-def _is_hidden(found: Arrival, shape: Sequence[int], batch: int) -> bool:
-    """Whether nothing tells which axis is the samples', although the first looks so."""
-    return found.mixed and shape[0] == batch and is_open(shape, batch)
 
 
 def _is_meta(call: RuleCall) -> bool:

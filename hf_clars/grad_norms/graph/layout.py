@@ -102,6 +102,10 @@ class Arrival:
         """Whether each of several samples touched every row of every axis."""
         return not self.layouts and not self.missed and self.samples > 1
 
+    def is_hidden(self, shape: Shape, batch: int) -> bool:
+        """Whether nothing tells which axis is the samples', although the first looks so."""
+        return self.mixed and shape[:1] == (batch,) and is_open(shape, batch)
+
     def everywhere(self, axis: int = 0) -> bool:
         """Whether each of several samples touched every row of an axis."""
         return axis not in self.missed and self.samples > 1

@@ -343,5 +343,6 @@ def refuse(use: Use, names: str, batch: int) -> BatchAxisError:
         "have no rows of their own, and no module around it returns the batch. Return the batch from a module around "
         f"it, freeze the parameter, register a rule for its module, or {WITHOUT_SAMPLES}. Samples are the rows of the "
         "first tensor that the model is called with. If that holds the parts of all samples together, as the nodes of "
-        "all graphs, call the model with a tensor of one row a sample before it, as each graph's number of nodes."
+        "all graphs, or a single sample, as the first of a list of images, call the model with a tensor of one row a "
+        "sample before it, as each graph's number of nodes, or each image's place in the list."
     )

@@ -7,6 +7,7 @@ axis is the samples'. Then each output is asked by itself, and below those that 
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from hf_clars.grad_norms.errors import TIME_FIRST
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root, candidates, prove, stay
 from hf_clars.grad_norms.graph.places import inner_roots, place_of, root_at
@@ -65,6 +67,7 @@ class Proofs:
     def __init__(self, is_split: Callable[[], bool]) -> None:
         self._is_split = is_split
         self._all_at_once = True
+        self._own_rows: bool | None = None
 
     def layouts(
         self,
@@ -124,11 +127,49 @@ class Proofs:
         if at_once and stay(roots, sure, batch, question.couplings):
             return [Arrival([layout]) for _, layout in sure[: len(places)]]
         found, own = question.ask(roots)
+        self._own_rows = own if returned else None
         if own is False or (own is None and (not returned or any(f and f.is_anyones() for f in found))):
             return _apart(question, outputs, found, returned=returned)
         if at_once and all(f is None or la in f.layouts for f, (_, la) in zip(found, sure, strict=False)):
             self._all_at_once = False  # this model's gradients come out in other digits each time
         return found
+
+    def look_at_the_second_axis(self, forward_pass: ForwardPass, outputs: Sequence[Tensor], walk: GraphWalk) -> None:
+        """Warn if the model seems to be called with time first, [T, B, ...]: steps are taken for samples then.
+
+        So it is where rows of the first axis depend on each other, from what the first layers give to what the model
+        returns, and those of the second do not. BatchNorm's coupling counts for none.
+
+        Args:
+            forward_pass: The model's first pass.
+            outputs: What it returned.
+            walk: What was found in its graph.
+        """
+        batch, couplings = forward_pass.batch_size, walk.couplings
+        calls = [c for c in forward_pass.uses.rule_calls if c.edges and c.given_rows == Layout()]
+        places = [place for place in (place_of(c.edges[0]) for c in calls) if place[1][:1] == (batch,)]
+        widths = {shape[1] for _, shape in places if len(shape) > 2 and shape[1] > 1}
+        whole = [t for t in differentiable_in(outputs) if t.dim() > 1 and t.shape[0] == batch and t.shape[1] in widths]
+        if batch < 2 or not whole or self._own_rows or walk.once or self._is_split() or any(t.is_meta for t in outputs):
+            return
+        width = whole[0].shape[1]
+        asked = [place for place in places if place[1][1:2] == (width,)]
+        edge, like = torch.autograd.graph.get_gradient_edge(whole[0]), whole[0].detach()
+
+        def own(axis: int, count: int) -> bool | None:
+            there = [(place, Layout(axis)) for place in asked]
+            return _Question((), there, count, (count - 1, 0), couplings).ask([Root(edge, like, Layout(axis))])[1]
+
+        try:
+            with quietly(), undisturbed(forward_pass.params()):
+                time_first = own(0, batch) is False and own(1, width)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return
+        if time_first:
+            coupled = "Rows of the first axis depend on each other here, and those of the second do not."
+            warnings.warn(f"{coupled} {TIME_FIRST}.", stacklevel=2)
 
 
 def _apart(

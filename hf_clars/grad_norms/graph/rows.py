@@ -24,10 +24,13 @@ _ALWAYS = ("take", "masked_select", "flipud", "_pack_padded_sequence")
 _TURNS = ("transpose", "permute", "swapaxes", "swapdims")
 _SUMS = ("sum", "mean", "var", "softmax", "log_softmax", "cat", "concat", "unsqueeze")
 _IN_ORDER = ("view", "reshape", "flatten", "unflatten", "contiguous")
-_LAYERS = ("embedding", "linear", "layer_norm", "rms_norm", "group_norm", "conv1d", "conv2d", "conv3d")
+_LAYERS = ("one_hot", "embedding", "linear", "layer_norm", "rms_norm", "group_norm", "conv1d", "conv2d", "conv3d")
 _EACH = {"to", "type", "float", "half", "bfloat16", "double", "clone", "detach", "dropout", "masked_fill", "clamp"}
 _EACH |= {"relu", "gelu", "silu", "tanh", "sigmoid"}
-_EACH |= {"sin", "cos", "exp", "log", "sqrt", "rsqrt", "square", "neg", "abs"}
+_EACH |= {"sin", "cos", "exp", "log", "sqrt", "rsqrt", "square", "neg", "abs", "sign", "floor", "ceil", "round"}
+_EACH |= {"where", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "invert", "logical_not", "isnan"}
+_EACH |= {"logical_and", "logical_or", "long", "int", "bool", "type_as", "nan_to_num", "maximum", "minimum"}
+_EACH |= {"mod", "remainder", "floordiv", "floor_divide"}
 _EACH |= {f"{sign}{op}" for sign in ("", "r", "i") for op in ("add", "sub", "mul", "div", "truediv", "pow")}
 """Functions after which it is known which axis is the samples': they name axes, read and write in order, are layers
 that look at rows one by one, or look at each number by itself."""
@@ -128,10 +131,29 @@ def axis_after(
     if name in _IN_ORDER:
         return axis if axis == 0 or result.shape[: axis + 1] == first else None
     if name in _LAYERS:
-        sure = held[0] is args[0] and len(held) == 1 and (axis == 0 or name in ("embedding", "linear", "layer_norm"))
+        sure = held[0] is args[0] and len(held) == 1 and (axis == 0 or name in _LAYERS[:4])
     else:
         sure = name.strip("_") in _EACH and all(t.dim() == result.dim() and t.shape[: axis + 1] == first for t in held)
     return axis if sure and result.shape[: axis + 1] == first else None
+
+
+def joins_batches(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], held: Sequence[Tensor], axis: int, batch: int
+) -> bool:
+    """Whether a function lays whole batches one after the other, as two views of each image.
+
+    Args:
+        name: The function's.
+        args: What it was called with.
+        kwargs: The same.
+        held: What of it depends on the data.
+        axis: Which axis of these is the samples'.
+        batch: B.
+    """
+    if name not in _JOINS or len(held) < 2 or len(held) != len(args[0]):
+        return False
+    along = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    return along % held[0].dim() == axis and all(t.shape[axis] == batch for t in held)
 
 
 @dataclass(frozen=True)

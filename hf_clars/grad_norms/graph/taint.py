@@ -18,7 +18,16 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from hf_clars.grad_norms.errors import UncoveredParameterError
-from hf_clars.grad_norms.graph.rows import Taken, axis_after, is_write, moves_rows, operands_first, taken_rows
+from hf_clars.grad_norms.graph.layout import Layout
+from hf_clars.grad_norms.graph.rows import (
+    Taken,
+    axis_after,
+    is_write,
+    joins_batches,
+    moves_rows,
+    operands_first,
+    taken_rows,
+)
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unseen_by_modes, unwrapped
 
@@ -58,7 +67,7 @@ class DataTaint(TorchFunctionMode):
         self.moves = False
         self._moved: dict[int, int] = {}
         self._blank: set[int] = set()
-        self._axes: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._axes: dict[tuple[int, tuple[int, ...]], Layout] = {}
         self._taken: list[tuple[Taken, int]] = []
         self._visited: set[Node] = set()
         # The references keep the keys from being given to other memory; they do not keep the memory.
@@ -87,18 +96,23 @@ class DataTaint(TorchFunctionMode):
 
     def axis_of(self, t: Tensor) -> int | None:
         """Which axis of a tensor is surely the samples', each sample's rows together; None: not known."""
+        layout = self.layout_of(t)
+        return None if layout is None or layout.outer != 1 else layout.axis
+
+    def layout_of(self, t: Tensor) -> Layout | None:
+        """Which rows of a tensor are surely whose, also where several batches lie one after the other."""
         storage = storage_of(t) if self._axes else None
         return None if storage is None or self._place(t) else self._axes.get((storage.key, t.stride()))
 
-    def note_axis(self, t: Tensor, axis: int | None) -> None:
-        """Say which it is."""
+    def note_axis(self, t: Tensor, axis: int | None, outer: int = 1) -> None:
+        """Say which it is, and how the batch lies there; see `Layout`."""
         storage = storage_of(t)
         if storage is None:
             return
         if axis is None or t.dim() <= axis or not t.shape[axis] or t.shape[axis] % self.batch:
             self._axes.pop((storage.key, t.stride()), None)
         else:
-            self._axes[storage.key, t.stride()] = axis
+            self._axes[storage.key, t.stride()] = Layout(axis, outer)
 
     def holds(self, t: Tensor) -> bool:
         """Whether a tensor depends on the data; what compiled code made is taken to."""
@@ -151,8 +165,10 @@ class DataTaint(TorchFunctionMode):
             results = list(tensors_in((result, [args[0]] if name == "__setitem__" else [])))
             self.mark(results, self._met(held, results) if place == LOOSE else place)
             axis = axes.pop() if len(axes) == 1 else None
+            joined = axis is not None and joins_batches(name, operands, named, held, axis, self.batch)
             for t in results:
-                self.note_axis(t, None if axis is None else axis_after(name, operands, named, held, axis, t))
+                after = None if axis is None else axis_after(name, operands, named, held, axis, t)
+                self.note_axis(t, axis if joined else after, -1 if joined else 1)
             if name in _BLANK:
                 self._blank.update(storage.key for t in results if (storage := storage_of(t)) is not None)
         return result

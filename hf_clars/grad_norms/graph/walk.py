@@ -12,7 +12,15 @@ from torch.autograd.graph import Node
 
 from hf_clars.distributed import whole_shape
 from hf_clars.grad_norms.compiled.functions import NODES
-from hf_clars.grad_norms.torch_internals import BATCH_NORM_NODES, COMPILED, TRACED, dtype_at, results_of, shape_at
+from hf_clars.grad_norms.torch_internals import (
+    BATCH_NORM_NODES,
+    COMPILED,
+    TRACED,
+    dtype_at,
+    number_of,
+    results_of,
+    shape_at,
+)
 
 Edge = tuple[Node, int]
 Signature = tuple[object, ...]
@@ -100,13 +108,15 @@ class GraphWalk:
         measured_by_itself: Names of operations whose parameters are measured by their own backward function.
         moved_at: Where the rows of a use's operation are, by that and by the use's key.
         compiled: The parameters that compiled code measures where it uses them; elsewhere it does not.
+        earlier: Numbers of the operations of calls before, as where each step of a loop is a call, and hands on a
+            state: their uses are known, and what they gave is data here.
 
     Attributes:
         uses: What was found.
         couplings: BatchNorm's operations.
         once: Whether a part of the graph can be differentiated only once, or not by the engine alone.
         lost: Operations that look as if they took parameters alone, although a rule's call is made on what they give.
-        bare: Whether something that the model returned looks so.
+        bare: What of the model's results looks so, each with the parameters that it is made of.
     """
 
     param_of: Callable[[Tensor], nn.Parameter | None]
@@ -117,11 +127,12 @@ class GraphWalk:
     measured_by_itself: Sequence[str]
     moved_at: Callable[[Node, Signature], int]
     compiled: set[nn.Parameter] = field(default_factory=set)
+    earlier: Sequence[range] = ()
     uses: list[Use] = field(default_factory=list)
     couplings: list[Node] = field(default_factory=list)
     once: bool = False
     lost: set[Node] = field(default_factory=set)
-    bare: bool = False
+    bare: list[tuple[Tensor, list[nn.Parameter]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._own: dict[Node, Signature | None] = {}
@@ -133,7 +144,9 @@ class GraphWalk:
         for root in outputs:
             if root.grad_fn is not None:
                 self._visit(root.grad_fn)
-                self.bare |= bool(self._leaves.get(root.grad_fn))
+                leaves = self._leaves.get(root.grad_fn)
+                if leaves:
+                    self.bare.append((root, list(leaves.values())))
 
     def _visit(self, root: Node) -> None:
         """Depth first, children before parents, without recursion."""
@@ -147,6 +160,8 @@ class GraphWalk:
             if node in own:
                 continue
             own[node] = None
+            if self._is_earlier(node):
+                continue
             region = self.regions.get(node)
             if region is not None:
                 self._cover(node, region)
@@ -165,7 +180,11 @@ class GraphWalk:
             if region.params <= known:
                 continue
             known |= region.params
-            stack += [child for child, _ in inner.next_functions if child is not None and child is not region.end]
+            below = [child for child, _ in inner.next_functions if child is not None and child is not region.end]
+            stack += [child for child in below if not self._is_earlier(child)]
+
+    def _is_earlier(self, node: Node) -> bool:
+        return bool(self.earlier) and any(number_of(node) in numbers for numbers in self.earlier)
 
     def _close(self, node: Node) -> None:
         children = node.next_functions
