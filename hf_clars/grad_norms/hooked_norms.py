@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.accumulator import NormAccumulator, may_count
-from hf_clars.grad_norms.compiled.calls import CompiledCall
 from hf_clars.grad_norms.compiled.containers import ran_outside
 from hf_clars.grad_norms.compiled.passes import CompiledPasses
 from hf_clars.grad_norms.explanation import CallTimes, LearnedWays
@@ -243,7 +242,7 @@ class HookedNorms(NormAccumulator):
         forward_pass.operations = range(forward_pass.begun_at, operations_recorded())
         if not forward_pass.measured:
             return
-        self._note_compiled(compiled)
+        self._compiled.note(compiled)
         for param in (p for call in compiled for p in call.hooked.trainable().values()):
             forward_pass.uses.add(param)
             forward_pass.uses.compiled.add(param)
@@ -328,20 +327,6 @@ class HookedNorms(NormAccumulator):
     def why_not_compiled(self) -> str:
         """Names of the parameters that are used where no layer rule is; "" if the model can be compiled as a whole."""
         return self._compiled.calls.reason
-
-    def _note_compiled(self, calls: Sequence[CompiledCall]) -> None:
-        """Compiled code has made these calls in a pass."""
-        self.meets_compiler = self.meets_compiler or bool(calls)
-        for call in calls:
-            params = call.hooked.trainable().values()
-            self._ever_captured.update(params)
-            self._ways.note(call.in_words(), params)
-
-    def _note_bare(self, params: Sequence[nn.Parameter]) -> None:
-        """Compiled code measures bare uses of these parameters."""
-        if params:
-            self._ever_captured.update(params)
-            self._ways.note("copies for each sample, at its uses in the compiled graph", params)
 
     def remove(self) -> None:
         """Take every hook off the model. Values read so far stay readable."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,17 @@ class CompiledPasses:
         if names:
             raise UncoveredParameterError(used_twice(", ".join(names)))
 
+    def note(self, calls: Sequence[CompiledCall], bare: Sequence[nn.Parameter] = ()) -> None:
+        """Compiled code has made these calls in a pass, and measures bare uses of these parameters."""
+        norms = self._norms
+        norms.meets_compiler = norms.meets_compiler or bool(calls)
+        for params, words in ((c.hooked.trainable().values(), c.in_words()) for c in calls):
+            norms._ever_captured.update(params)
+            norms._ways.note(words, params)
+        if bare:
+            norms._ever_captured.update(bare)
+            norms._ways.note("copies for each sample, at its uses in the compiled graph", bare)
+
     # ---- what compiled code calls ----------------------------------------------------------------------------
 
     def compiled_pass_begins(self, batch: int, weights: Tensor | None, checked: bool) -> int:
@@ -142,8 +153,8 @@ class CompiledPasses:
             raise UncoveredParameterError(failed)
         self._arrived = {n for n in self._arrived if n in self._open} | {number}
         if forward_pass.begun_compiled:
-            self._norms._note_compiled(list(self.calls.calls.values()))
-            self._norms._note_bare([self.calls.params[row] for row in self.calls.beside])
+            bare = [self.calls.params[row] for row in self.calls.beside]
+            self.note(list(self.calls.calls.values()), bare)
         found = squares[:, : forward_pass.measured].clamp(min=0)  # linked uses may cancel, but for rounding
         of_layers = found.new_zeros(self._layers[-1] + 1, found.shape[1])
         of_layers.index_add_(0, on_device(self._layer_index, found.device), found)
