@@ -76,9 +76,17 @@ class Halves(Net):
         return self.head(self.linear(y).sum(2, keepdim=True).squeeze(2)).permute(1, 0, 2)
 
 
+class Pooled(Net):
+    """One step of each sample, by a number that the data make."""
+
+    def forward(self, x):
+        chosen = x.sum(2).argmax(1)
+        return self.head(self.linear(x)[torch.arange(len(x)), chosen].sort(1).values)
+
+
 @pytest.mark.parametrize(
     "make",
-    [BatchSecond, Column, TableAsLongAsTheBatch, FrozenTableAsLongAsTheBatch, TimeFirst, TimeFolded, Halves],
+    [Pooled, BatchSecond, Column, TableAsLongAsTheBatch, FrozenTableAsLongAsTheBatch, TimeFirst, TimeFolded, Halves],
 )
 def test_another_axis_is_not_taken_for_the_batch(make):
     """There are as many steps as samples. Taken for the batch, the first axis gave wrong norms."""
@@ -88,6 +96,22 @@ def test_another_axis_is_not_taken_for_the_batch(make):
         return (torch.randint(4, shape) if make is Column else torch.randn(shape),)
 
     compare(make(), whole, inputs, (4, 4, 4))
+
+
+class Sorted(Net):
+    """Samples change places by what they are, and are as many as before."""
+
+    def forward(self, x):
+        order = x.sum(1).argsort()
+        return self.head(self.linear(x[order]) + x)
+
+
+def test_rows_that_change_places_are_refused():
+    model, x = Sorted(), torch.randn(4, 6)
+    with PerSampleGradNorms(model, check=False) as norms:
+        with pytest.raises(UncoveredParameterError, match=r"linear\.weight.*nothing tells which rows are whose"):
+            whole(model)(x)
+        norms.reset()
 
 
 class Mixed(Net):
@@ -101,7 +125,7 @@ class Mixed(Net):
 def test_where_samples_are_cannot_be_followed_is_said():
     model = Mixed()
     norms = PerSampleGradNorms(model)
-    with pytest.raises(UncoveredParameterError, match=r"linear\.weight.*does not begin with the batch of 4"):
+    with pytest.raises(UncoveredParameterError, match=r"linear\.weight.*nothing tells which rows are whose"):
         whole(model)(torch.randn(4, 6))
     norms.remove()
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from hf_clars.grad_norms.compiled.places import SPREADS, Place, is_view, name_of, place_of
+from hf_clars.grad_norms.compiled.places import MOVED, SPREADS, Place, is_view, name_of, place_of
 from hf_clars.grad_norms.compiled.sample_use import CopiesOf, Joined, SampleUse, function_of
 from hf_clars.grad_norms.pytree import is_differentiable, tensors_in
 from hf_clars.grad_norms.torch_traces import (
@@ -81,8 +81,8 @@ class BareUses:
         for node, t in held.items():
             constant = not isinstance(t, Tensor) or id(t) in known or is_from_model(node, of_model)
             self.kinds[node] = MADE if node in self.params else CONSTANT if constant else DATA
-            if not constant and t.dim() and value_of(node).shape[0] == self.batch:
-                self.places[node] = Place()
+            if not constant:
+                self.places[node] = Place() if t.dim() and value_of(node).shape[0] == self.batch else None
         for node in list(self.graph.nodes):
             if node.op == "output":
                 for made in self._differentiable(node):
@@ -90,7 +90,10 @@ class BareUses:
             elif node.op != "placeholder" and node not in self.done:
                 self._follow(node)
         by_module = {n: rows[id(t)] for n, t in held.items() if id(t) in rows and n not in self.params}
-        self._measure_anew({row for n, row in by_module.items() if any(map(self._is_folded, n.users))})
+        users = {row: list(n.users) for n, row in by_module.items()}
+        moved = {row for row, of in users.items() if any(self.places.get(n) is MOVED for n in of)}
+        self.calls.uses.not_told |= moved
+        self._measure_anew(moved | {row for row, of in users.items() if any(map(self._is_folded, of))})
         self.graph.lint()
         self.module.recompile()
 
@@ -104,7 +107,7 @@ class BareUses:
     def _is_folded(self, node: fx.Node) -> bool:
         """Whether an operation's samples are on another axis than a module's rule takes them for."""
         place = self.places.get(node)
-        return isinstance(place, Place) and (place.axis != 0 or place.outer != 1)
+        return isinstance(place, Place) and (place.axis != 0 or place.outer != 1)  # moved too
 
     def _find_rows(self) -> bool:
         kept = [n for n in self.graph.nodes if n.target is torch.ops.hf_clars.keep_rows.default]
@@ -128,7 +131,8 @@ class BareUses:
         if not any(True for _ in tensors_in(value_of(node))) and node.op != "get_attr":
             with_data = False  # a size
         self.kinds[node] = DATA if with_data else MADE if made and differentiable else CONSTANT
-        self.places[node] = place_of(node, self.places, self.batch) if with_data else None
+        if with_data:
+            self.places[node] = None if self._meets_lost(node) else place_of(node, self.places, self.batch)
         if made and name_of(node) == "multi_head_attention_forward":
             return self._open(node)
         if not (made and differentiable) or not (with_data or self._is_spread(node, made[0])):
@@ -138,6 +142,12 @@ class BareUses:
             self._put_beside(node, made)
         except _NotOfSamplesError as error:
             self._refuse(node, str(error))
+
+    def _meets_lost(self, node: fx.Node) -> bool:
+        """Whether an operation takes samples that cannot be followed, beside others."""
+        lost = (n for n in node.all_input_nodes if self.kinds[n] == DATA and self.places[n] is None)
+        several = name_of(node) not in ("getitem", "autograd_function_apply")
+        return several and any(isinstance(t := value_of(n), Tensor) and t.dim() for n in lost)
 
     def _differentiable(self, node: fx.Node) -> list[fx.Node]:
         """What a node takes that is made of parameters, and may be differentiated."""
@@ -172,7 +182,11 @@ class BareUses:
         y, batch = value_of(node), self.batch
         if not isinstance(y, Tensor) or y.dim() == 0:
             raise _NotOfSamplesError("the operation is a whole function, or has several results")
-        result = self.places[node] or Place()
+        place = self.places.get(node)
+        result = place or Place()
+        not_told = place is None and self._rows_in(node) & self.calls.uses.not_told
+        if result is MOVED or not_told:
+            raise _NotOfSamplesError("nothing tells which rows are whose")
         if y.dim() <= result.axis or y.shape[result.axis] != result.length(batch):
             raise _NotOfSamplesError(f"its result {tuple(y.shape)} does not begin with the batch of {batch}")
         self.places[node] = result

@@ -48,6 +48,10 @@ class Place:
         return self.outer * batch * self.inner
 
 
+MOVED = Place(-1)
+"""Samples were given other places by what they are."""
+
+
 def place_of(node: fx.Node, places: Mapping[fx.Node, Any], batch: Any) -> Any:
     """Where the samples are in the result of an operation that was traced.
 
@@ -61,6 +65,8 @@ def place_of(node: fx.Node, places: Mapping[fx.Node, Any], batch: Any) -> Any:
     """
     y, name = value_of(node), name_of(node)
     given = [n for n in node.all_input_nodes if places.get(n) is not None]
+    if any(places[n] is MOVED for n in given) or _moves(node, name, places):
+        return tuple(MOVED for _ in y) if isinstance(y, tuple | list) else MOVED
     if name == "getitem" and given and isinstance(places[given[0]], tuple):
         return places[given[0]][node.args[1]]
     if name == "autograd_function_apply":  # what stands behind a module: its output, or its input and its output
@@ -112,6 +118,23 @@ def _place_of_label(result: Tensor, label: Tensor, place: Place) -> Place | None
     along = [k for k, (n, stride) in enumerate(zip(result.shape, result.stride(), strict=True)) if stride and n > 1]
     whole = len(along) == 1 and result.stride(along[0]) == 1 and result.shape[along[0]] == label.shape[place.axis]
     return Place(along[0], place.outer, place.inner) if whole else None
+
+
+def _moves(node: fx.Node, name: str, places: Mapping[fx.Node, Any]) -> bool:
+    """Whether samples are given other places, as by an index that the data make, or a sort."""
+    x = next((n for n in node.all_input_nodes), None)
+    place = places.get(x) if x is not None else None
+    if not isinstance(place, Place) or not isinstance(value_of(x), Tensor):
+        return False
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        item = index[place.axis] if len(index) > place.axis and None not in index and Ellipsis not in index else None
+        return isinstance(item, fx.Node) and item in places  # not a number, nor made of numbers alone
+    along = [*node.args[1:], node.kwargs.get("dim")]
+    dims = [a % value_of(x).dim() for a in along if isinstance(a, int) and not isinstance(a, bool)]
+    if name in ("index_select", "gather", "take_along_dim"):
+        return place.axis in dims and any(isinstance(a, fx.Node) and a in places for a in along)
+    return name in ("sort", "argsort") and place.axis in dims
 
 
 def _place_after(
