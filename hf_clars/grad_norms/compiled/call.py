@@ -112,7 +112,7 @@ class CompiledCall:
         batch = rows[0].shape[0]
         if not self._layout_is_known(x, output, batch):
             if self.state.within:  # the uses are found in what is traced, where axes can be followed
-                note_bare(self.state.uses, [self.row_numbers[i] for i in wanted])
+                note_bare(self.state.uses.name, [self.row_numbers[i] for i in wanted])
             return refuse(output, self.state.receiver, self._unknown_rows(x, batch), True)
         spread = output.shape[0] == 1 != batch
         way = None if spread or any(summed) or not self._is_first() else self._way(names, x, output, batch)
@@ -142,7 +142,7 @@ class CompiledCall:
     def _note_uses(self, wanted: list[int]) -> None:
         uses = self.state.uses
         rows, kinds = [self.row_numbers[i] for i in wanted], [self.kinds[i] for i in wanted]
-        note_uses(uses, self.hooked.path, rows, kinds)
+        note_uses(uses.name, self.hooked.path, rows, kinds)
         if uses.several and not self.state.shares:
             self.state.share()
 

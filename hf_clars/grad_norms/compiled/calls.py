@@ -131,7 +131,7 @@ class CompiledCalls:
 
     def keep_rows(self) -> None:
         """A module is called in a trace: let what measures bare uses find the rows there."""
-        if watch_trace(self.uses) and self.within and self.measures:
+        if watch_trace(self.uses.name) and self.within and self.measures:
             keep_rows(self.rows, self.counts, self.receiver, list(self.given_axes))
 
     def bare_rows(self) -> list[int]:

@@ -36,7 +36,7 @@ class CompiledContainer:
         state = self.state
         if state.within and state.measures:
             state.keep_rows()
-            note_done(state.uses, self.path)
+            note_done(state.uses.name, self.path)
         if self.missing and not (state.within or state.paused) and torch.is_grad_enabled():
             state.number = refuse(state.place, state.receiver, not_compiled(self.missing), False)
 

@@ -17,6 +17,8 @@ Each row's count is delivered once in both, so that a use that was missed is tol
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 ONCE, LINKED, SUMMED, BARE = range(4)
 
+_uses: weakref.WeakValueDictionary[str, Uses] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
 
 class Uses:
     """How often each parameter is used, as traces of the model have shown it.
@@ -48,6 +53,7 @@ class Uses:
         compiling: Is called with what was traced, before that is compiled.
 
     Attributes:
+        name: By which traced code knows it: a compiler takes numbers for what may change.
         ways: `ONCE`, `LINKED`, `SUMMED` or `BARE` for each parameter. The compiler guards it in code that has read it.
         hooked: As given.
         several: Whether there is one that is `LINKED` or `SUMMED`.
@@ -56,6 +62,8 @@ class Uses:
     """
 
     def __init__(self, ways: Sequence[int], hooked: Sequence[HookedModule], compiling: Callable[[Any], None]) -> None:
+        self.name = str(next(_numbers))
+        _uses[self.name] = self
         self.ways = tuple(ways)
         self._compiling = compiling
         self.several = False
@@ -140,28 +148,29 @@ def _way_of(kinds: list[str]) -> int:
 
 
 @torch.compiler.assume_constant_result
-def note_uses(uses: Uses, path: str, rows: Sequence[int], kinds: Sequence[str]) -> bool:
-    """`Uses.note`; it is called when a model is traced, and not by the code."""
-    uses.note(path, rows, kinds)
+def note_uses(name: str, path: str, rows: Sequence[int], kinds: Sequence[str]) -> bool:
+    """`Uses.note`, of that with this name; it is called when a model is traced, and not by the code."""
+    _uses[name].note(path, rows, kinds)
     return True
 
 
 @torch.compiler.assume_constant_result
-def watch_trace(uses: Uses) -> bool:
+def watch_trace(name: str) -> bool:
     """`Uses.watch`, in the same way."""
-    return bool(uses.watch())
+    return bool(_uses[name].watch())
 
 
 @torch.compiler.assume_constant_result
-def note_done(uses: Uses, path: str) -> bool:
+def note_done(name: str, path: str) -> bool:
     """`Uses.note_done`, in the same way."""
-    uses.note_done(path)
+    _uses[name].note_done(path)
     return True
 
 
 @torch.compiler.assume_constant_result
-def note_bare(uses: Uses, rows: Sequence[int]) -> bool:
+def note_bare(name: str, rows: Sequence[int]) -> bool:
     """`Uses.measure_bare`, in the same way."""
+    uses = _uses[name]
     uses.not_told.update(rows)
     uses.measure_bare(rows)
     trace_anew("hf_clars: a parameter is measured where it is used")
