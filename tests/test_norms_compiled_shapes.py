@@ -109,7 +109,7 @@ class Sorted(Net):
 def test_rows_that_change_places_are_refused():
     model, x = Sorted(), torch.randn(4, 6)
     with PerSampleGradNorms(model, check=False) as norms:
-        with pytest.raises(UncoveredParameterError, match=r"linear\.weight.*nothing tells which rows are whose"):
+        with pytest.raises(UncoveredParameterError, match=r"linear\.weight.*nobody knows which rows belong to which"):
             whole(model)(x)
         norms.reset()
 
@@ -125,7 +125,7 @@ class Mixed(Net):
 def test_where_samples_are_cannot_be_followed_is_said():
     model = Mixed()
     norms = PerSampleGradNorms(model)
-    with pytest.raises(UncoveredParameterError, match=r"linear\.weight.*nothing tells which rows are whose"):
+    with pytest.raises(UncoveredParameterError, match=r"linear\.weight.*nobody knows which rows belong to which"):
         whole(model)(torch.randn(4, 6))
     norms.remove()
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from hf_clars.grad_norms.compiled.places import MOVED, SPREADS, Place, is_view, name_of, place_of
+from hf_clars.grad_norms.compiled.places import LOST, SPREADS, Place, is_view, name_of, place_of, place_of_input
 from hf_clars.grad_norms.compiled.sample_use import CopiesOf, Joined, SampleUse, function_of
 from hf_clars.grad_norms.pytree import is_differentiable, tensors_in
 from hf_clars.grad_norms.torch_traces import (
@@ -80,9 +80,8 @@ class BareUses:
         of_model = [n for n, t in held.items() if id(t) in rows]
         for node, t in held.items():
             constant = not isinstance(t, Tensor) or id(t) in known or is_from_model(node, of_model)
-            self.kinds[node] = MADE if node in self.params else CONSTANT if constant else DATA
-            if not constant:
-                self.places[node] = Place() if t.dim() and value_of(node).shape[0] == self.batch else None
+            self.places[node] = None if constant else place_of_input(value_of(node), self.batch)
+            self.kinds[node] = MADE if node in self.params else CONSTANT if self.places[node] is None else DATA
         for node in list(self.graph.nodes):
             if node.op == "output":
                 for made in self._differentiable(node):
@@ -90,10 +89,10 @@ class BareUses:
             elif node.op != "placeholder" and node not in self.done:
                 self._follow(node)
         by_module = {n: rows[id(t)] for n, t in held.items() if id(t) in rows and n not in self.params}
-        users = {row: list(n.users) for n, row in by_module.items()}
-        moved = {row for row, of in users.items() if any(self.places.get(n) is MOVED for n in of)}
-        self.calls.uses.not_told |= moved
-        self._measure_anew(moved | {row for row, of in users.items() if any(map(self._is_folded, of))})
+        seen = {row for call in self.calls.calls.values() if call.hooked.was_seen for row in call.row_numbers}
+        self._measure_anew(
+            {row for n, row in by_module.items() if any(self._is_folded(u, row in seen) for u in n.users)}
+        )
         self.graph.lint()
         self.module.recompile()
 
@@ -104,10 +103,17 @@ class BareUses:
             self.calls.uses.measure_bare(rows)
             compile_anew("hf_clars: a parameter is measured where it is used")
 
-    def _is_folded(self, node: fx.Node) -> bool:
-        """Whether an operation's samples are on another axis than a module's rule takes them for."""
+    def _is_folded(self, node: fx.Node, seen: bool) -> bool:
+        """Whether an operation's samples are on another axis than a module's rule takes them for.
+
+        Args:
+            node: The operation.
+            seen: Whether an uncompiled pass has shown where they are, if that cannot be told.
+        """
         place = self.places.get(node)
-        return isinstance(place, Place) and (place.axis != 0 or place.outer != 1)  # moved too
+        if not isinstance(place, Place):
+            return place is LOST and not seen
+        return place.axis != 0 or place.outer != 1
 
     def _find_rows(self) -> bool:
         kept = [n for n in self.graph.nodes if n.target is torch.ops.hf_clars.keep_rows.default]
@@ -130,9 +136,10 @@ class BareUses:
         differentiable = any(is_differentiable(t) for t in tensors_in(value_of(node)))
         if not any(True for _ in tensors_in(value_of(node))) and node.op != "get_attr":
             with_data = False  # a size
+        if node.target is torch.ops.hf_clars.begin_pass.default:
+            with_data = False  # rows, which are none of the model's
         self.kinds[node] = DATA if with_data else MADE if made and differentiable else CONSTANT
-        if with_data:
-            self.places[node] = None if self._meets_lost(node) else place_of(node, self.places, self.batch)
+        self.places[node] = place_of(node, self.places, self.batch) if with_data and self.batch != 1 else None
         if made and name_of(node) == "multi_head_attention_forward":
             return self._open(node)
         if not (made and differentiable) or not (with_data or self._is_spread(node, made[0])):
@@ -142,12 +149,6 @@ class BareUses:
             self._put_beside(node, made)
         except _NotOfSamplesError as error:
             self._refuse(node, str(error))
-
-    def _meets_lost(self, node: fx.Node) -> bool:
-        """Whether an operation takes samples that cannot be followed, beside others."""
-        lost = (n for n in node.all_input_nodes if self.kinds[n] == DATA and self.places[n] is None)
-        several = name_of(node) not in ("getitem", "autograd_function_apply")
-        return several and any(isinstance(t := value_of(n), Tensor) and t.dim() for n in lost)
 
     def _differentiable(self, node: fx.Node) -> list[fx.Node]:
         """What a node takes that is made of parameters, and may be differentiated."""
@@ -182,14 +183,7 @@ class BareUses:
         y, batch = value_of(node), self.batch
         if not isinstance(y, Tensor) or y.dim() == 0:
             raise _NotOfSamplesError("the operation is a whole function, or has several results")
-        place = self.places.get(node)
-        result = place or Place()
-        not_told = place is None and self._rows_in(node) & self.calls.uses.not_told
-        if result is MOVED or not_told:
-            raise _NotOfSamplesError("nothing tells which rows are whose")
-        if y.dim() <= result.axis or y.shape[result.axis] != result.length(batch):
-            raise _NotOfSamplesError(f"its result {tuple(y.shape)} does not begin with the batch of {batch}")
-        self.places[node] = result
+        result = self.places[node] = self._place_of_result(node, y)
         target = self._functional(node)
         for wide, alone, ambiguous in itertools.product((True, False), (False, True), (False, True)):
             params, others, chain = self._operands(node, alone)
@@ -202,6 +196,18 @@ class BareUses:
             raise _NotOfSamplesError("the operation cannot be done for one sample alone")
         copies = [self._copies(self.params[p]) for p in params]
         self._insert(node, use, [*copies, *params, *others])
+
+    def _place_of_result(self, node: fx.Node, y: Tensor) -> Place:
+        if self.batch == 1:
+            return Place(inner=y.shape[0])
+        place = self.places[node]
+        if place is None and not any(self.kinds[n] == DATA for n in node.all_input_nodes):
+            place = Place()  # it is spread over the samples
+        if not isinstance(place, Place) or y.shape[place.axis] != place.length(self.batch):
+            raise _NotOfSamplesError(
+                f"in its result {tuple(y.shape)} nobody knows which rows belong to which of the {self.batch} samples"
+            )
+        return place
 
     def _functional(self, node: fx.Node) -> Any:
         """The operation, or the one like it that does not write into its operand."""
@@ -246,12 +252,11 @@ class BareUses:
     def _place_in(self, node: fx.Node, y: Tensor, result: Place, ambiguous: bool) -> Place | None:
         """Where the samples are in an operand; `ambiguous`: also in what may only be as long as the batch."""
         t, place = value_of(node), self.places.get(node)
-        if not isinstance(t, Tensor) or t.dim() == 0 or place is not None:
-            return place
-        if t.shape[0] != y.shape[0] or result.axis:
+        if not isinstance(t, Tensor) or t.dim() == 0 or self.batch == 1:
             return None
-        told = self.kinds[node] == DATA and (t.dim() >= y.dim() or not t.is_floating_point())
-        return result if told or ambiguous else None
+        if self.kinds[node] == DATA:
+            return place
+        return result if ambiguous and t.shape[0] == y.shape[0] and not result.axis else None
 
     def _fits(self, use: SampleUse, params: Sequence[fx.Node], others: Sequence[fx.Node], y: Tensor) -> bool:
         with fake_values(y):

@@ -1,12 +1,15 @@
 """Where the samples are in the tensors of a traced graph: which axis is theirs, and how it is folded with others.
 
-A model is called with tensors [B, ...]. Functions that only name axes, or read in order, are followed exactly; those
-that keep the leading axes, as layers and products do, are taken at their word. Of anything else nothing is known.
+A model is called with tensors [B, ...]. What each function does with axes is written here, by its name; functions that
+compute number by number are known by torch's own mark. Of any other function nothing is known, and what it returns is
+`LOST`: nobody may take its first axis for the samples' because it is as long. Only where no other axis could be theirs,
+it is.
 """
 
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +17,61 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hf_clars.grad_norms.torch_traces import value_of
+from hf_clars.grad_norms.torch_traces import is_pointwise, value_of
+
+#: Samples are somewhere in a tensor, and nobody knows where.
+LOST = "lost"
 
 _IN_ORDER = ("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
 _NAMES_AXES = (
-    *("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "getattr", "unsqueeze", "squeeze"),
-    *("expand", "expand_as", "select", "narrow", "getitem", "slice", "chunk", "split", "unbind"),
+    *(
+        "transpose",
+        "permute",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "t",
+        "T",
+        "mT",
+        "H",
+        "mH",
+        "unsqueeze",
+        "squeeze",
+    ),
+    *("expand", "expand_as", "select", "narrow", "getitem", "slice", "chunk", "split", "unbind", "adjoint"),
+    *("getattr", "tensor_split", "diagonal", "broadcast_to"),
 )
-_PRODUCTS = ("matmul", "bmm", "scaled_dot_product_attention")
-_LAYERS = ("linear", "layer_norm", "rms_norm", "softmax", "log_softmax", "dropout", "pad", "cumsum")
-_SUMS = ("sum", "mean", "amax", "amin", "norm", "var", "std", "logsumexp")
-_JOINS = ("cat", "concat", "concatenate")
 SPREADS = ("expand", "expand_as", "repeat", "broadcast_to", "tile")
-_MOVES = ("roll", "flip")
+_KEEP_SHAPES = (
+    *("contiguous", "clone", "to", "type", "type_as", "float", "double", "half", "bfloat16", "long", "int", "bool"),
+    *("detach", "fill", "zero", "tril", "triu", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+    *("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm", "normalize"),
+    *("softmax", "log_softmax", "softmin", "gumbel_softmax", "cumsum", "cumprod", "logcumsumexp"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "masked_scatter"),
+    *("_softmax", "_log_softmax", "empty_like", "bernoulli", "requires_grad"),
+)
+_KEEP_THE_FIRST = (
+    *(f"{of}{n}d" for n in (1, 2, 3) for of in ("conv", "conv_transpose", "avg_pool", "max_pool", "lp_pool")),
+    *(f"adaptive_{of}_pool{n}d" for n in (1, 2, 3) for of in ("avg", "max")),
+    *("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "grid_sample", "affine_grid"),
+    *("embedding_bag", "cosine_similarity", "unfold", "fold"),
+)
+#: Of these every axis before the last is kept.
+_OF_THE_LAST = ("linear", "pad", "glu", "one_hot", "bilinear")
+#: What goes along one axis: where its arguments name that, and what it is if they do not.
+_REDUCTIONS = {
+    **dict.fromkeys(("sum", "mean", "amax", "amin", "logsumexp", "prod", "nansum", "nanmean", "all", "any"), 1),
+    **dict.fromkeys(("max", "min", "argmax", "argmin", "median", "mode", "var", "std", "var_mean", "std_mean"), 1),
+    **dict.fromkeys(("norm", "vector_norm", "linalg_norm", "linalg_vector_norm", "kthvalue", "quantile"), 2),
+    **{"count_nonzero": 1, "nanmedian": 1, "aminmax": 99},
+}
+_ALONG = {
+    **dict.fromkeys(("sort", "argsort", "msort", "gather", "index_select", "scatter", "scatter_add", "flip"), 1),
+    **dict.fromkeys(("index_add", "index_copy", "index_fill", "scatter_reduce", "rot90"), 1),
+    **dict.fromkeys(("topk", "take_along_dim", "roll", "cross"), 2),
+}
+_JOINS = ("cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack")
 
 
 @dataclass(frozen=True)
@@ -48,8 +93,11 @@ class Place:
         return self.outer * batch * self.inner
 
 
-MOVED = Place(-1)
-"""Samples were given other places by what they are."""
+def place_of_input(t: Tensor, batch: Any) -> Any:
+    """Where the samples are in a tensor that the model is called with: a place, None (in no axis), or `LOST`."""
+    if t.dim() == 0 or t.shape[0] == batch:
+        return Place() if t.dim() else None
+    return LOST if any(n == batch for n in t.shape) or t.shape[0] % batch == 0 else None
 
 
 def place_of(node: fx.Node, places: Mapping[fx.Node, Any], batch: Any) -> Any:
@@ -61,29 +109,30 @@ def place_of(node: fx.Node, places: Mapping[fx.Node, Any], batch: Any) -> Any:
         batch: B.
 
     Returns:
-        A place, or None if it is not known; of several results a tuple.
+        A place; None if it is all samples', as a mean over them; or `LOST`. Of several results a tuple.
     """
     y, name = value_of(node), name_of(node)
     given = [n for n in node.all_input_nodes if places.get(n) is not None]
-    if any(places[n] is MOVED for n in given) or _moves(node, name, places):
-        return tuple(MOVED for _ in y) if isinstance(y, tuple | list) else MOVED
-    if name == "getitem" and given and isinstance(places[given[0]], tuple):
-        return places[given[0]][node.args[1]]
-    if name == "autograd_function_apply":  # what stands behind a module: its output, or its input and its output
-        first = next(n for n in node.args[2:] if isinstance(n, fx.Node))
-        return tuple(None if k else places.get(first) for k in range(len(y)))
-    if not given or any(isinstance(places[n], tuple) for n in given):
+    if not given:
         return None
+    if name == "getitem" and isinstance(places[given[0]], tuple):
+        return places[given[0]][node.args[1]]
+    several = isinstance(y, tuple | list)
+    if name == "autograd_function_apply":  # what stands behind a module: its output, or its input and its output
+        alike = {places[n] for n in given if value_of(n).shape == y[0].shape}
+        return (alike.pop() if len(alike) == 1 else LOST, *(LOST for _ in y[1:]))
+    if any(not isinstance(places[n], Place) for n in given):
+        return (LOST,) * len(y) if several else LOST
+    if getattr(node.target, "namespace", "") == "hf_clars":  # it goes through
+        return places.get(node.args[0])
     args: Any = fx.map_arg(node.args, value_of)
     kwargs: Any = fx.map_arg(node.kwargs, value_of)
-    if name in _NAMES_AXES:
-        return _place_in_view(node.target, args, kwargs, value_of(given[0]), places[given[0]])
+    view = name in _NAMES_AXES or (name == "unfold" and node.op == "call_method")
+    if view and value_of(given[0]) is args[0] and not _tensors(args[1:]):
+        return _place_in_view(node.target, args, kwargs, places[given[0]], batch)
     of_tensors = {id(value_of(n)): places[n] for n in given}
-    several = isinstance(y, tuple | list)
-    found = tuple(
-        _place_after(name, args, kwargs, of_tensors, t, batch) if isinstance(t, Tensor) else None
-        for t in (y if several else (y,))
-    )
+    call = _Call(node, name, args, kwargs, of_tensors, batch)
+    found = tuple(call.place(t) if isinstance(t, Tensor) else None for t in (y if several else (y,)))
     return found if several else found[0]
 
 
@@ -98,74 +147,235 @@ def is_view(name: str) -> bool:
     return name in (*_IN_ORDER, *_NAMES_AXES, *SPREADS)
 
 
-def _place_in_view(target: Any, args: Any, kwargs: Any, x: Tensor, place: Place) -> Any:
+def _place_in_view(target: Any, args: Any, kwargs: Any, place: Place, batch: Any) -> Any:
     """Functions that name axes are called on a tensor whose memory moves along the samples' axis only."""
-    if args[0] is not x:
-        return None
-    strides = [int(k == place.axis) for k in range(x.dim())]
-    label = torch.empty(int(x.shape[place.axis]), dtype=torch.int8).as_strided([int(n) for n in x.shape], strides)
-    rest = tuple(int(a) if isinstance(a, torch.SymInt) else a for a in args[1:])
+    shape = [_number(n) for n in args[0].shape]
+    strides = [int(k == place.axis) for k in range(len(shape))]
+    label = torch.empty(shape[place.axis], dtype=torch.int8).as_strided(shape, strides)
+    rest, kwargs = torch.utils._pytree.tree_map(_number, (args[1:], kwargs))
+    call = getattr(label, target) if isinstance(target, str) else None
     try:
-        result = getattr(label, target)(*rest, **kwargs) if isinstance(target, str) else target(label, *rest, **kwargs)
+        result = call(*rest, **kwargs) if call is not None else target(label, *rest, **kwargs)
     except Exception:  # an index by numbers that only a run knows
-        return None
+        return LOST
+    part = _number(batch * place.inner)
     if isinstance(result, tuple | list):
-        return tuple(_place_of_label(t, label, place) for t in result)
-    return _place_of_label(result, label, place)
+        return tuple(_place_of_label(t, label, place, part) for t in result)
+    return _place_of_label(result, label, place, part)
 
 
-def _place_of_label(result: Tensor, label: Tensor, place: Place) -> Place | None:
+def _number(n: Any) -> Any:
+    """A size as it is in this trace. To ask for `int(n)` would make code for this size alone."""
+    return n.node.hint if isinstance(n, torch.SymInt) else n
+
+
+def _place_of_label(result: Tensor, label: Tensor, place: Place, part: int) -> Any:
+    """Where the samples' axis is now. Of a folded axis there may be less: `part` rows are one batch."""
+    if (
+        result.data_ptr() < label.data_ptr()
+        or result.untyped_storage().data_ptr() != label.untyped_storage().data_ptr()
+    ):
+        return LOST  # numbers at other places, as an index by a list gives them
     along = [k for k, (n, stride) in enumerate(zip(result.shape, result.stride(), strict=True)) if stride and n > 1]
-    whole = len(along) == 1 and result.stride(along[0]) == 1 and result.shape[along[0]] == label.shape[place.axis]
-    return Place(along[0], place.outer, place.inner) if whole else None
+    if len(along) != 1 or result.stride(along[0]) != 1:
+        return LOST
+    length = result.shape[along[0]]
+    if length == label.untyped_storage().nbytes():
+        return Place(along[0], place.outer, place.inner)
+    if result.storage_offset() % part or length % part:
+        return LOST
+    return Place(along[0], length // part, place.inner)
 
 
-def _moves(node: fx.Node, name: str, places: Mapping[fx.Node, Any]) -> bool:
-    """Whether samples are given other places, as by an index that the data make, or a sort."""
-    x = next((n for n in node.all_input_nodes), None)
-    place = places.get(x) if x is not None else None
-    if not isinstance(place, Place) or not isinstance(value_of(x), Tensor):
-        return False
-    if name == "getitem":
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        item = index[place.axis] if len(index) > place.axis and None not in index and Ellipsis not in index else None
-        return isinstance(item, fx.Node) and item in places  # not a number, nor made of numbers alone
-    along = [*node.args[1:], node.kwargs.get("dim")]
-    dims = [a % value_of(x).dim() for a in along if isinstance(a, int) and not isinstance(a, bool)]
-    if name in ("index_select", "gather", "take_along_dim"):
-        return place.axis in dims and any(isinstance(a, fx.Node) and a in places for a in along)
-    return name in ("sort", "argsort") and place.axis in dims
+@dataclass
+class _Call:
+    """A function of tensors, some of which have samples."""
+
+    node: fx.Node
+    name: str
+    args: Any
+    kwargs: dict[str, Any]
+    places: dict[int, Place]
+    batch: Any
+
+    def __post_init__(self) -> None:
+        self.held = [t for t in _tensors([*self.args, *self.kwargs.values()]) if id(t) in self.places]
+        self.x = self.held[0]
+        self.at = self.places[id(self.x)]
+        self.alone = all(t is self.x for t in self.held)
+
+    def place(self, y: Tensor) -> Any:
+        """Where the samples are in a result."""
+        found = self._found(y)
+        if isinstance(found, Place) and (y.dim() <= found.axis or y.shape[found.axis] != found.length(self.batch)):
+            return LOST
+        return found
+
+    def _found(self, y: Tensor) -> Any:
+        name, x, at = self.name, self.x, self.at
+        if name in _IN_ORDER:
+            return _in_order(x, at, y, self.batch) or LOST
+        if name in (*_JOINS, "stack"):
+            return self._joined(y)
+        if (products := self._as_product()) is not None:
+            return self._after_product(y, *products)
+        if name in _REDUCTIONS and not (name in ("max", "min") and len(_tensors(self.args)) > 1):
+            return self._reduced(y)
+        if name in _ALONG:
+            along = self._axes(_ALONG[name], x.dim() - 1 if name in ("sort", "argsort", "topk") else None)
+            return LOST if along is None or at.axis in along else self._agreed()
+        if name == "scaled_dot_product_attention":
+            known = all(self.places[id(t)].axis < t.dim() - 2 for t in self.held)
+            return self._from_the_right(y) if known else at if self.alone and x is self.args[0] else LOST
+        if name in ("embedding", "getitem") and x is self.args[name == "getitem"] or name in _OF_THE_LAST:
+            kept = self.alone and (name in ("embedding", "getitem") or at.axis < x.dim() - (name != "one_hot"))
+            return at if kept and y.shape[: at.axis + 1] == x.shape[: at.axis + 1] else LOST
+        if name == "getitem":
+            return self._indexed(y)
+        if name in ("repeat", "tile", "repeat_interleave"):
+            return self._repeated(y)
+        if name in _KEEP_SHAPES:
+            return self._agreed() if y.shape == x.shape else LOST
+        if is_pointwise(name):
+            return self._from_the_right(y)
+        return self._first_axis(y)
+
+    def _agreed(self) -> Any:
+        return self.at if len({self.places[id(t)] for t in self.held}) == 1 else LOST
+
+    def _first_axis(self, y: Tensor) -> Any:
+        """What keeps its first axis, by name; or by there being no other that could be the samples'."""
+        x, at = self.x, self.at
+        if at.axis or y.dim() == 0 or y.shape[0] != x.shape[0]:
+            return LOST
+        if self.name in _KEEP_THE_FIRST:
+            return self._agreed()
+        known = at == Place() and not any(n == self.batch for t in (*self.held, y) for n in t.shape[1:])
+        return self._agreed() if known else LOST
+
+    def _from_the_right(self, y: Tensor) -> Any:
+        """Of operands that are broadcast: all have it in one place, counted from the right."""
+        of = [(self.places[id(t)], t) for t in self.held]
+        right = {(place.axis - t.dim(), place.outer, place.inner) for place, t in of}
+        if len(right) != 1:
+            return LOST
+        axis, outer, inner = right.pop()
+        return Place(axis + y.dim(), outer, inner)
+
+    def _joined(self, y: Tensor) -> Any:
+        at, given = self.at, _tensors(self.args) + _tensors([*self.kwargs.values()])
+        if self.name not in ("cat", "concat", "concatenate", "stack") or self._agreed() is LOST:
+            return LOST
+        along = self.kwargs.get("dim", self.kwargs.get("axis", self.args[1] if len(self.args) > 1 else 0)) % y.dim()
+        if self.name == "stack":
+            return Place(at.axis + (along <= at.axis), at.outer, at.inner)
+        if along != at.axis:
+            return at
+        every = len(given) == len(self.held)  # whole batches, one after the other
+        return Place(at.axis, len(given) * at.outer, at.inner) if every else LOST
+
+    def _axes(self, position: int, default: int | None = None) -> list[int] | None:
+        """The axes that an argument names."""
+        given = next((self.kwargs[k] for k in ("dim", "dims", "axis") if k in self.kwargs), None)
+        if given is None:
+            given = self.args[position] if len(self.args) > position else default
+        given = given if isinstance(given, tuple | list) else (given,)
+        if any(isinstance(d, bool) or not isinstance(d, int) for d in given):
+            return None
+        return [d % self.x.dim() for d in given]
+
+    def _reduced(self, y: Tensor) -> Any:
+        at, x = self.at, self.x
+        along = self._axes(_REDUCTIONS[self.name])
+        if not self.alone:
+            return LOST
+        if along is None or at.axis in along:
+            return None if self.name not in ("argmax", "argmin") else LOST
+        gone = 0 if y.dim() == x.dim() else sum(d < at.axis for d in along)
+        return Place(at.axis - gone, at.outer, at.inner)
+
+    def _repeated(self, y: Tensor) -> Any:
+        at, x, name = self.at, self.x, self.name
+        axis = at.axis + y.dim() - x.dim()
+        times = y.shape[axis] // x.shape[at.axis] if y.dim() >= x.dim() else 0
+        if name != "repeat_interleave":
+            return Place(axis, times * at.outer, at.inner)
+        along, each = self._axes(2), self.args[1] if len(self.args) > 1 else None
+        if along is None or not isinstance(each, int):
+            return LOST
+        return Place(axis, at.outer, at.inner * (each if at.axis in along else 1))
+
+    def _indexed(self, y: Tensor) -> Any:
+        """An index by tensors: of other axes than the samples', or of one step for each sample."""
+        x, at, key = self.x, self.at, self.node.args[1]
+        keys = list(key) if isinstance(key, tuple | list) else [key]
+        if x is not self.args[0]:
+            return LOST
+        nodes = [k for k in keys if isinstance(k, fx.Node) and isinstance(value_of(k), Tensor)]
+        if any(value_of(k).dtype == torch.bool for k in nodes):
+            return LOST
+        # Every sample's own number, beside a step that each has: x[arange(B), steps].
+        own = [k for k in nodes[:1] if name_of(k) == "arange" and value_of(k).shape[0] == x.shape[0]]
+        if own and keys[0] is own[0] and at == Place() and len(own[0].args) == 1:
+            flat = all(value_of(k).dim() == 1 for k in nodes) and len(nodes) == len([k for k in keys if k in nodes])
+            return at if flat and all(k in nodes for k in keys[: len(nodes)]) else LOST
+        listed = [k for k in keys if isinstance(k, list)] + [k for k in nodes if value_of(k).dim() == 1]
+        if not self.alone or len(listed) != 1 or len(nodes) > 1 or isinstance(key, list):
+            return LOST
+        before = keys[: keys.index(listed[0])]
+        plain = all(isinstance(k, slice) and k == slice(None) for k in before)
+        return at if plain and at.axis < len(before) else LOST
+
+    # ---- products --------------------------------------------------------------------------------------------
+
+    def _as_product(self) -> tuple[list[Tensor], list[str], str] | None:
+        """The operands of a product, and a letter for each axis: of each operand, and of the result."""
+        name, args = self.name, self.args
+        if name == "einsum" and isinstance(args[0], str):
+            operands = _tensors(args[1:])
+            return (operands, *_letters(args[0], [t.dim() for t in operands]))
+        plus = name in ("addmm", "baddbmm", "addmv")
+        if plus or name in ("matmul", "bmm", "mm", "mv", "dot", "imatmul"):
+            a, b = args[plus : plus + 2]
+            axes, result = _letters_of_matmul(a.dim(), b.dim())
+            added = [args[0]] if plus and args[0].dim() == len(result) else []
+            return [a, b, *added], [*axes, result], result
+        return None
+
+    def _after_product(self, y: Tensor, operands: list[Tensor], axes: list[str], result: str) -> Any:
+        found = {
+            (axes[i][self.places[id(t)].axis], self.places[id(t)].outer, self.places[id(t)].inner)
+            for i, t in enumerate(operands)
+            if id(t) in self.places
+        }
+        kept = [f for f in found if f[0] in result]
+        if len(kept) != len(found):
+            return None if not kept and len(found) == 1 else LOST
+        return Place(result.index(kept[0][0]), *kept[0][1:]) if len(kept) == 1 else LOST
 
 
-def _place_after(
-    name: str, args: Sequence[Any], kwargs: dict[str, Any], places: dict[int, Place], y: Tensor, batch: Any
-) -> Place | None:
-    """Where the samples are in a function's result; `places` by the `id` of its operands."""
-    held = [t for t in _tensors(args) if id(t) in places] + [t for t in kwargs.values() if id(t) in places]
-    x = held[0]
-    place = places[id(x)]
-    if name in _IN_ORDER:
-        return _in_order(x, place, y, batch)
-    if name in _JOINS:
-        along = kwargs.get("dim", args[1] if len(args) > 1 else 0) % y.dim()
-        return _agreed(held, places, y, batch) if along != place.axis else None
-    if name == "stack":
-        along = kwargs.get("dim", args[1] if len(args) > 1 else 0) % y.dim()
-        return Place(place.axis + (along <= place.axis), place.outer, place.inner)
-    if name in _SUMS:
-        return _after_sum(x, args, kwargs, place, y)
-    if name in _MOVES:
-        given = kwargs.get("dims", args[2 if name == "roll" else 1] if len(args) > 1 else None)
-        along = (given,) if isinstance(given, int) else given
-        return None if along is None or place.axis in [d % x.dim() for d in along] else place
-    if name in _PRODUCTS and not all(t.dim() == y.dim() and places[id(t)].axis < y.dim() - 2 for t in held):
-        return place if held == [args[0]] and _is_kept(x, place, y) and place.axis < x.dim() - 1 else None
-    if name in (*_PRODUCTS, *_LAYERS):
-        return place if _is_kept(x, place, y) and len({places[id(t)] for t in held}) == 1 else None
-    if name == "embedding":
-        index = args[0] if id(args[0]) in places else args[1] if len(args) > 1 else x
-        return place if index is x and _is_kept(x, place, y) else None
-    return _agreed(held, places, y, batch)
+def _letters(equation: str, dims: list[int]) -> tuple[list[str], str]:
+    """An einsum's letters; an ellipsis is spelled out, from the right."""
+    given, arrow, result = equation.replace(" ", "").partition("->")
+    terms = given.split(",")
+    free = [c for c in string.ascii_letters if c not in equation]
+    more = max(d - len(t.replace("...", "")) if "..." in t else 0 for t, d in zip(terms, dims, strict=True))
+    dots = "".join(free[:more])
+    if not arrow:
+        letters = sorted({c for c in given if c.isalpha()})
+        result = ("..." if "..." in given else "") + "".join(c for c in letters if given.count(c) == 1)
+    spelled = []
+    for term, dim in zip(terms, dims, strict=True):
+        missing = dim - len(term.replace("...", ""))
+        spelled.append(term.replace("...", dots[more - missing :] if missing else ""))
+    return spelled, result.replace("...", dots)
+
+
+def _letters_of_matmul(a: int, b: int) -> tuple[list[str], str]:
+    batch = "abcdefgh"[: max(a, b, 2) - 2]
+    first = "k" if a == 1 else batch[len(batch) - a + 2 :] + "ik"
+    second = "k" if b == 1 else batch[len(batch) - b + 2 :] + "kj"
+    return [first, second], batch + ("i" if a > 1 else "") + ("j" if b > 1 else "")
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
@@ -173,22 +383,6 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
     for a in args:
         found += _tensors(a) if isinstance(a, tuple | list) else [a] if isinstance(a, Tensor) else []
     return found
-
-
-def _is_kept(x: Tensor, place: Place, y: Tensor) -> bool:
-    return y.dim() > place.axis and y.shape[: place.axis + 1] == x.shape[: place.axis + 1]
-
-
-def _agreed(held: Sequence[Tensor], places: dict[int, Place], y: Tensor, batch: Any) -> Place | None:
-    """Of operands that are broadcast: all have it in one place, counted from the right."""
-    right = {(places[id(t)].axis - t.dim(), places[id(t)].outer, places[id(t)].inner) for t in held}
-    if len(right) == 1:
-        axis, outer, inner = right.pop()
-        if axis + y.dim() >= 0 and y.shape[axis] == outer * batch * inner:
-            return Place(axis + y.dim(), outer, inner)
-    # Layers that change the other axes, as convolutions and pools do, keep the first.
-    left = {places[id(t)] for t in held}
-    return Place() if left == {Place()} and y.dim() > 0 and y.shape[0] == batch else None
 
 
 def _in_order(x: Tensor, place: Place, y: Tensor, batch: Any) -> Place | None:
@@ -203,14 +397,3 @@ def _in_order(x: Tensor, place: Place, y: Tensor, batch: Any) -> Place | None:
             return Place(axis, outer, inner) if inner * after == run and outer * inner * batch == length else None
         after = after * length
     return None
-
-
-def _after_sum(x: Tensor, args: Sequence[Any], kwargs: dict[str, Any], place: Place, y: Tensor) -> Place | None:
-    given = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    if given is None:
-        return None
-    along = [d % x.dim() for d in (given if isinstance(given, tuple | list) else (given,))]
-    if place.axis in along:
-        return None
-    gone = 0 if y.dim() == x.dim() else sum(d < place.axis for d in along)
-    return Place(place.axis - gone, place.outer, place.inner)

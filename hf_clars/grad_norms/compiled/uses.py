@@ -57,7 +57,6 @@ class Uses:
         ways: `ONCE`, `LINKED`, `SUMMED` or `BARE` for each parameter. The compiler guards it in code that has read it.
         hooked: As given.
         several: Whether there is one that is `LINKED` or `SUMMED`.
-        not_told: Rows whose modules could not tell whose rows are whose.
         outside: Parameters that are used without their modules: name and operation.
     """
 
@@ -67,7 +66,6 @@ class Uses:
         self.ways = tuple(ways)
         self._compiling = compiling
         self.several = False
-        self.not_told: set[int] = set()
         self.outside: dict[nn.Parameter, str] = {}
         self.hooked = hooked
         self._watched: object = None
@@ -170,9 +168,7 @@ def note_done(name: str, path: str) -> bool:
 @torch.compiler.assume_constant_result
 def note_bare(name: str, rows: Sequence[int]) -> bool:
     """`Uses.measure_bare`, in the same way."""
-    uses = _uses[name]
-    uses.not_told.update(rows)
-    uses.measure_bare(rows)
+    _uses[name].measure_bare(rows)
     trace_anew("hf_clars: a parameter is measured where it is used")
     return True
 
