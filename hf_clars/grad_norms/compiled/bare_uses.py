@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from hf_clars.grad_norms.compiled.places import LOST, SPREADS, Place, is_view, name_of, place_of, place_of_input
+from hf_clars.grad_norms.compiled.kinds_of_functions import SPREADS
+from hf_clars.grad_norms.compiled.places import LOST, Place, is_view, name_of, place_of, place_of_input
 from hf_clars.grad_norms.compiled.sample_use import CopiesOf, Joined, SampleUse, function_of
 from hf_clars.grad_norms.pytree import is_differentiable, tensors_in
 from hf_clars.grad_norms.torch_traces import (
@@ -90,7 +91,9 @@ class BareUses:
                 self._follow(node)
         by_module = {n: rows[id(t)] for n, t in held.items() if id(t) in rows and n not in self.params}
         seen = {row for call in self.calls.calls.values() if call.hooked.was_seen for row in call.row_numbers}
-        self._measure_anew({row for n, row in by_module.items() if any(self._is_folded(u, row in seen) for u in n.users)})
+        self._measure_anew(
+            {row for n, row in by_module.items() if any(self._is_folded(u, row in seen) for u in n.users)}
+        )
         self.graph.lint()
         self.module.recompile()
 
@@ -182,6 +185,8 @@ class BareUses:
         if not isinstance(y, Tensor) or y.dim() == 0:
             raise _NotOfSamplesError("the operation is a whole function, or has several results")
         result = self.places[node] = self._place_of_result(node, y)
+        if name_of(node) == "batch_norm" and batch != 1 and (True in node.args[5:6] or node.kwargs.get("training")):
+            raise _NotOfSamplesError("its samples depend on each other there; a module with a rule may do it")
         target = self._functional(node)
         for wide, alone, ambiguous in itertools.product((True, False), (False, True), (False, True)):
             params, others, chain = self._operands(node, alone)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from hf_clars.grad_norms.compiled.functions import Beside, Copies
-from hf_clars.grad_norms.compiled.places import SPREADS, Place, name_of
+from hf_clars.grad_norms.compiled.kinds_of_functions import SPREADS
+from hf_clars.grad_norms.compiled.places import Place, name_of
 from hf_clars.grad_norms.torch_traces import value_of
 
 
