@@ -84,7 +84,7 @@ def place_of(node: fx.Node, places: Mapping[fx.Node, Any], batch: Any) -> Any:
     if any(not isinstance(places[n], Place) for n in given):
         return (LOST,) * len(y) if several else LOST
     if getattr(node.target, "namespace", "") == "hf_clars":  # it goes through
-        return places.get(node.args[0])
+        return places[given[0]]
     args: Any = fx.map_arg(node.args, value_of)
     kwargs: Any = fx.map_arg(node.kwargs, value_of)
     view = name in NAMES_AXES or (name == "unfold" and node.op == "call_method")
@@ -308,7 +308,7 @@ class _Call:
         of = [(letters, self.places[id(t)]) for letters, t in zip(axes, operands, strict=True) if id(t) in self.places]
         found = [Place(result.find(letters[at.axis]), at.outer, at.inner) for letters, at in of]
         one = _the_one(found) if len({letters[at.axis] for letters, at in of}) == 1 else LOST
-        return None if one is not LOST and one.axis < 0 else one
+        return None if isinstance(one, Place) and one.axis < 0 else one
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
