@@ -140,6 +140,12 @@ def attention(*args: Any, **kwargs: Any) -> Tensor:
     return torch._scaled_dot_product_attention_math(*args, **kwargs)[0]
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As torch's, which cannot be done for each of a symbolic number of samples."""
+    y = x @ weight.mT
+    return y if bias is None else y + bias
+
+
 def when_traced(look: Callable[[Any], None]) -> None:
     """Let `look(traced)` see what was traced when the trace under way ends; for `uses_in_trace`."""
     traced = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output

@@ -32,6 +32,7 @@ from hf_clars.grad_norms.torch_traces import (
     fake_values,
     held_by,
     is_from_model,
+    linear,
     opened,
     value_of,
 )
@@ -219,6 +220,8 @@ class BareUses:
             if node.kwargs.get("dropout_p") or any(isinstance(a, float) and a for a in node.args[4:5]):
                 raise _NotOfSamplesError("it draws numbers at random")
             return attention
+        if name_of(node) == "linear" and isinstance(self.batch, torch.SymInt):
+            return linear
         if written is None:
             return node.target
         if node.target is operator.setitem or any(n is not node and n > node for n in written.users):
