@@ -114,6 +114,27 @@ def test_rows_that_change_places_are_refused():
         norms.reset()
 
 
+class Filled(Net):
+    """A blank that the data are written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        blank = x.new_zeros(len(x), 6)
+        blank[:, :3] = self.head(x)
+        return blank * self.gain
+
+
+def test_a_blank_that_data_are_written_into_is_no_constant():
+    model, x = Filled(), torch.randn(4, 6)
+    with PerSampleGradNorms(model, check=False) as norms:
+        with pytest.raises(UncoveredParameterError, match=r"gain.*nobody knows which rows belong to which"):
+            whole(model)(x).sum().backward()
+        norms.reset()
+
+
 class Mixed(Net):
     """Samples change places by what they are: nothing says where they went."""
 

@@ -109,6 +109,11 @@ def fake_values(like: Tensor) -> Iterator[None]:
         log.disabled = disabled
 
 
+def is_whole_function(node: Any) -> bool:
+    """Whether a node calls a function with a graph of its own, as of what is checkpointed."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
 def opened(node: Any) -> tuple[Any, list[Any]]:
     """The operations that a function of torch's in a trace is made of.
 
@@ -138,6 +143,12 @@ def opened(node: Any) -> tuple[Any, list[Any]]:
 def attention(*args: Any, **kwargs: Any) -> Tensor:
     """`scaled_dot_product_attention` as products and a softmax: its kernels have no gradient of a sample's mask."""
     return torch._scaled_dot_product_attention_math(*args, **kwargs)[0]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As torch's, which cannot be done for each of a symbolic number of samples."""
+    y = x @ weight.mT
+    return y if bias is None else y + bias
 
 
 def when_traced(look: Callable[[Any], None]) -> None:

@@ -22,8 +22,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from hf_clars.grad_norms.compiled.places import LOST, SPREADS, Place, is_view, name_of, place_of, place_of_input
-from hf_clars.grad_norms.compiled.sample_use import CopiesOf, Joined, SampleUse, function_of
+from hf_clars.grad_norms.compiled.kinds_of_functions import SPREADS
+from hf_clars.grad_norms.compiled.places import LOST, Place, is_view, name_of, place_of, place_of_input
+from hf_clars.grad_norms.compiled.sample_use import (
+    IN_PLACE,
+    CopiesOf,
+    Joined,
+    SampleUse,
+    bare_use_refused,
+    function_of,
+    written_by,
+)
 from hf_clars.grad_norms.pytree import is_differentiable, tensors_in
 from hf_clars.grad_norms.torch_traces import (
     attention,
@@ -31,6 +40,7 @@ from hf_clars.grad_norms.torch_traces import (
     fake_values,
     held_by,
     is_from_model,
+    linear,
     opened,
     value_of,
 )
@@ -39,8 +49,6 @@ if TYPE_CHECKING:
     from hf_clars.grad_norms.compiled.calls import CompiledCalls
 
 MADE, CONSTANT, DATA = range(3)
-
-_IN_PLACE = {getattr(operator, f"i{n}"): getattr(operator, n) for n in ("add", "sub", "mul", "truediv", "matmul")}
 
 
 class _NotOfSamplesError(ValueError):
@@ -129,13 +137,21 @@ class BareUses:
     def _follow(self, node: fx.Node) -> None:
         """One operation: what it is made of, where its samples are, and what measures it."""
         made = self._differentiable(node)
-        written = _written(node)
+        written = written_by(node)
+        if (
+            written is not None
+            and self.kinds[written] == CONSTANT
+            and any(self.kinds[n] == DATA for n in node.all_input_nodes)
+        ):
+            self._mark_written(written)
         if written is not None and self.kinds[written] == MADE:
             self.writes.setdefault(self._memory_of(written), []).append(node)
         with_data = any(self.kinds[n] == DATA for n in node.all_input_nodes)
         differentiable = any(is_differentiable(t) for t in tensors_in(value_of(node)))
         if not any(True for _ in tensors_in(value_of(node))) and node.op != "get_attr":
             with_data = False  # a size
+        if name_of(node).startswith("new_"):
+            with_data = False  # a blank
         if node.target is torch.ops.hf_clars.begin_pass.default:
             with_data = False  # rows, which are none of the model's
         self.kinds[node] = DATA if with_data else MADE if made and differentiable else CONSTANT
@@ -184,12 +200,14 @@ class BareUses:
         if not isinstance(y, Tensor) or y.dim() == 0:
             raise _NotOfSamplesError("the operation is a whole function, or has several results")
         result = self.places[node] = self._place_of_result(node, y)
+        if name_of(node) == "batch_norm" and batch != 1 and (True in node.args[5:6] or node.kwargs.get("training")):
+            raise _NotOfSamplesError("its samples depend on each other there; a module with a rule may do it")
         target = self._functional(node)
         for wide, alone, ambiguous in itertools.product((True, False), (False, True), (False, True)):
             params, others, chain = self._operands(node, alone)
             places = [self._place_in(n, y, result, ambiguous) for n in others]
             run = function_of([*params, *others], chain, target, (batch, result) if alone else None)
-            use = SampleUse(run, len(params), places, result, batch, kept=_written(node) is not None, wide=wide)
+            use = SampleUse(run, len(params), places, result, batch, kept=written_by(node) is not None, wide=wide)
             if self._fits(use, params, others, y):
                 break
         else:
@@ -211,16 +229,18 @@ class BareUses:
 
     def _functional(self, node: fx.Node) -> Any:
         """The operation, or the one like it that does not write into its operand."""
-        written = _written(node)
+        written = written_by(node)
         if name_of(node) == "scaled_dot_product_attention":
             if node.kwargs.get("dropout_p") or any(isinstance(a, float) and a for a in node.args[4:5]):
                 raise _NotOfSamplesError("it draws numbers at random")
             return attention
+        if name_of(node) == "linear" and isinstance(self.batch, torch.SymInt):
+            return linear
         if written is None:
             return node.target
         if node.target is operator.setitem or any(n is not node and n > node for n in written.users):
             raise _NotOfSamplesError("the operation writes into what is used later")
-        return str(node.target)[:-1] if node.op == "call_method" else _IN_PLACE[node.target]
+        return str(node.target)[:-1] if node.op == "call_method" else IN_PLACE[node.target]
 
     def _operands(self, node: fx.Node, alone: bool) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
         """The parameters that led to a use; what else it and they were made with; and the operations, in order.
@@ -243,9 +263,17 @@ class BareUses:
                 chain.update([n, *written])
         return list(params), list(others), sorted(chain)
 
+    def _mark_written(self, node: fx.Node) -> None:
+        """Data were written into what was a constant: samples are in it, and nobody knows where."""
+        memory = self._memory_of(node)
+        while node is not memory:
+            self.kinds[node], self.places[node] = DATA, LOST
+            node = node.all_input_nodes[0]
+        self.kinds[node], self.places[node] = DATA, LOST
+
     def _memory_of(self, node: fx.Node) -> fx.Node:
         """Whose memory a tensor that is made of parameters looks at."""
-        while is_view(name_of(node)) or _written(node) is not None:
+        while is_view(name_of(node)) or written_by(node) is not None:
             node = node.all_input_nodes[0]
         return node
 
@@ -324,18 +352,3 @@ class BareUses:
                 found.add(self.params[n])
             todo += [m for m in n.all_input_nodes if self.kinds[m] == MADE]
         return found
-
-
-def _written(node: fx.Node) -> fx.Node | None:
-    """What an operation writes into."""
-    method = node.op == "call_method" and str(node.target).endswith("_")
-    return node.all_input_nodes[0] if method or node.target in (*_IN_PLACE, operator.setitem) else None
-
-
-def bare_use_refused(names: str, operation: str, why: str) -> str:
-    """What is wrong with a use that compiled code cannot measure."""
-    return (
-        f"{names} (in {operation}): cannot be measured in compiled code, because {why}. Compile only the parts of the "
-        "model without it (as model.layers[0].compile()), register a rule (README of grad_norms), freeze it, or run "
-        "the model without torch.compile."
-    )

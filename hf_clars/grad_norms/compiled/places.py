@@ -9,7 +9,6 @@ it is.
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,61 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hf_clars.grad_norms.torch_traces import is_pointwise, value_of
+from hf_clars.grad_norms.compiled.kinds_of_functions import (
+    ALONG,
+    IN_ORDER,
+    JOINS,
+    KEEP_SHAPES,
+    KEEP_THE_FIRST,
+    NAMES_AXES,
+    OF_THE_LAST,
+    REDUCTIONS,
+    SPREADS,
+)
+from hf_clars.grad_norms.compiled.letters import letters_of_einsum, letters_of_matmul
+from hf_clars.grad_norms.torch_traces import is_pointwise, is_whole_function, value_of
 
 #: Samples are somewhere in a tensor, and nobody knows where.
 LOST = "lost"
-
-_IN_ORDER = ("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
-_NAMES_AXES = (
-    *(
-        "transpose",
-        "permute",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "t",
-        "T",
-        "mT",
-        "H",
-        "mH",
-        "unsqueeze",
-        "squeeze",
-    ),
-    *("expand", "expand_as", "select", "narrow", "getitem", "slice", "chunk", "split", "unbind", "adjoint"),
-    *("getattr", "tensor_split", "diagonal", "broadcast_to"),
-)
-SPREADS = ("expand", "expand_as", "repeat", "broadcast_to", "tile")
-_KEEP_SHAPES = (
-    *("contiguous", "clone", "to", "type", "type_as", "float", "double", "half", "bfloat16", "long", "int", "bool"),
-    *("detach", "fill", "zero", "tril", "triu", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
-    *("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm", "normalize"),
-    *("softmax", "log_softmax", "softmin", "gumbel_softmax", "cumsum", "cumprod", "logcumsumexp"),
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "masked_scatter"),
-    *("_softmax", "_log_softmax", "empty_like", "bernoulli", "requires_grad"),
-)
-_KEEP_THE_FIRST = (
-    *(f"{of}{n}d" for n in (1, 2, 3) for of in ("conv", "conv_transpose", "avg_pool", "max_pool", "lp_pool")),
-    *(f"adaptive_{of}_pool{n}d" for n in (1, 2, 3) for of in ("avg", "max")),
-    *("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "grid_sample", "affine_grid"),
-    *("embedding_bag", "cosine_similarity", "unfold", "fold"),
-)
-#: Of these every axis before the last is kept.
-_OF_THE_LAST = ("linear", "pad", "glu", "one_hot", "bilinear")
-#: What goes along one axis: where its arguments name that, and what it is if they do not.
-_REDUCTIONS = {
-    **dict.fromkeys(("sum", "mean", "amax", "amin", "logsumexp", "prod", "nansum", "nanmean", "all", "any"), 1),
-    **dict.fromkeys(("max", "min", "argmax", "argmin", "median", "mode", "var", "std", "var_mean", "std_mean"), 1),
-    **dict.fromkeys(("norm", "vector_norm", "linalg_norm", "linalg_vector_norm", "kthvalue", "quantile"), 2),
-    **{"count_nonzero": 1, "nanmedian": 1, "aminmax": 99},
-}
-_ALONG = {
-    **dict.fromkeys(("sort", "argsort", "msort", "gather", "index_select", "scatter", "scatter_add", "flip"), 1),
-    **dict.fromkeys(("index_add", "index_copy", "index_fill", "scatter_reduce", "rot90"), 1),
-    **dict.fromkeys(("topk", "take_along_dim", "roll", "cross"), 2),
-}
-_JOINS = ("cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack")
 
 
 @dataclass(frozen=True)
@@ -119,16 +79,17 @@ def place_of(node: fx.Node, places: Mapping[fx.Node, Any], batch: Any) -> Any:
         return places[given[0]][node.args[1]]
     several = isinstance(y, tuple | list)
     if name == "autograd_function_apply":  # what stands behind a module: its output, or its input and its output
-        alike = {places[n] for n in given if value_of(n).shape == y[0].shape}
-        return (alike.pop() if len(alike) == 1 else LOST, *(LOST for _ in y[1:]))
+        alike = _the_one([places[n] for n in given if value_of(n).shape == y[0].shape])
+        return (alike, *(LOST for _ in y[1:]))
     if any(not isinstance(places[n], Place) for n in given):
         return (LOST,) * len(y) if several else LOST
     if getattr(node.target, "namespace", "") == "hf_clars":  # it goes through
-        return places.get(node.args[0])
+        return places[given[0]]
     args: Any = fx.map_arg(node.args, value_of)
     kwargs: Any = fx.map_arg(node.kwargs, value_of)
-    view = name in _NAMES_AXES or (name == "unfold" and node.op == "call_method")
-    if view and value_of(given[0]) is args[0] and not _tensors(args[1:]):
+    view = name in NAMES_AXES or (name == "unfold" and node.op == "call_method")
+    listed = name == "getitem" and isinstance(args[1], tuple | list) and any(isinstance(k, list) for k in args[1])
+    if view and value_of(given[0]) is args[0] and not listed and not _tensors(args[1:]):
         return _place_in_view(node.target, args, kwargs, places[given[0]], batch)
     of_tensors = {id(value_of(n)): places[n] for n in given}
     call = _Call(node, name, args, kwargs, of_tensors, batch)
@@ -144,7 +105,12 @@ def name_of(node: fx.Node) -> str:
 
 def is_view(name: str) -> bool:
     """Whether a function's result has the numbers of its operand, and no others."""
-    return name in (*_IN_ORDER, *_NAMES_AXES, *SPREADS)
+    return name in (*IN_ORDER, *NAMES_AXES, *SPREADS)
+
+
+def _the_one(found: Sequence[Any]) -> Any:
+    """What all are, or `LOST`. Lengths may be symbols, which have no hash."""
+    return found[0] if found and all(f == found[0] for f in found) else LOST
 
 
 def _place_in_view(target: Any, args: Any, kwargs: Any, place: Place, batch: Any) -> Any:
@@ -213,54 +179,51 @@ class _Call:
 
     def _found(self, y: Tensor) -> Any:
         name, x, at = self.name, self.x, self.at
-        if name in _IN_ORDER:
+        if name in IN_ORDER:
             return _in_order(x, at, y, self.batch) or LOST
-        if name in (*_JOINS, "stack"):
+        if name in (*JOINS, "stack"):
             return self._joined(y)
         if (products := self._as_product()) is not None:
             return self._after_product(y, *products)
-        if name in _REDUCTIONS and not (name in ("max", "min") and len(_tensors(self.args)) > 1):
+        if name in REDUCTIONS and not (name in ("max", "min") and len(_tensors(self.args)) > 1):
             return self._reduced(y)
-        if name in _ALONG:
-            along = self._axes(_ALONG[name], x.dim() - 1 if name in ("sort", "argsort", "topk") else None)
+        if name in ALONG:
+            along = self._axes(ALONG[name], x.dim() - 1 if name in ("sort", "argsort", "topk") else None)
             return LOST if along is None or at.axis in along else self._agreed()
         if name == "scaled_dot_product_attention":
             known = all(self.places[id(t)].axis < t.dim() - 2 for t in self.held)
             return self._from_the_right(y) if known else at if self.alone and x is self.args[0] else LOST
-        if name in ("embedding", "getitem") and x is self.args[name == "getitem"] or name in _OF_THE_LAST:
-            kept = self.alone and (name in ("embedding", "getitem") or at.axis < x.dim() - (name != "one_hot"))
+        if (name in ("embedding", "getitem") and x is self.args[name == "getitem"]) or name in OF_THE_LAST:
+            alike = self.alone or (name == "bilinear" and self._agreed() == at)
+            kept = alike and (name in ("embedding", "getitem") or at.axis < x.dim() - (name != "one_hot"))
             return at if kept and y.shape[: at.axis + 1] == x.shape[: at.axis + 1] else LOST
         if name == "getitem":
             return self._indexed(y)
         if name in ("repeat", "tile", "repeat_interleave"):
             return self._repeated(y)
-        if name in _KEEP_SHAPES:
+        if name in KEEP_SHAPES:
             return self._agreed() if y.shape == x.shape else LOST
         if is_pointwise(name):
             return self._from_the_right(y)
         return self._first_axis(y)
 
     def _agreed(self) -> Any:
-        return self.at if len({self.places[id(t)] for t in self.held}) == 1 else LOST
+        return _the_one([self.places[id(t)] for t in self.held])
 
     def _first_axis(self, y: Tensor) -> Any:
         """What keeps its first axis, by name; or by there being no other that could be the samples'."""
         x, at = self.x, self.at
         if at.axis or y.dim() == 0 or y.shape[0] != x.shape[0]:
             return LOST
-        if self.name in _KEEP_THE_FIRST:
+        if self.name in KEEP_THE_FIRST:
             return self._agreed()
-        known = at == Place() and not any(n == self.batch for t in (*self.held, y) for n in t.shape[1:])
-        return self._agreed() if known else LOST
+        alone = not any(n == self.batch for t in (*self.held, y) for n in t.shape[1:])
+        return self._agreed() if at == Place() and (alone or is_whole_function(self.node)) else LOST
 
     def _from_the_right(self, y: Tensor) -> Any:
         """Of operands that are broadcast: all have it in one place, counted from the right."""
         of = [(self.places[id(t)], t) for t in self.held]
-        right = {(place.axis - t.dim(), place.outer, place.inner) for place, t in of}
-        if len(right) != 1:
-            return LOST
-        axis, outer, inner = right.pop()
-        return Place(axis + y.dim(), outer, inner)
+        return _the_one([Place(place.axis - t.dim() + y.dim(), place.outer, place.inner) for place, t in of])
 
     def _joined(self, y: Tensor) -> Any:
         at, given = self.at, _tensors(self.args) + _tensors([*self.kwargs.values()])
@@ -286,7 +249,7 @@ class _Call:
 
     def _reduced(self, y: Tensor) -> Any:
         at, x = self.at, self.x
-        along = self._axes(_REDUCTIONS[self.name])
+        along = self._axes(REDUCTIONS[self.name])
         if not self.alone:
             return LOST
         if along is None or at.axis in along:
@@ -333,49 +296,20 @@ class _Call:
         name, args = self.name, self.args
         if name == "einsum" and isinstance(args[0], str):
             operands = _tensors(args[1:])
-            return (operands, *_letters(args[0], [t.dim() for t in operands]))
+            return (operands, *letters_of_einsum(args[0], [t.dim() for t in operands]))
         plus = name in ("addmm", "baddbmm", "addmv")
         if plus or name in ("matmul", "bmm", "mm", "mv", "dot", "imatmul"):
             a, b = args[plus : plus + 2]
-            axes, result = _letters_of_matmul(a.dim(), b.dim())
+            axes, result = letters_of_matmul(a.dim(), b.dim())
             added = [args[0]] if plus and args[0].dim() == len(result) else []
-            return [a, b, *added], [*axes, result], result
+            return [a, b, *added], [*axes, *(result for _ in added)], result
         return None
 
     def _after_product(self, y: Tensor, operands: list[Tensor], axes: list[str], result: str) -> Any:
-        found = {
-            (axes[i][self.places[id(t)].axis], self.places[id(t)].outer, self.places[id(t)].inner)
-            for i, t in enumerate(operands)
-            if id(t) in self.places
-        }
-        kept = [f for f in found if f[0] in result]
-        if len(kept) != len(found):
-            return None if not kept and len(found) == 1 else LOST
-        return Place(result.index(kept[0][0]), *kept[0][1:]) if len(kept) == 1 else LOST
-
-
-def _letters(equation: str, dims: list[int]) -> tuple[list[str], str]:
-    """An einsum's letters; an ellipsis is spelled out, from the right."""
-    given, arrow, result = equation.replace(" ", "").partition("->")
-    terms = given.split(",")
-    free = [c for c in string.ascii_letters if c not in equation]
-    more = max(d - len(t.replace("...", "")) if "..." in t else 0 for t, d in zip(terms, dims, strict=True))
-    dots = "".join(free[:more])
-    if not arrow:
-        letters = sorted({c for c in given if c.isalpha()})
-        result = ("..." if "..." in given else "") + "".join(c for c in letters if given.count(c) == 1)
-    spelled = []
-    for term, dim in zip(terms, dims, strict=True):
-        missing = dim - len(term.replace("...", ""))
-        spelled.append(term.replace("...", dots[more - missing :] if missing else ""))
-    return spelled, result.replace("...", dots)
-
-
-def _letters_of_matmul(a: int, b: int) -> tuple[list[str], str]:
-    batch = "abcdefgh"[: max(a, b, 2) - 2]
-    first = "k" if a == 1 else batch[len(batch) - a + 2 :] + "ik"
-    second = "k" if b == 1 else batch[len(batch) - b + 2 :] + "kj"
-    return [first, second], batch + ("i" if a > 1 else "") + ("j" if b > 1 else "")
+        of = [(letters, self.places[id(t)]) for letters, t in zip(axes, operands, strict=True) if id(t) in self.places]
+        found = [Place(result.find(letters[at.axis]), at.outer, at.inner) for letters, at in of]
+        one = _the_one(found) if len({letters[at.axis] for letters, at in of}) == 1 else LOST
+        return None if isinstance(one, Place) and one.axis < 0 else one
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from hf_clars.grad_norms.compiled.functions import Beside, Copies
-from hf_clars.grad_norms.compiled.places import SPREADS, Place, name_of
+from hf_clars.grad_norms.compiled.kinds_of_functions import SPREADS
+from hf_clars.grad_norms.compiled.places import Place, name_of
 from hf_clars.grad_norms.torch_traces import value_of
+
+IN_PLACE = {getattr(operator, f"i{n}"): getattr(operator, n) for n in ("add", "sub", "mul", "truediv", "matmul")}
 
 
 class SampleUse(nn.Module):
@@ -124,3 +128,18 @@ def _for_one_sample(old: tuple[Any, ...], args: tuple[Any, ...], batch: Any, res
         return args
     sizes[result.axis] = 1 if value == batch else result.outer * result.inner
     return (args[0], sizes, *args[2:]) if listed else (args[0], *sizes)
+
+
+def written_by(node: fx.Node) -> fx.Node | None:
+    """What an operation writes into."""
+    method = node.op == "call_method" and str(node.target).endswith("_")
+    return node.all_input_nodes[0] if method or node.target in (*IN_PLACE, operator.setitem) else None
+
+
+def bare_use_refused(names: str, operation: str, why: str) -> str:
+    """What is wrong with a use that compiled code cannot measure."""
+    return (
+        f"{names} (in {operation}): cannot be measured in compiled code, because {why}. Compile only the parts of the "
+        "model without it (as model.layers[0].compile()), register a rule (README of grad_norms), freeze it, or run "
+        "the model without torch.compile."
+    )

@@ -1,0 +1,57 @@
+"""What functions do with axes, by their names in a traced graph; see `places.py`."""
+
+#: Read numbers in order.
+IN_ORDER = ("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
+#: Name axes, and give a view.
+NAMES_AXES = (
+    *(
+        "transpose",
+        "permute",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "t",
+        "T",
+        "mT",
+        "H",
+        "mH",
+        "numpy_T",
+        "unsqueeze",
+        "squeeze",
+    ),
+    *("expand", "expand_as", "select", "narrow", "getitem", "slice", "chunk", "split", "unbind", "adjoint"),
+    *("getattr", "tensor_split", "diagonal", "broadcast_to"),
+)
+SPREADS = ("expand", "expand_as", "repeat", "broadcast_to", "tile")
+#: Keep the shape, and each number's sample.
+KEEP_SHAPES = (
+    *("contiguous", "clone", "to", "type", "type_as", "float", "double", "half", "bfloat16", "long", "int", "bool"),
+    *("detach", "fill", "zero", "tril", "triu", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+    *("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm", "normalize"),
+    *("softmax", "log_softmax", "softmin", "gumbel_softmax", "cumsum", "cumprod", "logcumsumexp"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "masked_scatter"),
+    *("_softmax", "_log_softmax", "empty_like", "bernoulli", "requires_grad"),
+)
+#: Keep the first axis, and make others of the rest.
+KEEP_THE_FIRST = (
+    *(f"{of}{n}d" for n in (1, 2, 3) for of in ("conv", "conv_transpose", "avg_pool", "max_pool", "lp_pool")),
+    *(f"adaptive_{of}_pool{n}d" for n in (1, 2, 3) for of in ("avg", "max")),
+    *("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "grid_sample", "affine_grid"),
+    *("embedding_bag", "cosine_similarity", "unfold", "fold"),
+)
+#: Of these every axis before the last is kept.
+OF_THE_LAST = ("linear", "pad", "glu", "one_hot", "bilinear")
+#: What goes along one axis: where its arguments name that, and what it is if they do not.
+REDUCTIONS = {
+    **dict.fromkeys(("sum", "mean", "amax", "amin", "logsumexp", "prod", "nansum", "nanmean", "all", "any"), 1),
+    **dict.fromkeys(("max", "min", "argmax", "argmin", "median", "mode", "var", "std", "var_mean", "std_mean"), 1),
+    **dict.fromkeys(("norm", "vector_norm", "linalg_norm", "linalg_vector_norm", "kthvalue", "quantile"), 2),
+    **{"count_nonzero": 1, "nanmedian": 1, "aminmax": 99},
+}
+ALONG = {
+    **dict.fromkeys(("sort", "argsort", "msort", "gather", "index_select", "scatter", "scatter_add", "flip"), 1),
+    **dict.fromkeys(("index_add", "index_copy", "index_fill", "scatter_reduce", "rot90"), 1),
+    **dict.fromkeys(("topk", "take_along_dim", "roll", "cross"), 2),
+}
+JOINS = ("cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack")
