@@ -231,9 +231,25 @@ class RandomBias(RelativeBias):
         return self.head(F.scaled_dot_product_attention(x, x, self.first(x), attn_mask=bias, dropout_p=0.5))
 
 
+class WrittenIntoTheData(ClassToken):
+    def forward(self, x):
+        x = self.first(x)
+        x[:, 0] = self.gain
+        return super().forward(x)
+
+
+class WrittenIntoABlank(ClassToken):
+    def forward(self, x):
+        blank = torch.zeros(4)
+        blank.add_(self.gain)
+        return super().forward(x) * blank[:3]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (WrittenIntoTheData, r"gain \(in setitem\).*is written into something else"),
+        (WrittenIntoABlank, r"gain \(in add\).*is written into something else"),
         (Penalised, r"gain \(in sum\).*leaves the compiled code without having met a sample"),
         (RandomBias, r"table\.weight \(in scaled_dot_product_attention\).*draws numbers at random"),
     ],

@@ -72,6 +72,7 @@ class BareUses:
         self.kinds: dict[fx.Node, int] = {}
         self.places: dict[fx.Node, Any] = {}
         self.done: set[fx.Node] = set()
+        self.refused: list[str] = []
         self.writes: dict[fx.Node, list[fx.Node]] = {}
 
     def measure(self) -> None:
@@ -92,8 +93,7 @@ class BareUses:
             self.kinds[node] = MADE if node in self.params else CONSTANT if self.places[node] is None else DATA
         for node in list(self.graph.nodes):
             if node.op == "output":
-                for made in self._differentiable(node):
-                    self._refuse(made, "it leaves the compiled code without having met a sample")
+                self._end(node)
             elif node.op != "placeholder" and node not in self.done:
                 self._follow(node)
         by_module = {n: rows[id(t)] for n, t in held.items() if id(t) in rows and n not in self.params}
@@ -137,34 +137,38 @@ class BareUses:
     def _follow(self, node: fx.Node) -> None:
         """One operation: what it is made of, where its samples are, and what measures it."""
         made = self._differentiable(node)
-        written = written_by(node)
-        if (
-            written is not None
-            and self.kinds[written] == CONSTANT
-            and any(self.kinds[n] == DATA for n in node.all_input_nodes)
-        ):
-            self._mark_written(written)
-        if written is not None and self.kinds[written] == MADE:
-            self.writes.setdefault(self._memory_of(written), []).append(node)
         with_data = any(self.kinds[n] == DATA for n in node.all_input_nodes)
+        if (written := written_by(node)) is not None and self._follow_a_write(node, written, made, with_data):
+            return None
         differentiable = any(is_differentiable(t) for t in tensors_in(value_of(node)))
-        if not any(True for _ in tensors_in(value_of(node))) and node.op != "get_attr":
-            with_data = False  # a size
-        if name_of(node).startswith("new_"):
-            with_data = False  # a blank
-        if node.target is torch.ops.hf_clars.begin_pass.default:
-            with_data = False  # rows, which are none of the model's
+        size = not any(True for _ in tensors_in(value_of(node))) and node.op != "get_attr"
+        if size or name_of(node).startswith("new_") or node.target is torch.ops.hf_clars.begin_pass.default:
+            with_data = False  # no numbers of the data's
         self.kinds[node] = DATA if with_data else MADE if made and differentiable else CONSTANT
         self.places[node] = place_of(node, self.places, self.batch) if with_data and self.batch != 1 else None
         if made and name_of(node) == "multi_head_attention_forward":
             return self._open(node)
-        if not (made and differentiable) or not (with_data or self._is_spread(node, made[0])):
-            return
-        self.kinds[node] = DATA
-        try:
-            self._put_beside(node, made)
-        except _NotOfSamplesError as error:
-            self._refuse(node, str(error))
+        if made and differentiable and (with_data or self._is_spread(node, made[0])):
+            self.kinds[node] = DATA
+            try:
+                self._put_beside(node, made)
+            except _NotOfSamplesError as error:
+                self._refuse(node, str(error))
+        return None
+
+    def _follow_a_write(self, node: fx.Node, written: fx.Node, made: Sequence[fx.Node], with_data: bool) -> bool:
+        """An operation writes into `written`. Whether no more is to be done about it."""
+        kind = self.kinds[written]
+        if kind == MADE:
+            self.writes.setdefault(self._memory_of(written), []).append(node)
+        elif made and (kind == CONSTANT or node.target is operator.setitem):
+            self.kinds[node] = kind
+            self._refuse(node, "what is made of it is written into something else")
+            return True
+        elif with_data and kind == CONSTANT:  # samples are in it from now on, and nobody knows where
+            for n in {written, self._memory_of(written)}:
+                self.kinds[n], self.places[n] = DATA, LOST
+        return False
 
     def _differentiable(self, node: fx.Node) -> list[fx.Node]:
         """What a node takes that is made of parameters, and may be differentiated."""
@@ -263,14 +267,6 @@ class BareUses:
                 chain.update([n, *written])
         return list(params), list(others), sorted(chain)
 
-    def _mark_written(self, node: fx.Node) -> None:
-        """Data were written into what was a constant: samples are in it, and nobody knows where."""
-        memory = self._memory_of(node)
-        while node is not memory:
-            self.kinds[node], self.places[node] = DATA, LOST
-            node = node.all_input_nodes[0]
-        self.kinds[node], self.places[node] = DATA, LOST
-
     def _memory_of(self, node: fx.Node) -> fx.Node:
         """Whose memory a tensor that is made of parameters looks at."""
         while is_view(name_of(node)) or written_by(node) is not None:
@@ -329,20 +325,20 @@ class BareUses:
         return self.graph.call_module(name, tuple(args))
 
     def _refuse(self, node: fx.Node, why: str) -> None:
-        """Let the code say that a use cannot be measured."""
+        """Note a use that cannot be measured."""
         names = ", ".join(self.calls.name_of_row(row) for row in sorted(self._rows_in(node)))
-        words = bare_use_refused(names, name_of(node), why)
-        users, place = list(node.users), node
-        if not isinstance(value_of(node), Tensor):  # of several results
-            place = next(n for n in node.all_input_nodes if isinstance(value_of(n), Tensor))
-            users = [node]
-        with self.graph.inserting_before(node) if place is not node else self.graph.inserting_after(node):
-            args = (place, self.calls.receiver, words, False)
-            said = self.graph.call_function(torch.ops.hf_clars.refuse.default, args)
-        said.meta = dict(place.meta)
-        kind = self.kinds[place]
-        self._replace(place, said, users)
-        self.kinds[said] = DATA if place is node else kind
+        self.refused.append(bare_use_refused(names, name_of(node), why))
+
+    def _end(self, output: fx.Node) -> None:
+        """Let the code say what cannot be measured, by what it returns: a compiler leaves out what is not used."""
+        for made in self._differentiable(output):
+            self._refuse(made, "it leaves the compiled code without having met a sample")
+        returned = [n for n in output.all_input_nodes if isinstance(value_of(n), Tensor)]
+        if self.refused and returned:
+            args = (returned[0], self.calls.receiver, self.refused[0], False)
+            with self.graph.inserting_before(output):
+                said = self.graph.call_function(torch.ops.hf_clars.refuse.default, args)
+            output.replace_input_with(returned[0], said)
 
     def _rows_in(self, node: fx.Node) -> set[int]:
         found, todo = set(), [node]
