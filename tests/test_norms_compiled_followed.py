@@ -76,9 +76,9 @@ def test_one_sample_needs_not_be_followed():
     compare(Net(lambda net, x, y: net.head(y.transpose(0, 1) * net.gain).transpose(0, 1)), steps(4), (1, 1, 1, 3))
 
 
-def test_code_for_any_number_of_samples_is_as_right(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "force_nn_module_property_static_shapes", False)
-    compare(Net(time_first), steps(4), (2, 3, 5, 4))
+def test_code_for_any_number_of_samples_is_as_right():
+    with torch._dynamo.config.patch(force_nn_module_property_static_shapes=False):
+        compare(Net(time_first), steps(4), (2, 3, 5, 4))
 
 
 def test_windows_may_be_as_many_as_samples():
