@@ -212,16 +212,20 @@ def test_a_weight_may_be_used_without_its_module_too(bare):
     compare(Bare(bare), series)
 
 
+def refused_in_every_pass(model, call, words):
+    """Without the sum check too, which sees no small use."""
+    with PerSampleGradNorms(model, check=False) as norms:
+        called = call(model)
+        for _ in range(4):
+            with pytest.raises(UncoveredParameterError, match=words):
+                called(*series(4)).sum().backward()
+        norms.reset()
+
+
 @pytest.mark.parametrize("bare", [multiplied, penalised])
 def test_inside_a_checkpoint_it_is_refused_by_name_in_every_pass(bare):
-    """Without the sum check too, which sees no small use."""
-    model = Bare(bare, checkpointed=True)
-    with PerSampleGradNorms(model, check=False) as norms:
-        call = whole(model)
-        for _ in range(4):
-            with pytest.raises(UncoveredParameterError, match=r"first\.weight.*: cannot be measured in compiled code"):
-                call(*series(4)).sum().backward()
-        norms.reset()
+    words = r"first\.weight.*: cannot be measured in compiled code"
+    refused_in_every_pass(Bare(bare, checkpointed=True), whole, words)
 
 
 def test_what_is_not_differentiated_may_be_done_with_a_weight():
@@ -231,11 +235,7 @@ def test_what_is_not_differentiated_may_be_done_with_a_weight():
 def test_a_weight_of_a_compiled_part_that_is_used_outside_of_it_is_refused():
     model = Bare(penalised)
     model.first.compile(fullgraph=True, backend="aot_eager")
-    with PerSampleGradNorms(model, check=False) as norms:
-        for _ in range(4):
-            with pytest.raises(UncoveredParameterError, match=r"first \(Linear\).*shares parameters with what is"):
-                model(*series(4)).sum().backward()
-        norms.reset()
+    refused_in_every_pass(model, lambda m: m, r"first \(Linear\).*shares parameters with what is")
 
 
 class Broken(Universal):
@@ -252,10 +252,4 @@ def test_a_second_use_behind_a_graph_break_is_refused():
         return torch.compile(model, backend="aot_eager")
 
     compare(Broken(1), series, call=in_pieces)
-    model = Broken(2).float()
-    with PerSampleGradNorms(model, check=False) as norms:
-        call = in_pieces(model)
-        for _ in range(4):
-            with pytest.raises(UncoveredParameterError, match=r"block\.0 \(Linear\).*more than once"):
-                call(*series(4)).sum().backward()
-        norms.reset()
+    refused_in_every_pass(Broken(2).float(), in_pieces, r"block\.0 \(Linear\).*more than once")

@@ -138,6 +138,10 @@ class CompiledCalls:
         """The rows of parameters with bare uses."""
         return [i for i, way in enumerate(self.uses.ways) if way == BARE]
 
+    def bare_params(self) -> set[nn.Parameter]:
+        """The same parameters."""
+        return {self.params[row] for row in self.bare_rows()}
+
     def _measure_bare(self, traced: Any) -> None:
         BareUses(self, traced).measure()
 

@@ -54,7 +54,7 @@ class CompiledPasses:
         """What stands for a module's hook in compiled code."""
         if hooked.path in self.calls.calls:
             return self.calls.calls[hooked.path]
-        known = set(self.calls.params) - {self.calls.params[row] for row in self.calls.bare_rows()}
+        known = set(self.calls.params) - self.calls.bare_params()
         inside = ((n, p) for n, p in hooked.module.named_parameters() if p in self._norms._layer_of)
         missing = ", ".join(hooked.full_name(n) for n, p in inside if p not in known)
         return CompiledContainer(self.calls, hooked.path, missing)
@@ -163,8 +163,11 @@ class CompiledPasses:
 
     def _used_outside(self) -> str:
         """What is wrong with uses that traces have shown, and no row knows of; "" if there are none."""
-        bare = {self.calls.params[row] for row in self.calls.bare_rows()}
-        names = [words for p, words in self.calls.uses.outside.items() if p.requires_grad and p not in bare]
+        outside = self.calls.uses.outside
+        if not outside:  # as in nearly every pass
+            return ""
+        bare = self.calls.bare_params()
+        names = [words for p, words in outside.items() if p.requires_grad and p not in bare]
         return used_outside(", ".join(names)) if names else ""
 
     def _used_twice(self, forward_pass: ForwardPass, uses: Tensor) -> str:
