@@ -25,7 +25,7 @@ test: setup-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # Where a library's older version would show: its interfaces, private names, files, and the loops of Trainer.
-LOWEST_TESTS := tests/test_torch_internals.py tests/test_three_ways_in.py tests/test_norms_exact.py \
+LOWEST_TESTS := tests/test_torch_internals.py tests/test_torch_traces.py tests/test_three_ways_in.py tests/test_norms_exact.py \
                 tests/test_safe_checkpoints.py tests/test_hub_push.py tests/test_hub_push_ways.py \
                 tests/test_live_view.py tests/test_data.py tests/test_own_losses.py tests/test_settings_refused.py \
                 tests/test_norms_in_use.py tests/test_norms_in_the_graph.py tests/test_norms_known_graphs.py \

@@ -140,7 +140,7 @@ class LayerRule(ABC):
             elements: How many numbers it has.
         """
         if self.weight_sharing_axes:
-            saved = tuple(t.unsqueeze(0) for t in saved)
+            saved = tuple([t.unsqueeze(0) for t in saved])
             return self.per_sample_grads(module, saved, g.unsqueeze(0), {name})[name].squeeze(0)
         total: Tensor | None = None
         for part in slices_of(*saved, g, elements_per_sample=elements):

@@ -1,6 +1,6 @@
 """What torch.compile traces, while it does: parts of its tracer without a documented name.
 
-They end when torch lets hooks see a trace. `tests/test_torch_internals.py` fails loudly when one changes.
+They end when torch lets hooks see a trace. `tests/test_torch_traces.py` fails loudly when one changes.
 """
 
 from __future__ import annotations

@@ -92,6 +92,7 @@ class PerSampleGradNorms(HookedNorms):
         self.check_every = 1 if check is True else int(check)
         self._check: SumCheck | None = None
         self._checked = self._passes_since = 0
+        self._plan_compiled_check()
         self._old_grads = {p: _state_of_grad(p) for p in self._layer_of}
 
     def cover(self, layers: Sequence[ParamLayer]) -> None:
@@ -155,8 +156,7 @@ class PerSampleGradNorms(HookedNorms):
 
     def _plan_compiled_check(self) -> None:
         """Compiled code is another one where sums are checked: say it before the next batch begins."""
-        if hasattr(self, "check_every"):
-            self._compiled.calls.checked = bool(self.check_every) and self._check_is_due()
+        self._compiled.calls.checked = bool(self.check_every) and self._check_is_due()
 
     def _add_compiled_sum(self, param: nn.Parameter, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         if self._check is not None and self._check.wants(param):

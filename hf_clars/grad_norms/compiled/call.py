@@ -102,8 +102,9 @@ class CompiledCall:
             return refuse(output, self.state.receiver, used_twice(self.name), False)
         if self.state.within:
             self._note_uses(wanted)
-        names = tuple(self.names[i] for i in wanted)
-        summed = tuple(self.summed[i] for i in wanted)
+        # Of lists: each step of a generator is a call that the compiler follows.
+        names = tuple([self.names[i] for i in wanted])
+        summed = tuple([self.summed[i] for i in wanted])
         rows = [self.rows[i] for i in wanted] + [self.counts[i] for i in wanted]
         # Where the whole model is compiled, checkpointing allows no change of attributes here.
         if not self.state.within:
@@ -119,7 +120,7 @@ class CompiledCall:
         if way is not None:
             params = [getattr(self.module, n) for n in names]
             return OneProduct.apply(output.detach(), self, names, way, x, *rows, *params)
-        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        args = tuple([a.detach() if isinstance(a, Tensor) else a for a in args])
         kwargs = {k: a.detach() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
         saved = self.rule.save(self.module, args, kwargs, output.detach(), names)
         if spread:  # what is made of parameters, and added to every sample
@@ -212,6 +213,7 @@ class CompiledCall:
         """What each row gets: squared norms [B] of the parameter named, or gradients [B, *shape] where it is summed."""
         rule, module, dtype = self.rule, self.module, g.dtype
         saved, g, rows = self._wide(saved, g, batch)
+        grads: dict[str, Tensor] = {}
         if any(summed) or rows > 1 or not rule.squares_without_grads:
             grads = rule.per_sample_grads(module, saved, g, set(names))
             grads = {n: t.unflatten(0, (batch, rows)).sum(1) if rows > 1 else t for n, t in grads.items()}
@@ -220,14 +222,18 @@ class CompiledCall:
             found = rule.squared_norms(module, saved, g, set(names))
         if self.state.checked:
             for n in names:
-                total = rule.summed_grad(module, saved, g, n, elements=getattr(module, n).numel())
+                if n in grads:
+                    total = grads[n].sum(0)
+                else:
+                    total = rule.summed_grad(module, saved, g, n, elements=getattr(module, n).numel())
                 found[n] = self._checked(n, found[n], total, dtype)
-        return [found[n].to(self.state.leaf.dtype) for n in names]
+        wide = self.state.leaf.dtype
+        return [found[n] if found[n].dtype == wide else found[n].to(wide) for n in names]
 
     def _wide(self, saved: tuple[Tensor, ...], g: Tensor, batch: int) -> tuple[tuple[Tensor, ...], Tensor, int]:
         """In float32, [B, rows, ...] where positions share the weights; and how many rows a sample has else."""
         rows = g.shape[0] // batch
-        saved, g = tuple(at_least_float32(t) for t in saved), at_least_float32(g)
+        saved, g = tuple([at_least_float32(t) for t in saved]), at_least_float32(g)
         if rows > 1 and self.rule.weight_sharing_axes:
             return tuple(t.unflatten(0, (batch, rows)) for t in saved), g.unflatten(0, (batch, rows)), 1
         return saved, g, rows
@@ -283,9 +289,7 @@ class CompiledCall:
         return [sums[n] for n in names], [squares[n].to(self.state.leaf.dtype) for n in names]
 
     def _checked(self, name: str, found: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
-        squares = found if found.dim() == 1 else squared_sum(found)
-        size = squares.clamp(min=0).sqrt().sum()
-        return check_sum(found, total, size, self.places, self.names.index(name), self.state.receiver, dtype)
+        return check_sum(found, total, self.places, self.names.index(name), self.state.receiver, dtype)
 
 
 def used_outside(names: str) -> str:

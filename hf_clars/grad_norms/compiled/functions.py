@@ -40,8 +40,9 @@ class Watched(torch.autograd.Function):
         saved = ctx.saved_tensors
         with no_autocast(g.device.type):
             found = ctx.call.for_rows(ctx.names, ctx.summed, saved, g, ctx.batch)
-        counts = [None if summed else t.new_ones(1) for t, summed in zip(found, ctx.summed, strict=True)]
-        return g, None, None, None, *found, *counts, *(None for _ in saved)
+        one = found[0].new_ones(1)
+        counts = [None if summed else one for summed in ctx.summed]
+        return g, None, None, None, *found, *counts, *[None for _ in saved]
 
 
 class Summed(torch.autograd.Function):
@@ -82,7 +83,7 @@ class Copies(torch.autograd.Function):
         squares = squared_sum(g)
         if ctx.checked:
             place = torch.full((1,), ctx.number)
-            squares = check_sum(squares, g.sum(0), squares.sqrt().sum(), place, 0, ctx.receiver, ctx.dtype)
+            squares = check_sum(squares, g.sum(0), place, 0, ctx.receiver, ctx.dtype)
         return squares, g.new_ones(1), None, None, None, None, None
 
 

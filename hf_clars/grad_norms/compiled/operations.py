@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hf_clars.grad_norms.norm_math import squared_sum
+
 
 class Receiver(Protocol):
     """What the operations call."""
@@ -184,18 +186,21 @@ def _(squares: Tensor, uses: Tensor, number: Tensor, receiver: int) -> Tensor:
 
 
 @torch.library.custom_op("hf_clars::check_sum", mutates_args=(), **_OUTSIDE)
-def check_sum(
-    squares: Tensor, total: Tensor, size: Tensor, rows: Tensor, which: int, receiver: int, dtype: torch.dtype
-) -> Tensor:
-    """Hand over what the sum check compares; returns a copy of `squares` [B], which goes on."""
+def check_sum(norms: Tensor, total: Tensor, rows: Tensor, which: int, receiver: int, dtype: torch.dtype) -> Tensor:
+    """Hand over what the sum check compares; returns a copy of `norms`, squared [B] or gradients [B, ...], to go on."""
     found = _receivers.get(receiver)
     if found is not None:
-        found.compiled_sum_arrives(int(rows[which]), total.detach().clone(), size.detach().clone(), dtype)
-    return squares.clone()
+        squares = norms.detach() if norms.dim() == 1 else squared_sum(norms.detach())
+        size = squares.clamp(min=0).sqrt().sum()
+        found.compiled_sum_arrives(int(rows[which]), total.detach().clone(), size, dtype)
+    return norms.clone()
 
 
 @check_sum.register_fake
-def _(
-    squares: Tensor, total: Tensor, size: Tensor, rows: Tensor, which: int, receiver: int, dtype: torch.dtype
-) -> Tensor:
-    return torch.empty_like(squares)
+def _(norms: Tensor, total: Tensor, rows: Tensor, which: int, receiver: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(norms)
+
+
+# The operators themselves: a compiler follows the Python that is around a custom operation at each call.
+tell, refuse, keep_rows = (getattr(torch.ops.hf_clars, n).default for n in ("tell", "refuse", "keep_rows"))
+begin_pass, check_sum = (getattr(torch.ops.hf_clars, n).default for n in ("begin_pass", "check_sum"))
