@@ -136,9 +136,9 @@ def test_no_gradients_of_matrices_are_made(model, monkeypatch):
     """A table for each sample cost hundreds of times a plain pass."""
     made, before = [], measured_uses.operand_grads
 
-    def operand_grads(node, index, grads, layouts, shape, batch, kept):
-        made.append(tuple(shape))
-        return before(node, index, grads, layouts, shape, batch, kept)
+    def operand_grads(of):
+        made.append(of.shape)
+        return before(of)
 
     monkeypatch.setattr(measured_uses, "operand_grads", operand_grads)
     subject = Subject(model, model.batch())

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.grad_norms.graph import nodes
+from hf_clars.grad_norms.graph.operands import Operand
 from tests.oracle import layer_norms, per_sample_grads
 
 B, C = 4, 6
@@ -50,8 +50,8 @@ class Net(nn.Module):
 
 @pytest.fixture
 def one_by_one_calls(monkeypatch):
-    found, original = [], nodes._one_by_one
-    monkeypatch.setattr(nodes, "_one_by_one", lambda node, *rest: (found.append(node.name()), original(node, *rest))[1])
+    found, original = [], Operand.one_by_one
+    monkeypatch.setattr(Operand, "one_by_one", lambda of, *rest: (found.append(of.node.name()), original(of, *rest))[1])
     return found
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.grad_norms.graph import norms_alone
+from hf_clars.grad_norms.graph import operands
 from hf_clars.grad_norms.graph.measured_uses import MeasuredUse
 from hf_clars.per_sample import NormMonitor
 
@@ -82,13 +82,13 @@ def test_an_error_there_ends_the_measuring_and_not_the_training(monkeypatch, cap
 def test_where_no_sum_is_checked_a_fused_head_s_gradients_are_made_one_at_a_time_and_exact(monkeypatch):
     """[B, vocabulary, width] of a real head is more than a device holds."""
     together = []
-    original = norms_alone.call_for_each
+    original = operands.call_for_each
 
     def one(node, index, stacks, shape):
         together.append(len(stacks[0]))
         return original(node, index, stacks, shape)
 
-    monkeypatch.setattr(norms_alone, "call_for_each", one)
+    monkeypatch.setattr(operands, "call_for_each", one)
     model, ids = FusedHead(tied=False).double(), torch.randint(0, 7, (4, 6))
     with PerSampleGradNorms(model, loss_reduction="sum", layers="tensor", check=False) as norms:
         for _ in range(4):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_clars.grad_norms import PerSampleGradNorms
-from hf_clars.grad_norms.graph import nodes
+from hf_clars.grad_norms.graph import operands
 from tests.oracle import layer_norms, one_by_one
 
 B = 4
@@ -49,10 +49,10 @@ def check(model, x, samples=None):
 
 @pytest.fixture
 def no_masks(monkeypatch):
-    def refuse(node, *_):
-        raise AssertionError(f"{node.name()} was differentiated once for every sample")
+    def refuse(of, *_):
+        raise AssertionError(f"{of.node.name()} was differentiated once for every sample")
 
-    monkeypatch.setattr(nodes, "_one_by_one", refuse)
+    monkeypatch.setattr(operands.Operand, "one_by_one", refuse)
 
 
 @pytest.mark.parametrize("use", ["everything", "sequence", "state"])

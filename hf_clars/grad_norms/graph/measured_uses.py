@@ -17,8 +17,9 @@ from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.explanation import timed
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Layout
-from hf_clars.grad_norms.graph.nodes import call_for_each, operand_grads
+from hf_clars.grad_norms.graph.nodes import operand_grads
 from hf_clars.grad_norms.graph.norms_alone import norms_alone
+from hf_clars.grad_norms.graph.operands import Operand, call_for_each
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
 from hf_clars.grad_norms.torch_internals import dtype_at, no_autocast, results_of
@@ -50,11 +51,11 @@ class MeasuredUse:
 
     def grads(self, grads: Sequence[Tensor | None], batch: int, measured: int, *, shared: bool = False) -> Tensor:
         """Each sample's gradient of the operand, [measured, *shape]; `shared`: its parameters have other uses too."""
-        use = self.use
+        use, of = self.use, self._operand(grads, batch, measured)
         own = shared and isinstance(use.node, BackwardCFunction)  # the engine would come to the other uses as well
         if self.careful and not own and not use.node.name().startswith(("Expand", "Add", "Sub")):
-            return self._by_engine(grads, batch, measured)
-        return operand_grads(use.node, use.index, grads, self.layouts, use.shape, batch, measured)
+            return of.one_by_one(lambda stacks: _grads_by_engine(use, stacks))
+        return operand_grads(of)
 
     def norms(self, forward_pass: ForwardPass, grads: Sequence[Tensor | None]) -> Tensor | None:
         """Each sample's norm alone, [measured], of the one parameter; None where its gradients must be made."""
@@ -63,23 +64,23 @@ class MeasuredUse:
         summed = check is not None and check.wants(param)
         if self.careful or summed or param in forward_pass.uses.several:
             return None
-        return norms_alone(self.use, grads, self.layouts, forward_pass.batch_size, forward_pass.measured)
+        of = self._operand(grads, forward_pass.batch_size, forward_pass.measured)
+        return norms_alone(of, self.use.child[0], alone=len(self.use.leaves) == 1)
 
-    def _by_engine(self, grads: Sequence[Tensor | None], batch: int, measured: int) -> Tensor:
-        """By a backward pass of its own, which unpacks what was saved once more."""
-        use, parts = self.use, []
-        present = [(i, g, layout) for i, (g, layout) in enumerate(zip(grads, self.layouts, strict=True))]
-        known = [(i, g, layout) for i, g, layout in present if g is not None and layout]
-        step = max(1, MAX_ELEMENTS // max(1, sum(g.numel() for _, g, _ in known)))
-        for start in range(0, measured, step):
-            samples = slice(start, min(start + step, measured))
-            parts.append(_grads_by_engine(use, [(i, la.one_sample_each(g, batch, samples)) for i, g, la in known]))
-        return torch.cat(parts)
+    def _operand(self, grads: Sequence[Tensor | None], batch: int, measured: int) -> Operand:
+        use = self.use
+        return Operand(use.node, use.index, use.shape, grads, self.layouts, batch, measured)
 
 
-def _grads_by_engine(use: Use, stacks: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """Gradients [b, *shape of the operand] from those of some results, each [b, *its shape]."""
-    edges, given = [GradientEdge(use.node, i) for i, _ in stacks], [t for _, t in stacks]
+def _grads_by_engine(use: Use, stacks: Sequence[Tensor | None]) -> Tensor:
+    """By a backward pass of its own, which unpacks once more what was saved: [b, *shape of the operand].
+
+    Args:
+        use: The use.
+        stacks: [b, *shape of the result] for each result of its operation; None where there is no gradient.
+    """
+    edges = [GradientEdge(use.node, i) for i, t in enumerate(stacks) if t is not None]
+    given = [t for t in stacks if t is not None]
     # Nothing goes on through the other operands: what the operand was used for before them is another use.
     others = {child for child, _ in use.node.next_functions if child is not None and child is not use.child[0]}
     stops = [child.register_prehook(_zeros) for child in others]
@@ -142,7 +143,7 @@ class Gate:
                 if all(t is None for t in of_use):
                     part.append(g.new_zeros(len(stack), *use.shape))
                 elif self.careful:
-                    part.append(_grads_by_engine(use, [(i, t) for i, t in enumerate(of_use) if t is not None]))
+                    part.append(_grads_by_engine(use, of_use))
                 else:
                     part.append(call_for_each(use.node, use.index, of_use, use.shape))
         return [(use, torch.cat(part)) for use, part in zip(self.uses, parts, strict=True) if part]

@@ -7,8 +7,6 @@ somebody's own function, as a head's in chunks, it is made for one sample after 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
@@ -16,16 +14,8 @@ from torch.autograd.graph import Node
 
 from hf_clars.grad_norms import norm_math
 from hf_clars.grad_norms.graph.bags import bag_squares
-from hf_clars.grad_norms.graph.layout import Layout
-from hf_clars.grad_norms.graph.nodes import (
-    Kind,
-    call_for_each,
-    factors,
-    lookups,
-    unsummed_grad,
-    without_padding,
-)
-from hf_clars.grad_norms.graph.walk import Use
+from hf_clars.grad_norms.graph.nodes import factors, lookups, unsummed_grad, without_padding
+from hf_clars.grad_norms.graph.operands import Kind, Operand
 from hf_clars.grad_norms.norm_math import at_least_float32
 from hf_clars.grad_norms.rules.costs import cheapest_form
 from hf_clars.grad_norms.rules.linear import linear_squared_norm, linear_use
@@ -35,56 +25,40 @@ _KEEP_NORMS = ("TBackward", "TransposeBackward", "PermuteBackward", "ViewBackwar
 """Operations on one parameter that change neither its numbers nor how many there are."""
 
 
-def norms_alone(
-    use: Use, grads: Sequence[Tensor | None], layouts: Sequence[Layout | None], batch: int, measured: int
-) -> Tensor | None:
-    """Each sample's gradient norm of the one parameter that reaches a use.
+def norms_alone(of: Operand, made_of: Node, *, alone: bool) -> Tensor | None:
+    """Each sample's gradient norm of the one parameter that reaches an operand.
 
     Args:
-        use: The use.
-        grads: Gradients of the operation's results; None where there is none.
-        layouts: Which rows of each are whose.
-        batch: B.
-        measured: How many of the first samples are measured.
+        of: The operand.
+        made_of: Where it comes from.
+        alone: Whether no other parameter reaches it.
 
     Returns:
         [measured]; None where the gradients must be made.
     """
-    if any(t is not None and t.is_complex() for t in grads):
+    if any(t is not None and t.is_complex() for t in of.grads):
         return None
-    if isinstance(use.node, BackwardCFunction):
-        return _one_after_the_other(use, grads, layouts, batch, measured) if _is_parameter(use) else None
-    g, layout = grads[0], layouts[0]
-    if g is None or layout is None or any(t is not None for t in grads[1:]) or len(use.leaves) != 1:
+    if isinstance(of.node, BackwardCFunction):
+        return _one_after_the_other(of) if _is_parameter(made_of) else None
+    if of.grads[0] is None or of.layouts[0] is None or any(t is not None for t in of.grads[1:]) or not alone:
         return None
-    squares = next((fn for name, fn in _KINDS.items() if use.node.name().startswith(name)), None)
-    if squares is None:
-        found = _added_rows(use, g, layout, batch, measured)
-    else:
-        found = squares(use.node, use.index, g, layout, batch, measured) if _is_parameter(use) else None
+    squares = of.kind(_KINDS)
+    if squares is not None and not _is_parameter(made_of):
+        return None
+    found = _added_rows(of, made_of) if squares is None else squares(of)
     return None if found is None else found.clamp(min=0).sqrt()
 
 
-def _one_after_the_other(
-    use: Use, grads: Sequence[Tensor | None], layouts: Sequence[Layout | None], batch: int, measured: int
-) -> Tensor | None:
-    """Somebody's own function runs once for every sample: a head's gradients [B, vocabulary, width] are never together.
-
-    Arguments as above.
-    """
-    norms = []
-    for i in range(measured):
-        stacks = [
-            None if g is None or layout is None else layout.one_sample_each(g, batch, slice(i, i + 1))
-            for g, layout in zip(grads, layouts, strict=True)
-        ]
-        norms.append(norm_math.squared_sum(at_least_float32(call_for_each(use.node, use.index, stacks, use.shape))))
+def _one_after_the_other(of: Operand) -> Tensor | None:
+    """Somebody's own function runs once a sample: a head's gradients [B, vocabulary, width] are never together."""
+    each = (of.of_each(of.stacks(slice(i, i + 1))) for i in range(of.measured))
+    norms = [norm_math.squared_sum(at_least_float32(grads)) for grads in each]
     return torch.cat(norms).sqrt() if norms else None
 
 
-def _is_parameter(use: Use) -> bool:
-    """Whether the operand is a parameter, but for the order of its numbers and their precision."""
-    node: Node | None = use.child[0]
+def _is_parameter(made_of: Node) -> bool:
+    """Whether an operand is a parameter, but for the order of its numbers and their precision."""
+    node: Node | None = made_of
     while node is not None and node.next_functions:
         if not node.name().startswith(_KEEP_NORMS):
             return False
@@ -92,37 +66,37 @@ def _is_parameter(use: Use) -> bool:
     return True
 
 
-def _added_rows(use: Use, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
+def _added_rows(of: Operand, made_of: Node) -> Tensor | None:
     """Of a table whose rows are looked up by no data, as positions are, and added to what is.
 
     Each sample's gradient of the looked-up rows is summed for equal tokens, as where a rule looks up.
     """
-    table: Node | None = use.child[0]
-    if table is not None and table.name().startswith("ToCopyBackward"):
+    table, g = made_of, of.g
+    if table.name().startswith("ToCopyBackward") and table.next_functions[0][0] is not None:
         table = table.next_functions[0][0]
-    if table is None or not table.name().startswith("EmbeddingBackward") or isinstance(use.node, BackwardCFunction):
+    if not table.name().startswith("EmbeddingBackward"):
         return None
     of_parameter = table.next_functions[0][0] is not None and not table.next_functions[0][0].next_functions
-    if not of_parameter or saved(table, "scale_grad_by_freq") or layout != Layout() or g.shape[0] != batch:
+    if not of_parameter or saved(table, "scale_grad_by_freq") or not of.is_batch_first:
         return None
-    tokens, rows = saved(table, "indices"), unsummed_grad(use.node, use.index, [g])
-    if rows is None or rows.shape != g.shape or tuple(tokens.shape) != use.shape[:-1]:
+    tokens, rows = saved(table, "indices"), unsummed_grad(of)
+    if rows is None or rows.shape != g.shape or tuple(tokens.shape) != of.shape[:-1]:
         return None
-    tokens = tokens.expand(g.shape[:-1]).reshape(batch, -1)[:measured]
-    rows = without_padding(table, tokens, at_least_float32(rows.reshape(batch, -1, g.shape[-1])[:measured]))
+    tokens = tokens.expand(g.shape[:-1]).reshape(of.batch, -1)[: of.measured]
+    rows = without_padding(table, tokens, of.mine(rows.reshape(of.batch, -1, g.shape[-1])))
     return norm_math.embedding_weight_squared_norm(tokens, rows)
 
 
-def _product(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
-    found = factors(node, index, g, layout, batch, measured)
+def _product(of: Operand) -> Tensor | None:
+    found = factors(of)
     if found is None:
         return None
-    form = cheapest_form(linear_use(*found), g.device.type, replaces_weight_grad=False)
+    form = cheapest_form(linear_use(*found), of.g.device.type, replaces_weight_grad=False)
     return linear_squared_norm(*found, form)
 
 
-def _lookup(node: Node, index: int, g: Tensor, layout: Layout, batch: int, measured: int) -> Tensor | None:
-    found = lookups(node, index, g, layout, batch, measured)
+def _lookup(of: Operand) -> Tensor | None:
+    found = lookups(of)
     return None if found is None else norm_math.embedding_weight_squared_norm(*found)
 
 
