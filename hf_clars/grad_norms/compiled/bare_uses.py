@@ -33,6 +33,7 @@ from hf_clars.grad_norms.compiled.sample_use import (
     function_of,
     written_by,
 )
+from hf_clars.grad_norms.compiled.uses import HANDED
 from hf_clars.grad_norms.pytree import differentiable_in, is_differentiable, tensors_in
 from hf_clars.grad_norms.torch_traces import (
     attention,
@@ -85,7 +86,8 @@ class BareUses:
         self._measure_anew({rows[id(p)] for p in outside})
         bare = {id(self.calls.params[row]): row for row in self.calls.bare_rows()}
         self.params = {n: bare[id(t)] for n, t in held.items() if id(t) in bare and is_differentiable(t)}
-        known = {id(t) for t in itertools.chain(self.calls.model.parameters(), self.calls.model.buffers())}
+        model = self.calls.model
+        known = {id(t) for t in itertools.chain(model.parameters(), model.buffers(), tensors_in(HANDED))}
         of_model = [n for n, t in held.items() if id(t) in rows]
         for node, t in held.items():
             constant = not isinstance(t, Tensor) or id(t) in known or is_from_model(node, of_model)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.compiled.functions import Linked, OneProduct, Watched, Way
 from hf_clars.grad_norms.compiled.operations import check_sum, refuse
-from hf_clars.grad_norms.compiled.uses import BARE, kind_of_use, looks_up, note_bare, note_uses
+from hf_clars.grad_norms.compiled.uses import BARE, HANDED, kind_of_use, looks_up, note_bare, note_uses
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, linear_weight_rows, slices_of, squared_sum
 from hf_clars.grad_norms.pytree import tensor_given
@@ -48,9 +48,8 @@ class CompiledCall:
         kinds: What it does with each, see `uses.py`.
         looks_up: Whether it looks rows of a table up.
         links: What the uses of its table share, if it has one that is looked up.
-        rows: For each parameter a row of zeros [B], while the model is called; [B, *shape] where it is `summed`.
-        counts: For each a zero, [1].
-        summed: Whether the uses of each share its row.
+        places: The row of each of its parameters.
+        where: The same, on the rows' device.
         ran: Whether compiled code has called it.
     """
 
@@ -62,15 +61,12 @@ class CompiledCall:
         self.rule = hooked.rule
         self.name = str(hooked)
         self.row_numbers = row_numbers
-        self.places = torch.tensor(row_numbers)  # as numbers they would make different code of equal blocks
+        self.places = self.where = torch.tensor(row_numbers)  # numbers would make different code of equal blocks
         self.names = tuple(hooked.params)
         self.kinds = [kind_of_use(self.rule, n) for n in self.names]
         self.looks_up = looks_up(self.rule)
         of_tables = zip(row_numbers, self.kinds, strict=True)
         self.links = next((state.links.get(i) for i, kind in of_tables if kind != "other"), None)
-        self.rows: tuple[Tensor, ...] = ()
-        self.counts: tuple[Tensor, ...] = ()
-        self.summed: tuple[bool, ...] = ()
         self.ran = False
 
     def in_words(self) -> str:
@@ -86,30 +82,23 @@ class CompiledCall:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """After the module's forward, while a compiler looks on. What is returned takes the output's place."""
-        x = tensor_given(args, kwargs)
-        ways = self.state.uses.ways
-        wanted = [
-            i
-            for i, (n, row) in enumerate(zip(self.names, self.row_numbers, strict=True))
-            if getattr(module, n).requires_grad and ways[row] != BARE
-        ]
-        if not (self.state.measures and torch.is_grad_enabled()) or x is None:
+        x, state = tensor_given(args, kwargs), self.state
+        if not (state.measures and torch.is_grad_enabled()) or x is None:
             return None
-        self.state.keep_rows()
+        state.keep_rows()
+        wanted = [i for i, n in enumerate(self.names) if getattr(module, n).requires_grad]
+        if state.within:
+            wanted = [i for i in wanted if state.uses.ways[self.row_numbers[i]] != BARE]
         if not wanted:
             return None
-        if not self.rows:
-            return refuse(output, self.state.receiver, used_twice(self.name), False)
-        if self.state.within:
+        if state.within:
             self._note_uses(wanted)
-        # Of lists: each step of a generator is a call that the compiler follows.
-        names = tuple([self.names[i] for i in wanted])
-        summed = tuple([self.summed[i] for i in wanted])
-        rows = [self.rows[i] for i in wanted] + [self.counts[i] for i in wanted]
-        # Where the whole model is compiled, checkpointing allows no change of attributes here.
-        if not self.state.within:
-            self.rows = self.counts = ()
+        elif self.ran:
+            return refuse(output, state.receiver, used_twice(self.name), False)
+        else:  # where the whole model is compiled, checkpointing allows no change of attributes here
             self.ran = True
+        names = tuple([self.names[i] for i in wanted])  # of a list: a compiler follows each step of a generator
+        rows, summed = self._rows(wanted)
         batch = rows[0].shape[0]
         if not self._layout_is_known(x, output, batch):
             if self.state.within:  # the uses are found in what is traced, where axes can be followed
@@ -139,6 +128,17 @@ class CompiledCall:
         if (tokens := self._tokens(saved, rows[0].shape[0])) is not None:
             links.tokens, links.zeros = (*links.tokens, tokens), (*links.zeros, link)
         return y
+
+    def _rows(self, wanted: list[int]) -> tuple[list[Tensor], tuple[bool, ...]]:
+        """Rows of the parameters wanted, zeros [B], and counts [1]; and whether a row is shared, zeros [B, *shape]."""
+        (rows, counts, each, used), shared = HANDED[self.state.receiver], self.state.shared
+        if self.state.within:
+            numbers = [self.row_numbers[i] for i in wanted]
+            alone = [shared.get(i, each[i]) for i in numbers] + [used[i] for i in numbers]
+            return alone, tuple([i in shared for i in numbers])
+        # One code serves blocks that are alike: which rows are theirs is known to a tensor.
+        mine, own = rows.index_select(0, self.where).unbind(0), counts.index_select(0, self.where).unbind(0)
+        return [mine[i] for i in wanted] + [own[i] for i in wanted], (False,) * len(wanted)
 
     def _note_uses(self, wanted: list[int]) -> None:
         uses = self.state.uses

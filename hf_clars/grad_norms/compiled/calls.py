@@ -13,6 +13,7 @@ from hf_clars.grad_norms.compiled.functions import Summed
 from hf_clars.grad_norms.compiled.operations import begin_pass, keep_rows
 from hf_clars.grad_norms.compiled.uses import (
     BARE,
+    HANDED,
     LINKED,
     ONCE,
     SUMMED,
@@ -41,6 +42,7 @@ class CompiledCalls:
         within: Whether compiled code has begun the pass, or refused it.
         measures: Whether the model is being called, and its calls have rows.
         shares: Whether what several uses share was made in this pass.
+        shared: For each parameter whose uses share its row: zeros [B, *shape].
         number: Of the last pass. Kept so that a compiler lets a pass begin in the forward pass: what only the backward
             pass needs, it would put there.
         whole: Whether every measured parameter can be measured in a compiled graph, so that the model may be compiled
@@ -57,7 +59,8 @@ class CompiledCalls:
         self.model = model
         self.receiver = receiver
         self.measures = self.within = self.shares = False
-        self.number = self.rows = self.counts = None  # type: Tensor | None
+        self.number: Tensor | None = None
+        self.shared: dict[int, Tensor] = {}
         self.given_axes: tuple[int, ...] = ()
         self.given: tuple[Tensor, ...] = ()
         self.checked = True
@@ -94,19 +97,15 @@ class CompiledCalls:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called: make rows. In compiled code and outside."""
         self.measures = self.shares = False
+        self.shared = {}
         given = [t for t in tensors_in((args, kwargs)) if t.dim() > 0]
         batched = of_the_batch(given)
         if batched is None or self.paused or not torch.is_grad_enabled():
             return
         weights = label_counts(self.model, kwargs) if self.by_tokens else None
         rows, uses, number = begin_pass(self.leaf, batched, weights, self.receiver, len(self.params), self.checked)
-        each, used = rows.unbind(0), uses.unbind(0)
-        self.measures, self.rows, self.counts = True, rows, uses
-        self.within = torch.compiler.is_compiling()
-        for call in self.calls.values():
-            call.rows = tuple(each[i] for i in call.row_numbers)
-            call.counts = tuple(used[i] for i in call.row_numbers)
-            call.summed = (False,) * len(call.rows)
+        HANDED[self.receiver] = (rows, uses, rows.unbind(0), uses.unbind(0))
+        self.measures, self.within = True, torch.compiler.is_compiling()
         self.number = number
         self.given_axes = tuple(batched.shape[1:])
         self.given = tuple(given) if self.within else ()
@@ -114,25 +113,21 @@ class CompiledCalls:
     def share(self) -> None:
         """Make what several uses of a parameter share, once in a pass and in the code that uses it."""
         self.shares = True
-        shared: dict[int, Tensor] = {}
+        _, _, each, used = HANDED[self.receiver]
         for call in self.calls.values():
             ways = [self.uses.ways[i] for i in call.row_numbers]
             if call.links is not None:
                 call.links.linked = LINKED in ways
-            if SUMMED not in ways:
-                continue
-            for i, row, count, way in zip(call.row_numbers, call.rows, call.counts, ways, strict=True):
-                if way == SUMMED and i not in shared:
-                    shared[i] = Summed.apply(row, count, self.shapes[i])
-            call.rows = tuple(shared.get(i, row) for i, row in zip(call.row_numbers, call.rows, strict=True))
-            call.summed = tuple(way == SUMMED for way in ways)
+            for i, way in zip(call.row_numbers, ways, strict=True):
+                if way == SUMMED and i not in self.shared:
+                    self.shared[i] = Summed.apply(each[i], used[i], self.shapes[i])
 
     # ---- bare uses -------------------------------------------------------------------------------------------
 
     def keep_rows(self) -> None:
         """A module is called in a trace: let what measures bare uses find the rows there."""
         if watch_trace(self.uses.name) and self.within and self.measures:
-            keep_rows(self.rows, self.counts, self.receiver, list(self.given_axes))
+            keep_rows(*HANDED[self.receiver][:2], self.receiver, list(self.given_axes))
 
     def bare_rows(self) -> list[int]:
         """The rows of parameters with bare uses."""
@@ -171,9 +166,8 @@ class CompiledCalls:
         """The model returns. In compiled code and outside."""
         self.measures = self.within = self.shares = False
         self.given = ()
-        self.rows = self.counts = None
-        for call in self.calls.values():
-            call.rows = call.counts = call.summed = ()
+        self.shared = {}
+        HANDED.pop(self.receiver, None)
         for links in self.links.values():
             links.forget()
 
@@ -185,3 +179,11 @@ class CompiledCalls:
         """A pass begins outside compiled code."""
         for call in self.calls.values():
             call.ran = False
+
+    def hand_over(self) -> None:
+        """A pass has begun outside compiled code: its modules find their rows on the rows' device."""
+        if self.measures:
+            rows = HANDED[self.receiver][0]
+            for call in self.calls.values():
+                if call.where.device != rows.device:
+                    call.where = call.places.to(rows.device)

@@ -38,7 +38,7 @@ KEEP_THE_FIRST = (
     *(f"{of}{n}d" for n in (1, 2, 3) for of in ("conv", "conv_transpose", "avg_pool", "max_pool", "lp_pool")),
     *(f"adaptive_{of}_pool{n}d" for n in (1, 2, 3) for of in ("avg", "max")),
     *("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "grid_sample", "affine_grid"),
-    *("embedding_bag", "cosine_similarity", "unfold", "fold"),
+    *("embedding_bag", "cosine_similarity", "unfold", "fold", "view_as_complex", "view_as_real"),
 )
 #: Of these every axis before the last is kept.
 OF_THE_LAST = ("linear", "pad", "glu", "one_hot", "bilinear")

@@ -50,21 +50,31 @@ class SampleUse(nn.Module):
         n = self.count
         copies, params, others = operands[:n], operands[n : 2 * n], operands[2 * n :]
         own = [p.detach() + (c if self.wide else c.to(p.dtype)) for c, p in zip(copies, params, strict=True)]
-        rest = [self._by_sample(t, place) for t, place in zip(others, self.places, strict=True)]
+        batch = copies[0].shape[0]  # a symbol that was traced means nothing when the code runs as it is
+        rest = [self._by_sample(t, place, batch) for t, place in zip(others, self.places, strict=True)]
         axes = (0,) * n + tuple(None if place is None else 0 for place in self.places)
         result = self.result
         z = torch.vmap(self.run, in_dims=axes)(*own, *rest)
-        z = z.unflatten(result.axis + 1, (result.outer, result.inner)).movedim(0, result.axis + 1)
+        outer, inner = _sizes(result)
+        z = z.unflatten(result.axis + 1, (outer, inner)).movedim(0, result.axis + 1)
         return z.flatten(result.axis, result.axis + 2)
 
-    def _by_sample(self, t: Any, place: Place | None) -> Any:
+    def _by_sample(self, t: Any, place: Place | None, batch: Any) -> Any:
         """From [..., outer * B * inner, ...] to [B, ..., outer * inner, ...]."""
         if isinstance(t, Tensor):
             t = t.detach().clone() if self.kept else t.detach()
         if place is None:
             return t
-        t = t.unflatten(place.axis, (place.outer, self.batch, place.inner)).movedim(place.axis + 1, 0)
+        outer, inner = _sizes(place)
+        t = t.unflatten(place.axis, (outer, batch, inner)).movedim(place.axis + 1, 0)
         return t.flatten(place.axis + 1, place.axis + 2)
+
+
+def _sizes(place: Place) -> tuple[Any, Any]:
+    """What is folded into the samples' axis, outside and inside; -1: what is left, where that is no number."""
+    if isinstance(place.outer, int):
+        return place.outer, place.inner if isinstance(place.inner, int) else -1
+    return -1, place.inner
 
 
 class Joined(nn.Module):

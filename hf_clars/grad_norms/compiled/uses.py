@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 ONCE, LINKED, SUMMED, BARE = range(4)
 
+#: What a pass hands to the modules, by their receiver: rows [K, B], counts [K, 1], and these one by one. It hangs on no
+#: module: of what does, a compiler makes code for one size alone.
+HANDED: dict[int, tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]] = {}
+
 _uses: weakref.WeakValueDictionary[str, Uses] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
