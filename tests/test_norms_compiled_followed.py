@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from hf_clars.grad_norms import PerSampleGradNorms, UncoveredParameterError
 from tests.test_norms_compiled_uses import compare, fresh_compiler  # noqa: F401  (a fixture)
-from tests.test_norms_compiled_whole import whole
+from tests.test_norms_compiled_whole import traced
 
 
 class Net(nn.Module):
@@ -114,7 +114,7 @@ def of_all_samples(net, x, y):
 def test_what_was_given_other_places_is_refused_by_name(between, named):
     with PerSampleGradNorms(Net(between), check=False) as norms:
         with pytest.raises(UncoveredParameterError, match=rf"{named}.*nobody knows which rows belong to which"):
-            whole(norms.model)(*steps(4)(4))
+            traced(norms.model)(*steps(4)(4))
         norms.reset()
 
 
@@ -125,5 +125,5 @@ def normalized(net, x, y):
 def test_a_normalization_over_the_batch_is_not_done_for_one_sample_alone():
     with PerSampleGradNorms(Net(normalized), check=False) as norms:
         with pytest.raises(UncoveredParameterError, match=r"gain \(in batch_norm\).*depend on each other"):
-            whole(norms.model)(*steps(4)(3))
+            traced(norms.model)(*steps(4)(3))
         norms.reset()

@@ -13,7 +13,7 @@ from hf_clars.grad_norms import (
     register_rule,
     unregister_rule,
 )
-from tests.test_norms_compiled_whole import compare, in_place, whole
+from tests.test_norms_compiled_whole import compare, in_place, traced
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_another_axis_is_not_taken_for_the_batch(make):
         shape = {BatchSecond: (batch, 6), Column: (batch, 2)}.get(make, (batch, 4, 6))
         return (torch.randint(4, shape) if make is Column else torch.randn(shape),)
 
-    compare(make(), whole, inputs, (4, 4, 4))
+    compare(make(), traced, inputs, (4, 4, 4))
 
 
 class Sorted(Net):
@@ -110,7 +110,7 @@ def test_rows_that_change_places_are_refused():
     model, x = Sorted(), torch.randn(4, 6)
     with PerSampleGradNorms(model, check=False) as norms:
         with pytest.raises(UncoveredParameterError, match=r"linear\.weight.*nobody knows which rows belong to which"):
-            whole(model)(x)
+            traced(model)(x)
         norms.reset()
 
 
@@ -131,7 +131,7 @@ def test_a_blank_that_data_are_written_into_is_no_constant():
     model, x = Filled(), torch.randn(4, 6)
     with PerSampleGradNorms(model, check=False) as norms:
         with pytest.raises(UncoveredParameterError, match=r"gain.*nobody knows which rows belong to which"):
-            whole(model)(x).sum().backward()
+            traced(model)(x).sum().backward()
         norms.reset()
 
 
@@ -147,7 +147,7 @@ def test_where_samples_are_cannot_be_followed_is_said():
     model = Mixed()
     norms = PerSampleGradNorms(model)
     with pytest.raises(UncoveredParameterError, match=r"linear\.weight.*nobody knows which rows belong to which"):
-        whole(model)(torch.randn(4, 6))
+        traced(model)(torch.randn(4, 6))
     norms.remove()
 
 
@@ -157,7 +157,7 @@ class Positions(Net):
 
 
 def test_positions_may_be_as_many_as_samples_where_they_are_looked_up_for_every_sample():
-    compare(Positions(), whole, lambda batch: (torch.randn(batch, 4, 6),), (4, 4, 4))
+    compare(Positions(), traced, lambda batch: (torch.randn(batch, 4, 6),), (4, 4, 4))
 
 
 class OwnBartLearnedPositionalEmbedding(nn.Embedding):
@@ -180,7 +180,7 @@ class Decoder(Net):
 
 
 def test_one_row_of_positions_beside_the_tokens_is_every_samples():
-    compare(Decoder(), whole, lambda batch: (torch.randint(4, (batch, 5)),), (4, 4, 4))
+    compare(Decoder(), traced, lambda batch: (torch.randint(4, (batch, 5)),), (4, 4, 4))
 
 
 class Head(nn.Module):
@@ -201,17 +201,17 @@ class HeadAndBias(Head):
 
 
 def test_a_bias_may_have_another_owner_who_does_not_use_it():
-    compare(Head(), whole, lambda batch: (torch.randn(batch, 6),), (4, 4, 4))
+    compare(Head(), traced, lambda batch: (torch.randn(batch, 6),), (4, 4, 4))
 
 
 def test_or_one_who_uses_it_too():
-    compare(HeadAndBias(), whole, lambda batch: (torch.randn(batch, 6),), (4, 4, 4))
+    compare(HeadAndBias(), traced, lambda batch: (torch.randn(batch, 6),), (4, 4, 4))
 
 
 def test_some_samples_are_checked_three_times():
     model = nn.Sequential(nn.Linear(4, 3))
     with PerSampleGradNorms(model, samples=2) as norms:
-        call = whole(model)
+        call = traced(model)
         for _ in range(4):
             model.zero_grad()
             call(torch.randn(4, 4)).square().sum().backward()
@@ -241,7 +241,7 @@ def test_an_input_gradient_of_a_users_rule_is_not_taken_unseen():
     x = torch.randn(4, 6)
     with PerSampleGradNorms(model) as norms:
         unregister_rule(Own)
-        call = whole(model)
+        call = traced(model)
         for _ in range(4):
             model.zero_grad()
             plain.zero_grad()

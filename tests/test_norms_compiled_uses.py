@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_clars.grad_norms import PerSampleGradNorms, UncoveredParameterError
 from hf_clars.grad_norms.pytree import tensors_in
 from tests.oracle import layer_norms, one_by_one
-from tests.test_norms_compiled_whole import whole
+from tests.test_norms_compiled_whole import traced, whole
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def loss_of(model, inputs):
     return (scores.sin() * torch.arange(1, scores.shape[1] + 1)).sum()
 
 
-def compare(model, inputs_of, batches=(4, 4, 4), dtype=torch.float64, call=whole):
+def compare(model, inputs_of, batches=(4, 4, 4), dtype=torch.float64, call=traced):
     """Each pass on other data, against one backward pass for each sample."""
     model.to(dtype)
     with PerSampleGradNorms(model, loss_reduction="sum") as norms:
@@ -102,19 +102,19 @@ def texts(batch):
 
 
 @pytest.mark.parametrize(
-    ("make", "inputs", "batches"),
+    ("make", "inputs", "batches", "call"),
     [
-        (lambda: Universal(3), series, (4, 6, 4)),
-        (lambda: Universal(2, checkpointed=True), series, (4, 4, 4)),
-        (Siamese, texts, (4, 4, 4)),
-        (Translator, texts, (4, 4, 4, 4)),
-        (lambda: Translator(heads=2), texts, (4, 4, 4)),
-        (HeadFirst, texts, (4, 4, 4)),
+        (lambda: Universal(3), series, (4, 6, 4), traced),
+        (lambda: Universal(2, checkpointed=True), series, (4, 4, 4), whole),
+        (Siamese, texts, (4, 4, 4), traced),
+        (Translator, texts, (4, 4, 4, 4), whole),
+        (lambda: Translator(heads=2), texts, (4, 4, 4), traced),
+        (HeadFirst, texts, (4, 4, 4), traced),
     ],
     ids=["universal", "checkpointed", "siamese", "translator", "two heads", "head first"],
 )
-def test_the_gradients_of_all_uses_add_up(make, inputs, batches):
-    compare(make(), inputs, batches)
+def test_the_gradients_of_all_uses_add_up(make, inputs, batches, call):
+    compare(make(), inputs, batches, call=call)
 
 
 def test_also_in_float32():
@@ -225,7 +225,7 @@ def refused_in_every_pass(model, call, words):
 @pytest.mark.parametrize("bare", [multiplied, penalised])
 def test_inside_a_checkpoint_it_is_refused_by_name_in_every_pass(bare):
     words = r"first\.weight.*: cannot be measured in compiled code"
-    refused_in_every_pass(Bare(bare, checkpointed=True), whole, words)
+    refused_in_every_pass(Bare(bare, checkpointed=True), traced, words)
 
 
 def test_what_is_not_differentiated_may_be_done_with_a_weight():

@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_clars.grad_norms.registry import find_rule
 from tests.test_norms_compiled_uses import compare
-from tests.test_norms_compiled_whole import whole
+from tests.test_norms_compiled_whole import traced
 
 
 class LayerScale(nn.Module):
@@ -49,7 +49,7 @@ def network():
     return nn.Sequential(*layers, LayerScale(6), nn.Linear(6, 2))
 
 
-@pytest.mark.parametrize("call", [whole, lambda model: model], ids=["compiled", "uncompiled"])
+@pytest.mark.parametrize("call", [traced, lambda model: model], ids=["compiled", "uncompiled"])
 def test_norms_are_exact(call):
     torch.compiler.reset()
     torch.manual_seed(0)
