@@ -155,7 +155,9 @@ def layer_norm(
     x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """As torch's; the same holds for it."""
-    y = torch.nn.functional.layer_norm(x, shape, eps=eps)
+    x = x if x.dtype == torch.float64 else x.float()
+    variance, mean = torch.var_mean(x, [-1 - i for i in range(len(shape))], correction=0, keepdim=True)
+    y = (x - mean) * (variance + eps).rsqrt()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
