@@ -62,9 +62,32 @@ def turned(net, x, y):
     return net.head((y[:, 0].T * net.gain[:, None]).T)
 
 
+def written_in_parts(net, x, y):
+    """Every sample's numbers stay its own: at other steps, by a mask, with a number."""
+    blank = torch.zeros_like(y)
+    blank[:, 1:], blank[:, 0] = y[:, :-1], y[:, -1]
+    blank[x[..., 0] > 0] = 2.0
+    return net.head(blank.add_(x[:, :1]) * net.gain)
+
+
+def as_complex_numbers(net, x, y):
+    turned = torch.view_as_complex(y.unflatten(2, (2, 2))) * torch.polar(torch.ones(2), torch.arange(2.0))
+    return net.head(torch.view_as_real(turned).flatten(2) * net.gain)
+
+
 @pytest.mark.parametrize(
     "between",
-    [time_first, steps_attend, classes, two_views, each_twice, last_steps, turned],
+    [
+        written_in_parts,
+        as_complex_numbers,
+        time_first,
+        steps_attend,
+        classes,
+        two_views,
+        each_twice,
+        last_steps,
+        turned,
+    ],
     ids=lambda between: between.__name__,
 )
 def test_samples_are_followed_where_there_are_as_many_steps(between):
@@ -79,6 +102,37 @@ def test_one_sample_needs_not_be_followed():
 def test_code_for_any_number_of_samples_is_as_right():
     with torch._dynamo.config.patch(force_nn_module_property_static_shapes=False):
         compare(Net(time_first), steps(4), (2, 3, 5, 4))
+
+
+class Centred(nn.Module):
+    """A buffer follows the mean of what comes; a norm of its own has no bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head, self.gain = nn.Linear(4, 4), nn.Linear(4, 3), nn.Parameter(torch.ones(4))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        x = self.first(x)
+        self.mean.mul_(0.9).add_(x.detach().mean((0, 1)), alpha=0.1)
+        return self.head(F.layer_norm(x, (4,), self.gain) + 0 * self.mean)
+
+
+def test_one_code_serves_batches_of_more_sizes_than_torch_makes_code_for_also_where_a_buffer_follows_the_data():
+    sizes = (3, 5, 6, 7, 9, 10, 11, 13, 14, 15)
+    compare(Centred(), steps(2), sizes, call=lambda m: torch.compile(m, fullgraph=True, backend="eager"))
+
+
+def test_one_code_serves_equal_blocks():
+    """There are more than torch makes code for."""
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()) for _ in range(9)]
+
+    def each(model):
+        for block in blocks:
+            block.compile(fullgraph=True, backend="eager")
+        return model
+
+    compare(nn.Sequential(nn.Linear(4, 4), *blocks, nn.Linear(4, 3)), steps(2), (3, 3, 3, 5, 6), call=each)
 
 
 def test_windows_may_be_as_many_as_samples():
@@ -97,6 +151,18 @@ def module_after_a_sort(net, x, y):
     return net.head(y.sort(0)[0])
 
 
+def written_elsewhere(net, x, y):
+    blank = torch.zeros_like(y)
+    blank[:] = y[y.sum((1, 2)).argsort()]
+    return net.head(blank * net.gain)
+
+
+def copied_elsewhere(net, x, y):
+    blank = torch.zeros_like(y)
+    blank[:, 1:].copy_(y[:, 1:].roll(1, 0))
+    return net.head(blank * net.gain)
+
+
 def of_all_samples(net, x, y):
     return net.head(y + y.mean(0) * net.gain)
 
@@ -108,6 +174,8 @@ def of_all_samples(net, x, y):
         (reversed_by_a_list, "gain"),
         (module_after_a_sort, "head.weight"),
         (of_all_samples, "gain"),
+        (written_elsewhere, "gain"),
+        (copied_elsewhere, "gain"),
     ],
     ids=lambda of: getattr(of, "__name__", ""),
 )

@@ -63,7 +63,7 @@ def value_of(node: Any) -> Any:
 #: Python's names of functions that torch calls otherwise.
 _OPERATORS = {"truediv": "div", "true_divide": "div", "floordiv": "div", "floor_divide": "div", "mod": "remainder"}
 _OPERATORS |= {"and_": "bitwise_and", "or_": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
-_MADE_OF_SUCH = ("hardswish", "softsign", "logsigmoid", "tanhshrink", "prelu")
+_MADE_OF_SUCH = ("hardswish", "softsign", "logsigmoid", "tanhshrink", "prelu", "copy")
 
 
 def is_pointwise(name: str) -> bool:
@@ -149,6 +149,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch's, which cannot be done for each of a symbolic number of samples."""
     y = x @ weight.mT
     return y if bias is None else y + bias
+
+
+def layer_norm(
+    x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """As torch's; the same holds for it."""
+    x = x if x.dtype == torch.float64 else x.float()
+    variance, mean = torch.var_mean(x, [-1 - i for i in range(len(shape))], correction=0, keepdim=True)
+    y = (x - mean) * (variance + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+#: Functions that cannot be done for each of a symbolic number of samples, and what stands for them.
+OF_ANY_BATCH: dict[str, Callable[..., Tensor]] = {"linear": linear, "layer_norm": layer_norm}
 
 
 def when_traced(look: Callable[[Any], None]) -> None:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from hf_clars.grad_norms.compiled.kinds_of_functions import SPREADS
-from hf_clars.grad_norms.compiled.places import LOST, Place, is_view, name_of, place_of, place_of_input
+from hf_clars.grad_norms.compiled.kinds_of_functions import SPREADS, is_view, name_of
+from hf_clars.grad_norms.compiled.places import LOST, Place, place_after, place_of, place_of_input
 from hf_clars.grad_norms.compiled.sample_use import (
     IN_PLACE,
     CopiesOf,
@@ -36,12 +36,12 @@ from hf_clars.grad_norms.compiled.sample_use import (
 from hf_clars.grad_norms.compiled.uses import HANDED
 from hf_clars.grad_norms.pytree import differentiable_in, is_differentiable, tensors_in
 from hf_clars.grad_norms.torch_traces import (
+    OF_ANY_BATCH,
     attention,
     compile_anew,
     fake_values,
     held_by,
     is_from_model,
-    linear,
     opened,
     value_of,
 )
@@ -86,8 +86,7 @@ class BareUses:
         self._measure_anew({rows[id(p)] for p in outside})
         bare = {id(self.calls.params[row]): row for row in self.calls.bare_rows()}
         self.params = {n: bare[id(t)] for n, t in held.items() if id(t) in bare and is_differentiable(t)}
-        model = self.calls.model
-        known = {id(t) for t in itertools.chain(model.parameters(), model.buffers(), tensors_in(HANDED))}
+        known = {id(t) for t in (*self.calls.model.parameters(), *self.calls.model.buffers(), *tensors_in(HANDED))}
         of_model = [n for n, t in held.items() if id(t) in rows]
         for node, t in held.items():
             constant = not isinstance(t, Tensor) or id(t) in known or is_from_model(node, of_model)
@@ -100,9 +99,8 @@ class BareUses:
                 self._follow(node)
         by_module = {n: rows[id(t)] for n, t in held.items() if id(t) in rows and n not in self.params}
         seen = {row for call in self.calls.calls.values() if call.hooked.was_seen for row in call.row_numbers}
-        self._measure_anew(
-            {row for n, row in by_module.items() if any(self._is_folded(u, row in seen) for u in n.users)}
-        )
+        folded = {row for n, row in by_module.items() if any(self._is_folded(u, row in seen) for u in n.users)}
+        self._measure_anew(folded)
         self.graph.lint()
         self.module.recompile()
 
@@ -167,9 +165,10 @@ class BareUses:
             self.kinds[node] = kind
             self._refuse(node, "what is made of it is written into something else")
             return True
-        elif with_data and kind == CONSTANT:  # samples are in it from now on, and nobody knows where
+        elif with_data:
+            kept = place_after(node, written, self.places, self.batch) == self.places.get(written)
             for n in {written, self._memory_of(written)}:
-                self.kinds[n], self.places[n] = DATA, LOST
+                self.kinds[n], self.places[n] = DATA, self.places.get(n) if kept else LOST
         return False
 
     def _differentiable(self, node: fx.Node) -> list[fx.Node]:
@@ -240,8 +239,8 @@ class BareUses:
             if node.kwargs.get("dropout_p") or any(isinstance(a, float) and a for a in node.args[4:5]):
                 raise _NotOfSamplesError("it draws numbers at random")
             return attention
-        if name_of(node) == "linear" and isinstance(self.batch, torch.SymInt):
-            return linear
+        if name_of(node) in OF_ANY_BATCH and isinstance(self.batch, torch.SymInt):
+            return OF_ANY_BATCH[name_of(node)]
         if written is None:
             return node.target
         if node.target is operator.setitem or any(n is not node and n > node for n in written.users):
@@ -314,12 +313,9 @@ class BareUses:
         with self.graph.inserting_after(node):
             joined = self._call(Joined(), f"joined_{len(self.kinds)}", (node, beside))
         joined.meta = dict(node.meta)
-        self._replace(node, joined, users)
-
-    def _replace(self, node: fx.Node, new: fx.Node, users: Sequence[fx.Node]) -> None:
         for user in users:
-            user.replace_input_with(node, new)
-        self.kinds[new], self.places[new] = DATA, self.places.get(node)
+            user.replace_input_with(node, joined)
+        self.kinds[joined], self.places[joined] = DATA, self.places.get(node)
 
     def _call(self, module: nn.Module, name: str, args: Sequence[fx.Node]) -> fx.Node:
         name = f"hf_clars_{self.calls.receiver}_{name}"  # another tracker has its own

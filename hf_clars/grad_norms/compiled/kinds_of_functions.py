@@ -1,5 +1,7 @@
 """What functions do with axes, by their names in a traced graph; see `places.py`."""
 
+from torch import fx
+
 #: Read numbers in order.
 IN_ORDER = ("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
 #: Name axes, and give a view.
@@ -55,3 +57,14 @@ ALONG = {
     **dict.fromkeys(("topk", "take_along_dim", "roll", "cross"), 2),
 }
 JOINS = ("cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack")
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of an operation in a traced graph, without what tells its variants apart."""
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    return name.rstrip("_") if node.op == "call_method" else name
+
+
+def is_view(name: str) -> bool:
+    """Whether a function's result has the numbers of its operand, and no others."""
+    return name in (*IN_ORDER, *NAMES_AXES, *SPREADS)

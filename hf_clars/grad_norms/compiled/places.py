@@ -9,8 +9,9 @@ it is.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ from hf_clars.grad_norms.compiled.kinds_of_functions import (
     NAMES_AXES,
     OF_THE_LAST,
     REDUCTIONS,
-    SPREADS,
+    name_of,
 )
 from hf_clars.grad_norms.compiled.letters import letters_of_einsum, letters_of_matmul
-from hf_clars.grad_norms.torch_traces import is_pointwise, is_whole_function, value_of
+from hf_clars.grad_norms.torch_traces import fake_values, is_pointwise, is_whole_function, value_of
 
 #: Samples are somewhere in a tensor, and nobody knows where.
 LOST = "lost"
@@ -97,15 +98,27 @@ def place_of(node: fx.Node, places: Mapping[fx.Node, Any], batch: Any) -> Any:
     return found if several else found[0]
 
 
-def name_of(node: fx.Node) -> str:
-    """The name of an operation in a traced graph, without what tells its variants apart."""
-    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-    return name.rstrip("_") if node.op == "call_method" else name
-
-
-def is_view(name: str) -> bool:
-    """Whether a function's result has the numbers of its operand, and no others."""
-    return name in (*IN_ORDER, *NAMES_AXES, *SPREADS)
+def place_after(node: fx.Node, written: fx.Node, places: Mapping[fx.Node, Any], batch: Any) -> Any:
+    """Where the samples are in what an operation has written into: where they were, or `LOST`."""
+    at, y = places.get(written), value_of(written)
+    given = [n for n in node.all_input_nodes if n is not written and places.get(n) is not None]
+    if not given:
+        return at  # what is all samples', as a mean over them in a buffer
+    if not isinstance(at, Place):
+        return LOST
+    if node.target is not operator.setitem:
+        return place_of(node, places, batch)
+    key, new = (a for a in node.args[1:])  # type: Any, Any
+    if new not in given:  # a number, where a mask says so
+        return _the_one([places[n] for n in given])
+    key = fx.map_arg(key, value_of)
+    if len(given) > 1 or _tensors(key if isinstance(key, tuple) else [key]):
+        return LOST
+    with fake_values(y):
+        dims = y[key].dim()
+    into, of = _place_in_view(operator.getitem, (y, key), {}, at, batch), places[new]
+    same = isinstance(of, Place) and into == replace(of, axis=of.axis - value_of(new).dim() + dims)
+    return at if same else LOST
 
 
 def _the_one(found: Sequence[Any]) -> Any:
