@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import OWN_NODES
-from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open
+from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, two_of
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
 from hf_clars.grad_norms.graph.places import ContainerCall, announce, inner_roots, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
@@ -219,7 +219,8 @@ class GraphFinder:
             places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(shapes)]
             believed += self._believed.get(_key(use), [None for _ in shapes])
         moved = [*(c.plan.moved for c in unproven), *(use.moved == MOVED for use in unknown)]
-        samples = range(forward_pass.batch_size) if any(moved) else (forward_pass.batch_size - 1, 0)
+        batch = forward_pass.batch_size
+        samples = range(batch) if any(moved) else two_of(batch)
         proven = self._proofs.layouts(forward_pass, outputs, walk, places, samples, believed if all(moved) else ())
         if proven is None:
             self._take_as_they_look(unproven, forward_pass)
@@ -273,7 +274,7 @@ class GraphFinder:
                 layouts.append(None)
         if use.moved == MOVED:
             self._layouts_now[use.node] = self._believed[_key(use)] = layouts
-        elif any(la is not None for la in layouts):
+        elif use.moved or any(la is not None for la in layouts):
             self._layouts[_key(use)] = layouts
         return False
 
@@ -310,7 +311,7 @@ class GraphFinder:
         self._gates.update({hooked: True for hooked, _ in new})
         asked = [(hooked, place) for hooked, place in new if is_open(place[1], batch)]
         places = [place for _, place in asked]
-        found = self._proofs.layouts(forward_pass, outputs, walk, places, (batch - 1, 0), ()) if asked else None
+        found = self._proofs.layouts(forward_pass, outputs, walk, places, two_of(batch), ()) if asked else None
         for (hooked, _), f in zip(asked, found or (), strict=False):
             self._gates[hooked] &= f is None or Layout() in f.layouts
 

@@ -68,6 +68,11 @@ def is_open(shape: Shape, batch: int) -> bool:
     return len(shape) > 2 and batch > 1 and any(n and n % batch == 0 for n in shape[1:-1])
 
 
+def two_of(batch: int) -> tuple[int, int]:
+    """Samples that tell one layout from another: the last, and one that two halves laid side by side would move."""
+    return batch - 1, int(batch > 2)
+
+
 def candidates(shape: Shape, batch: int) -> list[Layout]:
     """Every layout that a shape allows, the likeliest first."""
     found: list[Layout] = []
@@ -156,7 +161,7 @@ def prove(
         roots: Where to begin.
         places: What to look at, with its shape.
         batch: B > 1.
-        samples: Which: the last and the first tell one layout from another, but only all tell that no rows were moved.
+        samples: Which: two tell one layout from another, all that the data have moved no rows.
         couplings: BatchNorm's operations, through which a sample would touch all others.
 
     Returns:

@@ -84,11 +84,15 @@ class DataTaint(TorchFunctionMode):
                     self._moved[storage.key] = moved
             node = node_of(t)
             if node is not None:
-                self._mark_nodes(node, min(moved, MOVED))
+                self._mark_nodes(node, self.moved(t))
 
     def moved(self, t: Tensor) -> int:
-        """Where a tensor's rows are: 0 (as the batch's, as far as one can see), `BROUGHT_BACK` or `MOVED`."""
-        return min(self._place(t), MOVED)
+        """Where a tensor's rows are: 0 (each sample's rows together, surely), `BROUGHT_BACK` or `MOVED`.
+
+        After a function that is not known to leave them in their places, one look tells, as after `BROUGHT_BACK`.
+        """
+        place = min(self._place(t), MOVED)
+        return place or BROUGHT_BACK * (self.batch > 1 and self.layout_of(t) != Layout())
 
     def _place(self, t: Tensor) -> int:
         storage = storage_of(t) if self._moved else None
@@ -163,12 +167,12 @@ class DataTaint(TorchFunctionMode):
         result = func(*args, **named)
         if held:
             results = list(tensors_in((result, [args[0]] if name == "__setitem__" else [])))
-            self.mark(results, self._met(held, results) if place == LOOSE else place)
             axis = axes.pop() if len(axes) == 1 else None
             joined = axis is not None and joins_batches(name, operands, named, held, axis, self.batch)
             for t in results:
                 after = None if axis is None else axis_after(name, operands, named, held, axis, t)
                 self.note_axis(t, axis if joined else after, -1 if joined else 1)
+            self.mark(results, self._met(held, results) if place == LOOSE else place)
             if name in _BLANK:
                 self._blank.update(storage.key for t in results if (storage := storage_of(t)) is not None)
         return result
@@ -296,8 +300,8 @@ class Following:
         self.end()
         self.taint = DataTaint(batch)
         for i, t in enumerate(given):
-            self.taint.mark([t], LOOSE if i in loose else 0)
             self.taint.note_axis(t, 0 if i not in loose and t.dim() and len(t) == batch else None)
+            self.taint.mark([t], LOOSE if i in loose else 0)
         self.taint.__enter__()
 
     def end(self) -> DataTaint | None:
