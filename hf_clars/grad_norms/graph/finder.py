@@ -120,7 +120,7 @@ class GraphFinder:
             if not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
         self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
-        self.moves_rows |= any(c.plan.moved and not c.cancelled for c in forward_pass.uses.rule_calls)
+        self.moves_rows |= any(c.plan.moved == MOVED and not c.cancelled for c in forward_pass.uses.rule_calls)
         found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
         gated = [use for use, at_node in found if at_node is None]
         if gated:
@@ -218,7 +218,7 @@ class GraphFinder:
             shapes = use.result_shapes
             places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(shapes)]
             believed += self._believed.get(_key(use), [None for _ in shapes])
-        moved = [*(c.plan.moved for c in unproven), *(use.moved == MOVED for use in unknown)]
+        moved = [m == MOVED for m in (*(c.plan.moved for c in unproven), *(use.moved for use in unknown))]
         batch = forward_pass.batch_size
         samples = range(batch) if any(moved) else two_of(batch)
         proven = self._proofs.layouts(forward_pass, outputs, walk, places, samples, believed if all(moved) else ())
@@ -230,16 +230,18 @@ class GraphFinder:
             call.proven = True
             layout = call.plan.layout
             coupled = call.rows_per_sample == 1 and call.plan.x_depends_on_data
-            if coupled and found is not None and found.is_hidden(place_of(call.edges[0])[1], forward_pass.batch_size):
+            hidden = found is not None and found.is_hidden(place_of(call.edges[0])[1], batch)
+            hidden = hidden and coupled and call.rule.weight_sharing_axes
+            if hidden or (call.plan.moved and found is not None and found.elsewhere):
                 raise _no_proof(call, forward_pass.batch_size)
-            coupled = coupled and found is not None and not found.layouts
-            unasked = found is not None and not found.layouts and not found.samples
-            right = found is None or layout in found.layouts or (coupled and (unasked or found.everywhere(layout.axis)))
+            right = found is None or layout in found.layouts
+            if coupled and found is not None and not found.layouts:
+                right = not found.samples or _are_coupled(found, call.plan.moved, batch, layout.axis)
             if not right:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():
                     forward_pass.uses.forget(param)
-            if found is not None and not (right and call.plan.moved):
+            if found is not None and not (right and call.plan.moved == MOVED):
                 call.hooked.calls[call.plan.key] = "observed" if right else "graph"
         rest = iter(proven[len(unproven) :])
         for use in unknown:
@@ -257,7 +259,8 @@ class GraphFinder:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
             return True
-        if any(f is not None and f.is_hidden(shape, batch) for f, shape in zip(found, shapes, strict=True)):
+        told = [(f, shape) for f, shape in zip(found, shapes, strict=True) if f is not None]
+        if any(f.is_hidden(shape, batch) or (use.moved and f.elsewhere) for f, shape in told):
             raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), batch)
         looked_up = use.node.name() in _BY_INDEX and use.key not in self._tables
         if looked_up and all(f is not None and not f.layouts and f.everywhere() for f in found):
@@ -268,7 +271,7 @@ class GraphFinder:
         for shape, f in zip(shapes, found, strict=True):
             if f is not None and f.layouts:
                 layouts.append(f.layouts[0])
-            elif (f is None or f.everywhere()) and shape and shape[0] == batch:
+            elif (f is None or _are_coupled(f, 0 if looked_up else use.moved, batch)) and shape and shape[0] == batch:
                 layouts.append(Layout())  # coupled samples, or no gradient: taken for what it looks like
             else:
                 layouts.append(None)
@@ -280,7 +283,7 @@ class GraphFinder:
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
         for call in unproven:
-            if (call.rows_per_sample != 1 or call.plan.moved) and not _is_meta(call):
+            if (call.rows_per_sample != 1 or call.plan.moved == MOVED) and not _is_meta(call):
                 raise _no_proof(call, forward_pass.batch_size)
             call.proven = True
 
@@ -334,6 +337,20 @@ class GraphFinder:
 
 def _key(use: Use) -> tuple[object, ...]:
     return (use.key, tuple(len(s) for s in use.result_shapes))
+
+
+def _are_coupled(found: Arrival, moved: int, batch: int, axis: int = 0) -> bool:
+    """Whether samples depend on each other here: each on all, or on some, and then they touch more rows than there are.
+
+    Args:
+        found: Where their gradients arrived.
+        moved: Where the rows are, see `DataTaint`. If they may be anywhere, all samples were followed, and one may have
+            several rows to itself.
+        batch: B.
+        axis: Which axis should be theirs.
+    """
+    some = not axis and moved > 0 and found.touched > (batch if moved == MOVED else found.samples)
+    return found.everywhere(axis) or some
 
 
 def _is_meta(call: RuleCall) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +40,8 @@ class _Question:
         batch: B.
         samples: Whose gradients are followed.
         couplings: See `prove`.
+        elsewhere: Whether what was asked last is made of other samples' rows, as what the model returns in an order of
+            its own.
     """
 
     places: Sequence[Place]
@@ -47,13 +49,15 @@ class _Question:
     batch: int
     samples: Sequence[int]
     couplings: Sequence[Node]
+    elsewhere: bool = False
 
     def ask(self, roots: Sequence[Root]) -> tuple[list[Arrival | None], bool | None]:
         """Where gradients arrive at the places; whether at what was given only in own rows (None: nowhere)."""
         asked = [*self.places, *(place for place, _ in self.given)]
         found = prove(roots, asked, self.batch, self.samples, self.couplings)
-        pairs = zip(found[len(self.places) :], self.given, strict=True)
-        own = [layout in f.layouts for f, (_, layout) in pairs if f is not None]
+        pairs = [(f, la) for f, (_, la) in zip(found[len(self.places) :], self.given, strict=True) if f is not None]
+        own = [layout in f.layouts for f, layout in pairs]
+        self.elsewhere = any(f.is_elsewhere(layout) for f, layout in pairs)
         return found[: len(self.places)], all(own) if own else None
 
 
@@ -123,13 +127,19 @@ class Proofs:
         batch, places = question.batch, question.places
         wanted = [*zip(places, believed, strict=False), *question.given]
         sure = [(edge, la) for (edge, shape), la in wanted if la and la.sizes(shape, batch)]
+        reached = _below(roots)
+        missed = {i for i, (edge, _) in enumerate(places) if edge.node not in reached}
         at_once = self._all_at_once and len(believed) > 0 and len(sure) == len(places) + len(question.given)
-        if at_once and stay(roots, sure, batch, question.couplings):
+        if at_once and not missed and stay(roots, sure, batch, question.couplings):
             return [Arrival([layout]) for _, layout in sure[: len(places)]]
         found, own = question.ask(roots)
         self._own_rows = own if returned else None
         if own is False or (own is None and (not returned or any(f and f.is_anyones() for f in found))):
-            return _apart(question, outputs, found, returned=returned)
+            return _apart(question, outputs, found, missed, returned=returned)
+        if missed:
+            others = [t for t in differentiable_in(outputs) if t.shape[:1] != (batch,)]
+            apart = _apart(question, others, [None for _ in found], missed, returned=returned)
+            return [apart[i] if i in missed else f for i, f in enumerate(found)]
         if at_once and all(f is None or la in f.layouts for f, (_, la) in zip(found, sure, strict=False)):
             self._all_at_once = False  # this model's gradients come out in other digits each time
         return found
@@ -173,7 +183,12 @@ class Proofs:
 
 
 def _apart(
-    question: _Question, outputs: Sequence[Tensor], together: Sequence[Arrival | None], *, returned: bool
+    question: _Question,
+    outputs: Sequence[Tensor],
+    together: Sequence[Arrival | None],
+    missed: Collection[int],
+    *,
+    returned: bool,
 ) -> list[Arrival | None]:
     """The same with one root after the other; what mixes samples gives way to what it was made of.
 
@@ -181,10 +196,12 @@ def _apart(
         question: What to ask.
         outputs: What the model returned.
         together: What all roots together have told.
+        missed: Places that lie below none of these.
         returned: Whether these were what the model returned.
     """
     settled: dict[int, Arrival] = {}
-    wanted = {i for i, f in enumerate(together) if f is not None}
+    elsewhere = question.elsewhere
+    wanted = {i for i, f in enumerate(together) if f is not None} | set(missed)
     queue = deque((t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None)
     ends = set(queue)
     seen = set(queue)
@@ -197,6 +214,7 @@ def _apart(
         for layout in _likely(shape, question.batch):
             tries += 1
             found, own = question.ask([root_at(node, output, outputs[0].device, layout)])
+            elsewhere |= question.elsewhere and (node, output) in ends
             if own is not False:
                 break
         if own or (own is None and (node, output) in ends):
@@ -208,9 +226,24 @@ def _apart(
             ]
             seen.update(below)
             queue += below
-    mixed = {i: replace(f, mixed=f.is_anyones()) for i, f in enumerate(together) if f is not None and returned}
+    mixed = {
+        i: replace(f, mixed=f.is_anyones(), elsewhere=elsewhere)
+        for i, f in enumerate(together)
+        if f is not None and returned
+    }
     unsettled = {i: _nothing_told(question.samples) for i in wanted}
     return [(unsettled | mixed | settled).get(i) for i in range(len(together))]
+
+
+def _below(roots: Sequence[Root]) -> set[Node]:
+    """All operations from which values came to these."""
+    stack = [root.edge.node for root in roots]
+    found = set(stack)
+    while stack:
+        below = {child for child, _ in stack.pop().next_functions if child is not None} - found
+        found |= below
+        stack += below
+    return found
 
 
 def _nothing_told(samples: Sequence[int]) -> Arrival:

@@ -37,8 +37,8 @@ _SUMS: tuple[str, ...] = (
     "cumsum",
     "softmax",
 )
-_SUMS += ("log_softmax", "normalize", "cat", "concat", "stack", "unsqueeze")
-_IN_ORDER = ("view", "reshape", "flatten", "unflatten", "squeeze", "contiguous")
+_SUMS += ("log_softmax", "normalize", "cat", "concat", "stack", "unsqueeze", "movedim")
+_IN_ORDER = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "contiguous")
 _ANY_AXIS = ("linear", "addmm", "matmul", "layer_norm", "rms_norm", "pad")
 _LAYERS = (*_ANY_AXIS, "one_hot", "embedding", "group_norm", "batch_norm", "instance_norm", "interpolate")
 _OVER_PIXELS: tuple[str, ...] = (
@@ -144,7 +144,7 @@ def axis_after(
     plain, dims = name.strip("_"), held[0].dim()
     if plain in _TURNS or plain in _SUMS:
         given = [*args[1:], *(v for k, v in kwargs.items() if k.startswith("dim"))]
-        given = list(given[0]) if given and isinstance(given[0], tuple | list) else given
+        given = [k for g in given for k in (g if isinstance(g, tuple | list) else (g,))]
         named = [k % dims for k in given if isinstance(k, int) and not isinstance(k, bool)]
         if plain in _SUMS:
             return axis if named and min(named) > axis else None
@@ -155,11 +155,15 @@ def axis_after(
     kept = result.shape[: axis + 1] == first
     if plain == "getitem":
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        if index[0] is Ellipsis:
-            return axis if axis + sum(item is not None for item in index[1:]) < dims else None
+        if index and index[0] is Ellipsis:
+            return (
+                axis
+                if kept and axis + len(index) <= dims and all(isinstance(i, int | slice) for i in index[1:])
+                else None
+            )
         return axis if len(index) > axis and all(item == slice(None) for item in index[: axis + 1]) else None
     if plain in _IN_ORDER:
-        return axis if axis == 0 or kept else None
+        return axis if held[0] is args[0] and (axis == 0 or kept) else None
     if plain in _ALONG or plain in _TAKES_APART:
         along = _axes_of(plain, args, kwargs)
         return axis if kept and along is not None and min(k % dims for k in along) > axis else None
@@ -175,13 +179,14 @@ def _keeps_rows(plain: str, args: Sequence[Any], held: Sequence[Tensor], axis: i
         first = held[0].shape[: axis + 1]
         if all(t.dim() == result.dim() and t.shape[: axis + 1] == first for t in held):
             return True
+    place = int(plain == "addmm")
+    if not alone or len(args) <= place or held[0] is not args[place]:
+        return False
     if plain in _ANY_AXIS:
-        longest = dims if plain != "pad" else dims - len(args[1]) // 2
-        return alone and held[0] is args[plain == "addmm"] and result.dim() == dims and axis < min(longest, dims - 1)
+        spared = 1 if plain != "pad" else len(args[1]) // 2 if len(args) > 1 else dims
+        return result.dim() == dims and axis < dims - spared
     pixels = plain[-2:-1] if plain.endswith("d") and plain[:-2] in _OVER_PIXELS else ""
-    return (
-        alone and held[0] is args[0] and axis == 0 and (plain in _LAYERS or (pixels != "" and dims == int(pixels) + 2))
-    )
+    return axis == 0 and (plain in _LAYERS or (pixels != "" and dims == int(pixels) + 2))
 
 
 def joins_batches(
@@ -349,7 +354,7 @@ def _keeps_letter(args: Sequence[Any], held: Sequence[Tensor], axis: int) -> boo
     taken, _, made = args[0].replace(" ", "").partition("->")
     operands = args[1:] if isinstance(args[1], Tensor) else args[1]
     mine = {
-        letters[: axis + 1] for letters, t in zip(taken.split(","), operands, strict=True) if any(t is h for h in held)
+        letters[: axis + 1] for letters, t in zip(taken.split(","), operands, strict=False) if any(t is h for h in held)
     }
     return mine == {made[: axis + 1]} and "." not in made[: axis + 1]
 
