@@ -340,15 +340,7 @@ def _key(use: Use) -> tuple[object, ...]:
 
 
 def _are_coupled(found: Arrival, moved: int, batch: int, axis: int = 0) -> bool:
-    """Whether samples depend on each other here: each on all, or on some, and then they touch more rows than there are.
-
-    Args:
-        found: Where their gradients arrived.
-        moved: Where the rows are, see `DataTaint`. If they may be anywhere, all samples were followed, and one may have
-            several rows to itself.
-        batch: B.
-        axis: Which axis should be theirs.
-    """
+    """Whether samples depend on each other, all, or some: then they touch more rows than there are to have alone."""
     some = not axis and moved > 0 and found.touched > (batch if moved == MOVED else found.samples)
     return found.everywhere(axis) or some
 

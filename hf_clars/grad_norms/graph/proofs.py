@@ -40,8 +40,7 @@ class _Question:
         batch: B.
         samples: Whose gradients are followed.
         couplings: See `prove`.
-        elsewhere: Whether what was asked last is made of other samples' rows, as what the model returns in an order of
-            its own.
+        elsewhere: Whether what was asked last is other samples' rows, as what is returned in an order of its own.
     """
 
     places: Sequence[Place]
@@ -137,9 +136,9 @@ class Proofs:
         if own is False or (own is None and (not returned or any(f and f.is_anyones() for f in found))):
             return _apart(question, outputs, found, missed, returned=returned)
         if missed:
-            others = [t for t in differentiable_in(outputs) if t.shape[:1] != (batch,)]
+            others = [t for t in outputs if t.shape[:1] != (batch,)]
             apart = _apart(question, others, [None for _ in found], missed, returned=returned)
-            return [apart[i] if i in missed else f for i, f in enumerate(found)]
+            return [apart[i] or f for i, f in enumerate(found)]
         if at_once and all(f is None or la in f.layouts for f, (_, la) in zip(found, sure, strict=False)):
             self._all_at_once = False  # this model's gradients come out in other digits each time
         return found
@@ -226,11 +225,8 @@ def _apart(
             ]
             seen.update(below)
             queue += below
-    mixed = {
-        i: replace(f, mixed=f.is_anyones(), elsewhere=elsewhere)
-        for i, f in enumerate(together)
-        if f is not None and returned
-    }
+    asked = ((i, f) for i, f in enumerate(together) if f is not None and returned)
+    mixed = {i: replace(f, mixed=f.is_anyones(), elsewhere=elsewhere) for i, f in asked}
     unsettled = {i: _nothing_told(question.samples) for i in wanted}
     return [(unsettled | mixed | settled).get(i) for i in range(len(together))]
 

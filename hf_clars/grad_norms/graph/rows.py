@@ -20,37 +20,13 @@ _ALONG = {"index_select": 1, "gather": 1, "take_along_dim": 2, "roll": 2, "flip"
 """Functions that move rows along some axes, and which argument says along which."""
 
 _LAST_BY_DEFAULT = ("sort", "topk")
-_ALWAYS: tuple[str, ...] = ("take", "masked_select", "flipud", "_pack_padded_sequence")
-_ALWAYS += ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")
+_ALWAYS = ("take", "masked_select", "flipud", "_pack_padded_sequence", "roi_align", "roi_pool", "ps_roi_align")
 _TURNS = ("transpose", "permute", "swapaxes", "swapdims")
-_SUMS: tuple[str, ...] = (
-    "sum",
-    "mean",
-    "var",
-    "std",
-    "amax",
-    "amin",
-    "max",
-    "min",
-    "argmax",
-    "logsumexp",
-    "cumsum",
-    "softmax",
-)
-_SUMS += ("log_softmax", "normalize", "cat", "concat", "stack", "unsqueeze", "movedim")
+_SUMS = ("sum", "mean", "var", "softmax", "log_softmax", "cat", "concat", "stack", "unsqueeze", "movedim")
 _IN_ORDER = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "contiguous")
-_ANY_AXIS = ("linear", "addmm", "matmul", "layer_norm", "rms_norm", "pad")
+_ANY_AXIS = ("linear", "matmul", "layer_norm", "rms_norm")
 _LAYERS = (*_ANY_AXIS, "one_hot", "embedding", "group_norm", "batch_norm", "instance_norm", "interpolate")
-_OVER_PIXELS: tuple[str, ...] = (
-    "conv",
-    "conv_transpose",
-    "avg_pool",
-    "max_pool",
-    "adaptive_avg_pool",
-    "adaptive_max_pool",
-)
-_OVER_PIXELS += ("dropout", "feature_dropout")
-_TOGETHER = ("bmm", "matmul", "scaled_dot_product_attention")
+_OVER_PIXELS = ("conv", "conv_transpose", "avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool", "dropout")
 _EACH = {"to", "type", "float", "half", "bfloat16", "double", "clone", "detach", "dropout", "masked_fill", "clamp"}
 _EACH |= {"relu", "relu6", "gelu", "silu", "tanh", "sigmoid", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu"}
 _EACH |= {"elu", "selu", "celu", "mish", "softplus", "logsigmoid", "erf", "clip", "lerp", "expand", "expand_as"}
@@ -60,7 +36,7 @@ _EACH |= {"logical_and", "logical_or", "long", "int", "bool", "type_as", "nan_to
 _EACH |= {"mod", "remainder", "floordiv", "floor_divide"}
 _EACH |= {f"{sign}{op}" for sign in ("", "r", "i") for op in ("add", "sub", "mul", "div", "truediv", "pow")}
 """Functions after which it is known which axis is the samples': they name axes, read and write in order, are layers
-that look at rows one by one, take each sample's parts of several tensors, or look at each number by itself."""
+that look at rows one by one, or look at each number by itself. After others, one look at the graph tells."""
 
 _JOINS = ("cat", "concat", "concatenate")
 _TAKES = {"__getitem__": 1, "index_select": 2, "gather": 2, "masked_select": 1}
@@ -155,38 +131,17 @@ def axis_after(
     kept = result.shape[: axis + 1] == first
     if plain == "getitem":
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        if index and index[0] is Ellipsis:
-            return (
-                axis
-                if kept and axis + len(index) <= dims and all(isinstance(i, int | slice) for i in index[1:])
-                else None
-            )
         return axis if len(index) > axis and all(item == slice(None) for item in index[: axis + 1]) else None
     if plain in _IN_ORDER:
         return axis if held[0] is args[0] and (axis == 0 or kept) else None
-    if plain in _ALONG or plain in _TAKES_APART:
-        along = _axes_of(plain, args, kwargs)
-        return axis if kept and along is not None and min(k % dims for k in along) > axis else None
-    if plain == "einsum":
-        return axis if kept and _keeps_letter(args, held, axis) else None
-    return axis if kept and _keeps_rows(plain, args, held, axis, result) else None
-
-
-def _keeps_rows(plain: str, args: Sequence[Any], held: Sequence[Tensor], axis: int, result: Tensor) -> bool:
-    """Whether a function whose result is as long leaves rows in their places. Arguments as above."""
-    dims, alone = held[0].dim(), len(held) == 1
-    if plain in _EACH or (plain in _TOGETHER and dims > 2 and axis == 0):
-        first = held[0].shape[: axis + 1]
-        if all(t.dim() == result.dim() and t.shape[: axis + 1] == first for t in held):
-            return True
-    place = int(plain == "addmm")
-    if not alone or len(args) <= place or held[0] is not args[place]:
-        return False
+    if plain in _EACH and all(t.dim() == result.dim() and t.shape[: axis + 1] == first for t in held):
+        return axis if kept else None
+    if len(held) > 1 or held[0] is not args[0] or not kept:
+        return None
     if plain in _ANY_AXIS:
-        spared = 1 if plain != "pad" else len(args[1]) // 2 if len(args) > 1 else dims
-        return result.dim() == dims and axis < dims - spared
-    pixels = plain[-2:-1] if plain.endswith("d") and plain[:-2] in _OVER_PIXELS else ""
-    return axis == 0 and (plain in _LAYERS or (pixels != "" and dims == int(pixels) + 2))
+        return axis if result.dim() == dims > axis + 1 else None
+    pixels = int(plain[-2]) if plain[-2:] in ("1d", "2d", "3d") and plain[:-2] in _OVER_PIXELS else None
+    return axis if axis == 0 and (plain in _LAYERS or dims - 2 == pixels) else None
 
 
 def joins_batches(
@@ -290,9 +245,7 @@ def _repeats_unevenly(x: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ho
 
 def _axes_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Along which axes; None: over all of them as one."""
-    place = (_ALONG | _TAKES_APART)[name]
-    if name in _TAKES_APART and (not place or len(args) <= place):
-        return (kwargs.get("dim", 0),)
+    place = _ALONG[name]
     given = args[place:] if name == "flip" else args[place : place + 1]
     found = given[0] if len(given) == 1 else given
     for key in ("dim", "dims", "axis"):
@@ -345,18 +298,6 @@ def _in_order(index: Any, length: int) -> bool:
         return counts and (rows.is_meta or torch.equal(rows.flatten(), torch.arange(length, device=rows.device)))
     except RuntimeError:  # values that cannot be read
         return False
-
-
-def _keeps_letter(args: Sequence[Any], held: Sequence[Tensor], axis: int) -> bool:
-    """Whether the samples' axis stays where it is in a sum of products."""
-    if not isinstance(args[0], str):
-        return False
-    taken, _, made = args[0].replace(" ", "").partition("->")
-    operands = args[1:] if isinstance(args[1], Tensor) else args[1]
-    mine = {
-        letters[: axis + 1] for letters, t in zip(taken.split(","), operands, strict=False) if any(t is h for h in held)
-    }
-    return mine == {made[: axis + 1]} and "." not in made[: axis + 1]
 
 
 def _contracts_rows(args: Sequence[Any], holds: Callable[[Tensor], bool]) -> bool:
