@@ -155,3 +155,34 @@ def test_nodes_that_depend_on_their_neighbours_keep_their_own_use_of_a_layer(giv
             g = edges.T @ out.cos()
             torch.testing.assert_close(got["last.weight"], g.norm(dim=1) * h.norm(dim=1), rtol=1e-9, atol=1e-12)
             torch.testing.assert_close(got["last.bias"], g.norm(dim=1), rtol=1e-9, atol=1e-12)
+
+
+class Waves(nn.Module):
+    """Complex from end to end."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.layer = nn.Conv1d(2, 3, 3, dtype=torch.cdouble), nn.Linear(6, 4, dtype=torch.cdouble)
+        self.gain = nn.Parameter(torch.randn(4, dtype=torch.cdouble))
+
+    def forward(self, x):
+        return self.layer(self.conv(x)) * self.gain
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_complex_values_are_followed_too(size):
+    torch.manual_seed(0)
+    model = Waves()
+
+    with PerSampleGradNorms(model, layers="tensor", loss_reduction="sum") as norms:
+        for _ in range(3):
+            x = torch.randn(size, 2, 8, dtype=torch.cdouble)
+            model.zero_grad()
+            torch.view_as_real(model(x)).sin().sum().backward()
+            got = norms.per_sample
+            norms.paused = True
+            for name, p in model.named_parameters():
+                losses = torch.view_as_real(model(x)).sin().flatten(1).sum(1)
+                want = [torch.autograd.grad(loss, p, retain_graph=True)[0].abs().norm() for loss in losses]
+                torch.testing.assert_close(got[name], torch.stack(want), rtol=1e-9, atol=1e-12)
+            norms.paused = False

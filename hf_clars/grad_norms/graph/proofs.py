@@ -21,7 +21,6 @@ from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root, candidates, prove, stay
 from hf_clars.grad_norms.graph.places import inner_roots, place_of, root_at
 from hf_clars.grad_norms.graph.walk import GraphWalk
-from hf_clars.grad_norms.pytree import differentiable_in
 from hf_clars.grad_norms.torch_internals import shape_at
 from hf_clars.grad_norms.undisturbed import quietly, undisturbed
 
@@ -97,7 +96,7 @@ class Proofs:
         batch = forward_pass.batch_size
         if batch < 2 or walk.once or self._is_split() or any(t.is_meta for t in outputs):
             return None
-        whole = [t for t in differentiable_in(outputs) if t.dim() and t.shape[0] == batch]
+        whole = [t for t in outputs if t.shape[:1] == (batch,)]
         roots = [Root(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
         given = [(place_of(c.edges[0]), c.given_rows) for c in forward_pass.uses.rule_calls if c.edges and c.given_rows]
         question = _Question(places, given, batch, samples, walk.couplings)
@@ -158,7 +157,7 @@ class Proofs:
         calls = [c for c in forward_pass.uses.rule_calls if c.edges and c.given_rows == Layout()]
         places = [place for place in (place_of(c.edges[0]) for c in calls) if place[1][:1] == (batch,)]
         widths = {shape[1] for _, shape in places if len(shape) > 2 and shape[1] > 1}
-        whole = [t for t in differentiable_in(outputs) if t.dim() > 1 and t.shape[0] == batch and t.shape[1] in widths]
+        whole = [t for t in outputs if t.dim() > 1 and t.shape[0] == batch and t.shape[1] in widths]
         if batch < 2 or not whole or self._own_rows or walk.once or self._is_split() or any(t.is_meta for t in outputs):
             return
         width = whole[0].shape[1]
