@@ -163,15 +163,23 @@ class DataTaint(TorchFunctionMode):
         held = [t for t in taken if self.holds(t)]
         named, operands = kwargs or {}, operands_first(args, kwargs or {})
         place = self._rows_after(name, operands, named, held) if held else 0
-        axes = {self.axis_of(t) for t in held}
+        layouts = {self.layout_of(t) for t in held}
         result = func(*args, **named)
         if held:
             results = list(tensors_in((result, [args[0]] if name == "__setitem__" else [])))
-            axis = axes.pop() if len(axes) == 1 else None
-            joined = axis is not None and joins_batches(name, operands, named, held, axis, self.batch)
+            layout = layouts.pop() if len(layouts) == 1 else None
+            axis, outer = (layout.axis, layout.outer) if layout is not None else (None, 1)
+            joined = axis is not None and outer == 1 and joins_batches(name, operands, named, held, axis, self.batch)
             for t in results:
                 after = None if axis is None else axis_after(name, operands, named, held, axis, t)
-                self.note_axis(t, axis if joined else after, -1 if joined else 1)
+                if (
+                    axis is not None
+                    and after is not None
+                    and outer != 1
+                    and t.shape[after:][:1] != held[0].shape[axis:][:1]
+                ):
+                    after = None  # rows of several batches that were split or joined
+                self.note_axis(t, axis if joined else after, -1 if joined else outer)
             self.mark(results, self._met(held, results) if place == LOOSE else place)
             if name in _BLANK:
                 self._blank.update(storage.key for t in results if (storage := storage_of(t)) is not None)
