@@ -152,7 +152,7 @@ def _decide(
         (hooked.data_dims if tainted else hooked.own_dims).add(x.dim())
         hooked.plans.clear()
     axes = rule.batch_axes(hooked.module, results)
-    if axes[0] and taint is not None and forward_pass.batch_size > 1 and taint.axis_of(x) == 0:
+    if axes[0] and taint is not None and forward_pass.batch_size > 1 and taint.layout_of(x) == Layout():
         warnings.warn(f"{hooked} takes time first. {TIME_FIRST}.", stacklevel=2)
     rows = _rows(hooked, forward_pass, x, results[0], axes[0])
     unproven = (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed"

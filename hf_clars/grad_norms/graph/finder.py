@@ -13,7 +13,7 @@ from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import OWN_NODES
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, two_of
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
-from hf_clars.grad_norms.graph.places import ContainerCall, announce, inner_roots, place_of
+from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
@@ -228,26 +228,26 @@ class GraphFinder:
         again = False
         for call, found in zip(unproven, proven, strict=False):
             call.proven = True
-            layout = call.plan.layout
-            coupled = call.rows_per_sample == 1 and call.plan.x_depends_on_data
-            hidden = found is not None and found.is_hidden(place_of(call.edges[0])[1], batch)
-            hidden = hidden and coupled and call.rule.weight_sharing_axes
-            if hidden or (call.plan.moved and found is not None and found.elsewhere):
-                raise _no_proof(call, forward_pass.batch_size)
-            right = found is None or layout in found.layouts
-            if coupled and found is not None and not found.layouts:
-                right = not found.samples or _are_coupled(found, call.plan.moved, batch, layout.axis)
+            if found is None:
+                continue
+            plan, alone = call.plan, call.rows_per_sample == 1 and call.plan.x_depends_on_data
+            hidden = alone and call.rule.weight_sharing_axes and found.is_hidden(place_of(call.edges[0])[1], batch)
+            if hidden or (plan.moved and found.elsewhere):
+                raise _no_proof(call, batch)
+            right = plan.layout in found.layouts
+            if alone and not found.layouts:
+                right = not found.samples or are_coupled(found, plan.moved, batch, plan.layout.axis)
             if not right:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():
                     forward_pass.uses.forget(param)
-            if found is not None and not (right and call.plan.moved == MOVED):
-                call.hooked.calls[call.plan.key] = "observed" if right else "graph"
+            if not (right and plan.moved == MOVED):
+                call.hooked.calls[plan.key] = "observed" if right else "graph"
         rest = iter(proven[len(unproven) :])
         for use in unknown:
             shapes = use.result_shapes
             found_of = [next(rest) for _ in shapes]
-            again |= self._learn_use(use, shapes, found_of, forward_pass.batch_size)
+            again |= self._learn_use(use, shapes, found_of, batch)
         return again
 
     def _learn_use(
@@ -271,7 +271,7 @@ class GraphFinder:
         for shape, f in zip(shapes, found, strict=True):
             if f is not None and f.layouts:
                 layouts.append(f.layouts[0])
-            elif (f is None or _are_coupled(f, 0 if looked_up else use.moved, batch)) and shape and shape[0] == batch:
+            elif (f is None or are_coupled(f, 0 if looked_up else use.moved, batch)) and shape and shape[0] == batch:
                 layouts.append(Layout())  # coupled samples, or no gradient: taken for what it looks like
             else:
                 layouts.append(None)
@@ -282,8 +282,9 @@ class GraphFinder:
         return False
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
+        meta = forward_pass.device is not None and forward_pass.device.type == "meta"  # tensors without values
         for call in unproven:
-            if (call.rows_per_sample != 1 or call.plan.moved == MOVED) and not _is_meta(call):
+            if (call.rows_per_sample != 1 or call.plan.moved == MOVED) and not meta:
                 raise _no_proof(call, forward_pass.batch_size)
             call.proven = True
 
@@ -337,17 +338,6 @@ class GraphFinder:
 
 def _key(use: Use) -> tuple[object, ...]:
     return (use.key, tuple(len(s) for s in use.result_shapes))
-
-
-def _are_coupled(found: Arrival, moved: int, batch: int, axis: int = 0) -> bool:
-    """Whether samples depend on each other, all, or some: then they touch more rows than there are to have alone."""
-    some = not axis and moved > 0 and found.touched > (batch if moved == MOVED else found.samples)
-    return found.everywhere(axis) or some
-
-
-def _is_meta(call: RuleCall) -> bool:
-    """Whether a call was made on tensors without values."""
-    return call.forward_pass.device is not None and call.forward_pass.device.type == "meta"
 
 
 def _no_proof(call: RuleCall, batch: int) -> BatchAxisError:

@@ -69,7 +69,7 @@ def is_open(shape: Shape, batch: int) -> bool:
 
 
 def two_of(batch: int) -> tuple[int, int]:
-    """Samples that tell one layout from another: the last, and one that two halves laid side by side would move."""
+    """Samples that tell one layout from another: the last, and one that moves where two halves are mixed."""
     return batch - 1, int(batch > 2)
 
 

@@ -198,7 +198,7 @@ def _apart(
         returned: Whether these were what the model returned.
     """
     settled: dict[int, Arrival] = {}
-    elsewhere = question.elsewhere
+    elsewhere = False
     wanted = {i for i, f in enumerate(together) if f is not None} | set(missed)
     queue = deque((t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None)
     ends = set(queue)
@@ -212,9 +212,9 @@ def _apart(
         for layout in _likely(shape, question.batch):
             tries += 1
             found, own = question.ask([root_at(node, output, outputs[0].device, layout)])
-            elsewhere |= question.elsewhere and (node, output) in ends
             if own is not False:
                 break
+        elsewhere |= question.elsewhere and (node, output) in ends
         if own or (own is None and (node, output) in ends):
             told = {i: f for i, f in enumerate(found) if f is not None and (own or not f.is_anyones())}
             settled = told | {i: f for i, f in settled.items() if i not in told or not f.is_anyones()}

@@ -117,11 +117,14 @@ def axis_after(
         axis: Which axis of these is.
         result: The result.
     """
+    if not args:
+        return None  # all were given by names that are not known
     plain, dims = name.strip("_"), held[0].dim()
     if plain in _TURNS or plain in _SUMS:
         given = [*args[1:], *(v for k, v in kwargs.items() if k.startswith("dim"))]
         given = [k for g in given for k in (g if isinstance(g, tuple | list) else (g,))]
-        named = [k % dims for k in given if isinstance(k, int) and not isinstance(k, bool)]
+        count = dims + (plain in ("stack", "unsqueeze"))
+        named = [k % count for k in given if isinstance(k, int) and not isinstance(k, bool)]
         if plain in _SUMS:
             return axis if named and min(named) > axis else None
         if plain == "permute":

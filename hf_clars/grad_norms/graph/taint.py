@@ -87,21 +87,13 @@ class DataTaint(TorchFunctionMode):
                 self._mark_nodes(node, self.moved(t))
 
     def moved(self, t: Tensor) -> int:
-        """Where a tensor's rows are: 0 (each sample's rows together, surely), `BROUGHT_BACK` or `MOVED`.
-
-        After a function that is not known to leave them in their places, one look tells, as after `BROUGHT_BACK`.
-        """
+        """Where a tensor's rows are: 0 (surely where they were), `BROUGHT_BACK` (one look tells) or `MOVED`."""
         place = min(self._place(t), MOVED)
         return place or BROUGHT_BACK * (self.batch > 1 and self.layout_of(t) != Layout())
 
     def _place(self, t: Tensor) -> int:
         storage = storage_of(t) if self._moved else None
         return 0 if storage is None else self._moved.get(storage.key, 0)
-
-    def axis_of(self, t: Tensor) -> int | None:
-        """Which axis of a tensor is surely the samples', each sample's rows together; None: not known."""
-        layout = self.layout_of(t)
-        return None if layout is None or layout.outer != 1 else layout.axis
 
     def layout_of(self, t: Tensor) -> Layout | None:
         """Which rows of a tensor are surely whose, also where several batches lie one after the other."""
@@ -168,17 +160,12 @@ class DataTaint(TorchFunctionMode):
         if held:
             results = list(tensors_in((result, [args[0]] if name == "__setitem__" else [])))
             layout = layouts.pop() if len(layouts) == 1 else None
-            axis, outer = (layout.axis, layout.outer) if layout is not None else (None, 1)
+            axis, outer = (layout.axis, layout.outer) if layout else (None, 1)
             joined = axis is not None and outer == 1 and joins_batches(name, operands, named, held, axis, self.batch)
             for t in results:
                 after = None if axis is None else axis_after(name, operands, named, held, axis, t)
-                if (
-                    axis is not None
-                    and after is not None
-                    and outer != 1
-                    and t.shape[after:][:1] != held[0].shape[axis:][:1]
-                ):
-                    after = None  # rows of several batches that were split or joined
+                if after is not None and outer != 1 and t.shape[after:][:1] != held[0].shape[axis:][:1]:
+                    after = None  # rows of several batches, split or joined
                 self.note_axis(t, axis if joined else after, -1 if joined else outer)
             self.mark(results, self._met(held, results) if place == LOOSE else place)
             if name in _BLANK:
