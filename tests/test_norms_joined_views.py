@@ -82,3 +82,35 @@ def test_joined_views_are_exact(make, views, sizes):
             model(*given).backward()
             for layer, want in layer_norms(right_grads(plain, given, batch), norms.layers).items():
                 torch.testing.assert_close(norms.per_sample[layer], want, rtol=1e-9, atol=1e-12)
+
+
+class Crops(nn.Module):
+    """Crops of one size go in together; the head sees all, and its rows are returned as they lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.said = nn.Linear(SIDE, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, crops):
+        large, small = torch.cat(crops[:2])[:, :SIDE], torch.cat(crops[2:]).abs()
+        return self.said(torch.cat([self.seen(large), self.seen(small)]).tanh())
+
+
+def crops_losses(model, crops):
+    out = model(crops).unflatten(0, (len(crops), -1))
+    return (out * torch.arange(1.0, len(crops) + 1)[:, None, None]).sin().sum((0, 2))
+
+
+def test_a_list_of_crops_of_several_sizes_is_exact():
+    torch.manual_seed(0)
+    model = Crops().double()
+    with PerSampleGradNorms(model) as norms:
+        for batch in (B, B, B, B - 1):
+            crops = [torch.randn(batch, SIDE + 2 * (k < 2), dtype=torch.float64) for k in range(5)]
+            plain = Crops().double()
+            plain.load_state_dict(model.state_dict())
+            model.zero_grad()
+            crops_losses(model, crops).mean().backward()
+            wanted = one_by_one(plain, lambda m, i, c=crops: crops_losses(m, [x[i : i + 1] for x in c])[0], batch)
+            for layer, want in layer_norms(wanted, norms.layers).items():
+                torch.testing.assert_close(norms.per_sample[layer], want, rtol=1e-9, atol=1e-12)

@@ -48,7 +48,7 @@ class CallPlan:
         way: How the weight gradient comes from this engine; None where the ordinary backward pass is watched.
         x_depends_on_data: Whether the input is known to depend on what the model was called with.
         proven: Whether rows are known to belong to samples as `rows_per_sample` says.
-        moved: Whether rows of the batch may be anywhere: each pass must prove anew whose they are.
+        moved: Where rows of the batch are, see `DataTaint`. If they may be anywhere, each pass must prove it anew.
         lasts: Whether calls that look alike may follow it too.
         shipped: Whether the rule is this package's.
         folded: Whether rows of a sample are measured one by one, and their gradients added up.
@@ -66,7 +66,7 @@ class CallPlan:
     way: Callable[[RuleCall, Tensor, Tensor], Tensor] | None = None
     x_depends_on_data: bool = False
     proven: bool = True
-    moved: bool = False
+    moved: int = 0
     lasts: bool = False
     shipped: bool = field(init=False)
     folded: bool = field(init=False)

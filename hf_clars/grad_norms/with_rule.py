@@ -84,7 +84,7 @@ def capture(
     _check_device(hooked, forward_pass, x)
     measured = RuleCall(plan, forward_pass, proven=plan.proven or outside or recomputed)
     rows = Layout() if x in forward_pass.given else hooked.layout_of(x, taint)
-    if rows is not None and not plan.moved and (rows.axis == 0 or plan.rule.weight_sharing_axes):
+    if rows is not None and plan.moved != MOVED and (rows.axis == 0 or plan.rule.weight_sharing_axes):
         measured.given_rows = rows
     if not recomputed:
         for param in plan.wanted.values():
@@ -152,7 +152,7 @@ def _decide(
         (hooked.data_dims if tainted else hooked.own_dims).add(x.dim())
         hooked.plans.clear()
     axes = rule.batch_axes(hooked.module, results)
-    if axes[0] and taint is not None and forward_pass.batch_size > 1 and taint.axis_of(x) == 0:
+    if axes[0] and taint is not None and forward_pass.batch_size > 1 and taint.layout_of(x) == Layout():
         warnings.warn(f"{hooked} takes time first. {TIME_FIRST}.", stacklevel=2)
     rows = _rows(hooked, forward_pass, x, results[0], axes[0])
     unproven = (rows is None or rows > 1) and hooked.calls.get(_key(x, rows or 0)) != "observed"
@@ -186,8 +186,8 @@ def _decide(
     # What a module that was never seen is called on may be made of parameters alone, and so may what numbers look up.
     plan.x_depends_on_data = x.dim() > 1 and (x.dim() in hooked.data_dims if tainted is None else tainted)
     plan.lasts = lasts
-    plan.proven, plan.moved = known is not None or forward_pass.batch_size == 1, moved == MOVED
-    if (known is not None or (key in hooked.expected and not plan.moved)) and rows == 1 and not rule.several_results:
+    plan.proven, plan.moved = known is not None or forward_pass.batch_size == 1, moved
+    if (known is not None or (key in hooked.expected and moved != MOVED)) and rows == 1 and not rule.several_results:
         plan.way = _way(plan, x, output, all_measured=forward_pass.measured == forward_pass.batch_size)
     return plan
 

@@ -11,9 +11,9 @@ from torch.autograd.graph import GradientEdge, Node
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import OWN_NODES
-from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open
+from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, two_of
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
-from hf_clars.grad_norms.graph.places import ContainerCall, announce, inner_roots, place_of
+from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
@@ -120,7 +120,7 @@ class GraphFinder:
             if not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
         self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
-        self.moves_rows |= any(c.plan.moved and not c.cancelled for c in forward_pass.uses.rule_calls)
+        self.moves_rows |= any(c.plan.moved == MOVED and not c.cancelled for c in forward_pass.uses.rule_calls)
         found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
         gated = [use for use, at_node in found if at_node is None]
         if gated:
@@ -218,8 +218,9 @@ class GraphFinder:
             shapes = use.result_shapes
             places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(shapes)]
             believed += self._believed.get(_key(use), [None for _ in shapes])
-        moved = [*(c.plan.moved for c in unproven), *(use.moved == MOVED for use in unknown)]
-        samples = range(forward_pass.batch_size) if any(moved) else (forward_pass.batch_size - 1, 0)
+        moved = [m == MOVED for m in (*(c.plan.moved for c in unproven), *(use.moved for use in unknown))]
+        batch = forward_pass.batch_size
+        samples = range(batch) if any(moved) else two_of(batch)
         proven = self._proofs.layouts(forward_pass, outputs, walk, places, samples, believed if all(moved) else ())
         if proven is None:
             self._take_as_they_look(unproven, forward_pass)
@@ -227,24 +228,26 @@ class GraphFinder:
         again = False
         for call, found in zip(unproven, proven, strict=False):
             call.proven = True
-            layout = call.plan.layout
-            coupled = call.rows_per_sample == 1 and call.plan.x_depends_on_data
-            if coupled and found is not None and found.is_hidden(place_of(call.edges[0])[1], forward_pass.batch_size):
-                raise _no_proof(call, forward_pass.batch_size)
-            coupled = coupled and found is not None and not found.layouts
-            unasked = found is not None and not found.layouts and not found.samples
-            right = found is None or layout in found.layouts or (coupled and (unasked or found.everywhere(layout.axis)))
+            if found is None:
+                continue
+            plan, alone = call.plan, call.rows_per_sample == 1 and call.plan.x_depends_on_data
+            hidden = alone and call.rule.weight_sharing_axes and found.is_hidden(place_of(call.edges[0])[1], batch)
+            if hidden or (plan.moved and found.elsewhere):
+                raise _no_proof(call, batch)
+            right = plan.layout in found.layouts
+            if alone and not found.layouts:
+                right = not found.samples or are_coupled(found, plan.moved, batch, plan.layout.axis)
             if not right:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():
                     forward_pass.uses.forget(param)
-            if found is not None and not (right and call.plan.moved):
-                call.hooked.calls[call.plan.key] = "observed" if right else "graph"
+            if not (right and plan.moved == MOVED):
+                call.hooked.calls[plan.key] = "observed" if right else "graph"
         rest = iter(proven[len(unproven) :])
         for use in unknown:
             shapes = use.result_shapes
             found_of = [next(rest) for _ in shapes]
-            again |= self._learn_use(use, shapes, found_of, forward_pass.batch_size)
+            again |= self._learn_use(use, shapes, found_of, batch)
         return again
 
     def _learn_use(
@@ -256,7 +259,8 @@ class GraphFinder:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
             return True
-        if any(f is not None and f.is_hidden(shape, batch) for f, shape in zip(found, shapes, strict=True)):
+        told = [(f, shape) for f, shape in zip(found, shapes, strict=True) if f is not None]
+        if any(f.is_hidden(shape, batch) or (use.moved and f.elsewhere) for f, shape in told):
             raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), batch)
         looked_up = use.node.name() in _BY_INDEX and use.key not in self._tables
         if looked_up and all(f is not None and not f.layouts and f.everywhere() for f in found):
@@ -267,19 +271,20 @@ class GraphFinder:
         for shape, f in zip(shapes, found, strict=True):
             if f is not None and f.layouts:
                 layouts.append(f.layouts[0])
-            elif (f is None or f.everywhere()) and shape and shape[0] == batch:
+            elif (f is None or are_coupled(f, 0 if looked_up else use.moved, batch)) and shape and shape[0] == batch:
                 layouts.append(Layout())  # coupled samples, or no gradient: taken for what it looks like
             else:
                 layouts.append(None)
         if use.moved == MOVED:
             self._layouts_now[use.node] = self._believed[_key(use)] = layouts
-        elif any(la is not None for la in layouts):
+        elif use.moved or any(la is not None for la in layouts):
             self._layouts[_key(use)] = layouts
         return False
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
+        meta = forward_pass.device is not None and forward_pass.device.type == "meta"  # tensors without values
         for call in unproven:
-            if (call.rows_per_sample != 1 or call.plan.moved) and not _is_meta(call):
+            if (call.rows_per_sample != 1 or call.plan.moved == MOVED) and not meta:
                 raise _no_proof(call, forward_pass.batch_size)
             call.proven = True
 
@@ -310,7 +315,7 @@ class GraphFinder:
         self._gates.update({hooked: True for hooked, _ in new})
         asked = [(hooked, place) for hooked, place in new if is_open(place[1], batch)]
         places = [place for _, place in asked]
-        found = self._proofs.layouts(forward_pass, outputs, walk, places, (batch - 1, 0), ()) if asked else None
+        found = self._proofs.layouts(forward_pass, outputs, walk, places, two_of(batch), ()) if asked else None
         for (hooked, _), f in zip(asked, found or (), strict=False):
             self._gates[hooked] &= f is None or Layout() in f.layouts
 
@@ -333,11 +338,6 @@ class GraphFinder:
 
 def _key(use: Use) -> tuple[object, ...]:
     return (use.key, tuple(len(s) for s in use.result_shapes))
-
-
-def _is_meta(call: RuleCall) -> bool:
-    """Whether a call was made on tensors without values."""
-    return call.forward_pass.device is not None and call.forward_pass.device.type == "meta"
 
 
 def _no_proof(call: RuleCall, batch: int) -> BatchAxisError:

@@ -68,6 +68,11 @@ def is_open(shape: Shape, batch: int) -> bool:
     return len(shape) > 2 and batch > 1 and any(n and n % batch == 0 for n in shape[1:-1])
 
 
+def two_of(batch: int) -> tuple[int, int]:
+    """Samples that tell one layout from another: the last, and one that moves where two halves are mixed."""
+    return batch - 1, int(batch > 2)
+
+
 def candidates(shape: Shape, batch: int) -> list[Layout]:
     """Every layout that a shape allows, the likeliest first."""
     found: list[Layout] = []
@@ -91,16 +96,24 @@ class Arrival:
         missed: Axes of which it left rows out. Where there are none, samples are coupled, or the rows belong to none.
         samples: Of how many samples it arrived: what belongs to one alone, as `x[i]`, is coupled to no other.
         mixed: Whether all that it could be followed from mixes samples: it arrives everywhere, and that tells nothing.
+        touched: How many rows of the first axis it reached, of each sample, added up.
+        elsewhere: Whether what it could be followed from is other samples' rows.
     """
 
     layouts: list[Layout]
     missed: set[int] = field(default_factory=set)
     samples: int = 0
     mixed: bool = False
+    touched: int = 0
+    elsewhere: bool = False
 
     def is_anyones(self) -> bool:
         """Whether each of several samples touched every row of every axis."""
         return not self.layouts and not self.missed and self.samples > 1
+
+    def is_elsewhere(self, layout: Layout) -> bool:
+        """Whether each sample has rows to itself, although they are not its own."""
+        return layout not in self.layouts and 0 < self.touched <= self.samples
 
     def is_hidden(self, shape: Shape, batch: int) -> bool:
         """Whether nothing tells which axis is the samples', although the first looks so."""
@@ -156,7 +169,7 @@ def prove(
         roots: Where to begin.
         places: What to look at, with its shape.
         batch: B > 1.
-        samples: Which: the last and the first tell one layout from another, but only all tell that no rows were moved.
+        samples: Which: two tell one layout from another, all that the data have moved no rows.
         couplings: BatchNorm's operations, through which a sample would touch all others.
 
     Returns:
@@ -175,7 +188,8 @@ def prove(
                 before = left[i] or Arrival(candidates(places[i][1], batch))
                 right = [la for la in before.layouts if _holds_only(rows[la.axis], la, sample, batch)]
                 missed = {k for k, touched in enumerate(rows) if not touched.all()}
-                left[i] = Arrival(right, before.missed | missed, before.samples + 1)
+                count = before.touched + (int(rows[0].sum()) if rows else 0)
+                left[i] = Arrival(right, before.missed | missed, before.samples + 1, touched=count)
 
         starts = [root.of_one(sample, batch) for root in roots]
         _look_on_the_way(roots, edges, starts, couplings, look)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from hf_clars.grad_norms.graph.layout import Layout, Root
+from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.pytree import tensors_in
@@ -84,6 +84,12 @@ def inner_roots(outputs: Sequence[Tensor], batch: int) -> list[Root]:
                 seen.add((child, i))
                 stack.append((child, i))
     return found
+
+
+def are_coupled(found: Arrival, moved: int, batch: int, axis: int = 0) -> bool:
+    """Whether samples depend on each other, all, or some: then they touch more rows than there are to have alone."""
+    some = not axis and moved > 0 and found.touched > (batch if moved == MOVED else found.samples)
+    return found.everywhere(axis) or some
 
 
 def place_of(edge: GradientEdge) -> tuple[GradientEdge, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,6 @@ from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root, candidates, prove, stay
 from hf_clars.grad_norms.graph.places import inner_roots, place_of, root_at
 from hf_clars.grad_norms.graph.walk import GraphWalk
-from hf_clars.grad_norms.pytree import differentiable_in
 from hf_clars.grad_norms.torch_internals import shape_at
 from hf_clars.grad_norms.undisturbed import quietly, undisturbed
 
@@ -40,6 +39,7 @@ class _Question:
         batch: B.
         samples: Whose gradients are followed.
         couplings: See `prove`.
+        elsewhere: Whether what was asked last is other samples' rows, as what is returned in an order of its own.
     """
 
     places: Sequence[Place]
@@ -47,13 +47,15 @@ class _Question:
     batch: int
     samples: Sequence[int]
     couplings: Sequence[Node]
+    elsewhere: bool = False
 
     def ask(self, roots: Sequence[Root]) -> tuple[list[Arrival | None], bool | None]:
         """Where gradients arrive at the places; whether at what was given only in own rows (None: nowhere)."""
         asked = [*self.places, *(place for place, _ in self.given)]
         found = prove(roots, asked, self.batch, self.samples, self.couplings)
-        pairs = zip(found[len(self.places) :], self.given, strict=True)
-        own = [layout in f.layouts for f, (_, layout) in pairs if f is not None]
+        pairs = [(f, la) for f, (_, la) in zip(found[len(self.places) :], self.given, strict=True) if f is not None]
+        own = [layout in f.layouts for f, layout in pairs]
+        self.elsewhere = any(f.is_elsewhere(layout) for f, layout in pairs)
         return found[: len(self.places)], all(own) if own else None
 
 
@@ -94,7 +96,7 @@ class Proofs:
         batch = forward_pass.batch_size
         if batch < 2 or walk.once or self._is_split() or any(t.is_meta for t in outputs):
             return None
-        whole = [t for t in differentiable_in(outputs) if t.dim() and t.shape[0] == batch]
+        whole = [t for t in outputs if t.shape[:1] == (batch,)]
         roots = [Root(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
         given = [(place_of(c.edges[0]), c.given_rows) for c in forward_pass.uses.rule_calls if c.edges and c.given_rows]
         question = _Question(places, given, batch, samples, walk.couplings)
@@ -123,13 +125,19 @@ class Proofs:
         batch, places = question.batch, question.places
         wanted = [*zip(places, believed, strict=False), *question.given]
         sure = [(edge, la) for (edge, shape), la in wanted if la and la.sizes(shape, batch)]
+        reached = _below(roots)
+        missed = {i for i, (edge, _) in enumerate(places) if edge.node not in reached}
         at_once = self._all_at_once and len(believed) > 0 and len(sure) == len(places) + len(question.given)
-        if at_once and stay(roots, sure, batch, question.couplings):
+        if at_once and not missed and stay(roots, sure, batch, question.couplings):
             return [Arrival([layout]) for _, layout in sure[: len(places)]]
         found, own = question.ask(roots)
         self._own_rows = own if returned else None
         if own is False or (own is None and (not returned or any(f and f.is_anyones() for f in found))):
-            return _apart(question, outputs, found, returned=returned)
+            return _apart(question, outputs, found, missed, returned=returned)
+        if missed:
+            others = [t for t in outputs if t.shape[:1] != (batch,)]
+            apart = _apart(question, others, [None for _ in found], missed, returned=returned)
+            return [apart[i] or f for i, f in enumerate(found)]
         if at_once and all(f is None or la in f.layouts for f, (_, la) in zip(found, sure, strict=False)):
             self._all_at_once = False  # this model's gradients come out in other digits each time
         return found
@@ -149,7 +157,7 @@ class Proofs:
         calls = [c for c in forward_pass.uses.rule_calls if c.edges and c.given_rows == Layout()]
         places = [place for place in (place_of(c.edges[0]) for c in calls) if place[1][:1] == (batch,)]
         widths = {shape[1] for _, shape in places if len(shape) > 2 and shape[1] > 1}
-        whole = [t for t in differentiable_in(outputs) if t.dim() > 1 and t.shape[0] == batch and t.shape[1] in widths]
+        whole = [t for t in outputs if t.dim() > 1 and t.shape[0] == batch and t.shape[1] in widths]
         if batch < 2 or not whole or self._own_rows or walk.once or self._is_split() or any(t.is_meta for t in outputs):
             return
         width = whole[0].shape[1]
@@ -173,7 +181,12 @@ class Proofs:
 
 
 def _apart(
-    question: _Question, outputs: Sequence[Tensor], together: Sequence[Arrival | None], *, returned: bool
+    question: _Question,
+    outputs: Sequence[Tensor],
+    together: Sequence[Arrival | None],
+    missed: Collection[int],
+    *,
+    returned: bool,
 ) -> list[Arrival | None]:
     """The same with one root after the other; what mixes samples gives way to what it was made of.
 
@@ -181,10 +194,12 @@ def _apart(
         question: What to ask.
         outputs: What the model returned.
         together: What all roots together have told.
+        missed: Places that lie below none of these.
         returned: Whether these were what the model returned.
     """
     settled: dict[int, Arrival] = {}
-    wanted = {i for i, f in enumerate(together) if f is not None}
+    elsewhere = False
+    wanted = {i for i, f in enumerate(together) if f is not None} | set(missed)
     queue = deque((t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None)
     ends = set(queue)
     seen = set(queue)
@@ -199,6 +214,7 @@ def _apart(
             found, own = question.ask([root_at(node, output, outputs[0].device, layout)])
             if own is not False:
                 break
+        elsewhere |= question.elsewhere and (node, output) in ends
         if own or (own is None and (node, output) in ends):
             told = {i: f for i, f in enumerate(found) if f is not None and (own or not f.is_anyones())}
             settled = told | {i: f for i, f in settled.items() if i not in told or not f.is_anyones()}
@@ -208,9 +224,21 @@ def _apart(
             ]
             seen.update(below)
             queue += below
-    mixed = {i: replace(f, mixed=f.is_anyones()) for i, f in enumerate(together) if f is not None and returned}
+    asked = ((i, f) for i, f in enumerate(together) if f is not None and returned)
+    mixed = {i: replace(f, mixed=f.is_anyones(), elsewhere=elsewhere) for i, f in asked}
     unsettled = {i: _nothing_told(question.samples) for i in wanted}
     return [(unsettled | mixed | settled).get(i) for i in range(len(together))]
+
+
+def _below(roots: Sequence[Root]) -> set[Node]:
+    """All operations from which values came to these."""
+    stack = [root.edge.node for root in roots]
+    found = set(stack)
+    while stack:
+        below = {child for child, _ in stack.pop().next_functions if child is not None} - found
+        found |= below
+        stack += below
+    return found
 
 
 def _nothing_told(samples: Sequence[int]) -> Arrival:

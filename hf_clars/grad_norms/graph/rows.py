@@ -20,20 +20,23 @@ _ALONG = {"index_select": 1, "gather": 1, "take_along_dim": 2, "roll": 2, "flip"
 """Functions that move rows along some axes, and which argument says along which."""
 
 _LAST_BY_DEFAULT = ("sort", "topk")
-_ALWAYS = ("take", "masked_select", "flipud", "_pack_padded_sequence")
+_ALWAYS = ("take", "masked_select", "flipud", "_pack_padded_sequence", "roi_align", "roi_pool", "ps_roi_align")
 _TURNS = ("transpose", "permute", "swapaxes", "swapdims")
-_SUMS = ("sum", "mean", "var", "softmax", "log_softmax", "cat", "concat", "unsqueeze")
-_IN_ORDER = ("view", "reshape", "flatten", "unflatten", "contiguous")
-_LAYERS = ("one_hot", "embedding", "linear", "layer_norm", "rms_norm", "group_norm", "conv1d", "conv2d", "conv3d")
+_SUMS = ("sum", "mean", "var", "softmax", "log_softmax", "cat", "concat", "stack", "unsqueeze", "movedim")
+_IN_ORDER = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "contiguous")
+_ANY_AXIS = ("linear", "matmul", "layer_norm", "rms_norm")
+_LAYERS = (*_ANY_AXIS, "one_hot", "embedding", "group_norm", "batch_norm", "instance_norm", "interpolate")
+_OVER_PIXELS = ("conv", "conv_transpose", "avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool", "dropout")
 _EACH = {"to", "type", "float", "half", "bfloat16", "double", "clone", "detach", "dropout", "masked_fill", "clamp"}
-_EACH |= {"relu", "gelu", "silu", "tanh", "sigmoid"}
+_EACH |= {"relu", "relu6", "gelu", "silu", "tanh", "sigmoid", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu"}
+_EACH |= {"elu", "selu", "celu", "mish", "softplus", "logsigmoid", "erf", "clip", "lerp", "expand", "expand_as"}
 _EACH |= {"sin", "cos", "exp", "log", "sqrt", "rsqrt", "square", "neg", "abs", "sign", "floor", "ceil", "round"}
 _EACH |= {"where", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "invert", "logical_not", "isnan"}
 _EACH |= {"logical_and", "logical_or", "long", "int", "bool", "type_as", "nan_to_num", "maximum", "minimum"}
 _EACH |= {"mod", "remainder", "floordiv", "floor_divide"}
 _EACH |= {f"{sign}{op}" for sign in ("", "r", "i") for op in ("add", "sub", "mul", "div", "truediv", "pow")}
 """Functions after which it is known which axis is the samples': they name axes, read and write in order, are layers
-that look at rows one by one, or look at each number by itself."""
+that look at rows one by one, or look at each number by itself. After others, one look at the graph tells."""
 
 _JOINS = ("cat", "concat", "concatenate")
 _TAKES = {"__getitem__": 1, "index_select": 2, "gather": 2, "masked_select": 1}
@@ -114,27 +117,34 @@ def axis_after(
         axis: Which axis of these is.
         result: The result.
     """
-    dims = held[0].dim()
-    if name in _TURNS or name in _SUMS:
+    if not args:
+        return None  # all were given by names that are not known
+    plain, dims = name.strip("_"), held[0].dim()
+    if plain in _TURNS or plain in _SUMS:
         given = [*args[1:], *(v for k, v in kwargs.items() if k.startswith("dim"))]
-        given = list(given[0]) if given and isinstance(given[0], tuple | list) else given
-        named = [k % dims for k in given if isinstance(k, int) and not isinstance(k, bool)]
-        if name in _SUMS:
+        given = [k for g in given for k in (g if isinstance(g, tuple | list) else (g,))]
+        count = dims + (plain in ("stack", "unsqueeze"))
+        named = [k % count for k in given if isinstance(k, int) and not isinstance(k, bool)]
+        if plain in _SUMS:
             return axis if named and min(named) > axis else None
-        if name == "permute":
+        if plain == "permute":
             return named.index(axis) if len(named) == dims else None
         return {named[0]: named[1], named[1]: named[0]}.get(axis, axis) if len(named) == 2 else None
     first = held[0].shape[: axis + 1]
-    if name == "__getitem__":
+    kept = result.shape[: axis + 1] == first
+    if plain == "getitem":
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         return axis if len(index) > axis and all(item == slice(None) for item in index[: axis + 1]) else None
-    if name in _IN_ORDER:
-        return axis if axis == 0 or result.shape[: axis + 1] == first else None
-    if name in _LAYERS:
-        sure = held[0] is args[0] and len(held) == 1 and (axis == 0 or name in _LAYERS[:4])
-    else:
-        sure = name.strip("_") in _EACH and all(t.dim() == result.dim() and t.shape[: axis + 1] == first for t in held)
-    return axis if sure and result.shape[: axis + 1] == first else None
+    if plain in _IN_ORDER:
+        return axis if held[0] is args[0] and (axis == 0 or kept) else None
+    if plain in _EACH and all(t.dim() == result.dim() and t.shape[: axis + 1] == first for t in held):
+        return axis if kept else None
+    if len(held) > 1 or held[0] is not args[0] or not kept:
+        return None
+    if plain in _ANY_AXIS:
+        return axis if result.dim() == dims > axis + 1 else None
+    pixels = int(plain[-2]) if plain[-2:] in ("1d", "2d", "3d") and plain[:-2] in _OVER_PIXELS else None
+    return axis if axis == 0 and (plain in _LAYERS or dims - 2 == pixels) else None
 
 
 def joins_batches(

@@ -84,20 +84,16 @@ class DataTaint(TorchFunctionMode):
                     self._moved[storage.key] = moved
             node = node_of(t)
             if node is not None:
-                self._mark_nodes(node, min(moved, MOVED))
+                self._mark_nodes(node, self.moved(t))
 
     def moved(self, t: Tensor) -> int:
-        """Where a tensor's rows are: 0 (as the batch's, as far as one can see), `BROUGHT_BACK` or `MOVED`."""
-        return min(self._place(t), MOVED)
+        """Where a tensor's rows are: 0 (surely where they were), `BROUGHT_BACK` (one look tells) or `MOVED`."""
+        place = min(self._place(t), MOVED)
+        return place or BROUGHT_BACK * (self.batch > 1 and self.layout_of(t) != Layout())
 
     def _place(self, t: Tensor) -> int:
         storage = storage_of(t) if self._moved else None
         return 0 if storage is None else self._moved.get(storage.key, 0)
-
-    def axis_of(self, t: Tensor) -> int | None:
-        """Which axis of a tensor is surely the samples', each sample's rows together; None: not known."""
-        layout = self.layout_of(t)
-        return None if layout is None or layout.outer != 1 else layout.axis
 
     def layout_of(self, t: Tensor) -> Layout | None:
         """Which rows of a tensor are surely whose, also where several batches lie one after the other."""
@@ -159,16 +155,19 @@ class DataTaint(TorchFunctionMode):
         held = [t for t in taken if self.holds(t)]
         named, operands = kwargs or {}, operands_first(args, kwargs or {})
         place = self._rows_after(name, operands, named, held) if held else 0
-        axes = {self.axis_of(t) for t in held}
+        layouts = {self.layout_of(t) for t in held}
         result = func(*args, **named)
         if held:
             results = list(tensors_in((result, [args[0]] if name == "__setitem__" else [])))
-            self.mark(results, self._met(held, results) if place == LOOSE else place)
-            axis = axes.pop() if len(axes) == 1 else None
-            joined = axis is not None and joins_batches(name, operands, named, held, axis, self.batch)
+            layout = layouts.pop() if len(layouts) == 1 else None
+            axis, outer = (layout.axis, layout.outer) if layout else (None, 1)
+            joined = axis is not None and outer == 1 and joins_batches(name, operands, named, held, axis, self.batch)
             for t in results:
                 after = None if axis is None else axis_after(name, operands, named, held, axis, t)
-                self.note_axis(t, axis if joined else after, -1 if joined else 1)
+                if after is not None and outer != 1 and t.shape[after:][:1] != held[0].shape[axis:][:1]:
+                    after = None  # rows of several batches, split or joined
+                self.note_axis(t, axis if joined else after, -1 if joined else outer)
+            self.mark(results, self._met(held, results) if place == LOOSE else place)
             if name in _BLANK:
                 self._blank.update(storage.key for t in results if (storage := storage_of(t)) is not None)
         return result
@@ -296,8 +295,8 @@ class Following:
         self.end()
         self.taint = DataTaint(batch)
         for i, t in enumerate(given):
-            self.taint.mark([t], LOOSE if i in loose else 0)
             self.taint.note_axis(t, 0 if i not in loose and t.dim() and len(t) == batch else None)
+            self.taint.mark([t], LOOSE if i in loose else 0)
         self.taint.__enter__()
 
     def end(self) -> DataTaint | None:
