@@ -83,7 +83,6 @@ def ran_outside(what: object) -> UncoveredParameterError:
     return UncoveredParameterError(
         f"{what} ran outside compiled code in a pass that began inside, as where a part of it cannot be compiled: "
         "compile the parts of the model that can be, one by one (as model.layers[0].compile()), run one forward and "
-        "backward pass without torch.compile first, or run the model without it. If batches have many sizes, torch has "
-        "compiled it for each until it gave up: raise torch._dynamo.config.recompile_limit, or let code serve all "
-        "sizes, with force_nn_module_property_static_shapes = False there."
+        "backward pass without torch.compile first, or run the model without it. If torch has compiled it again and again "
+        "until it gave up, raise torch._dynamo.config.recompile_limit."
     )
