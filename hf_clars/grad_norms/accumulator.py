@@ -86,6 +86,10 @@ class NormAccumulator:
 
     def _on_model_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active:
+            if self.repeats and torch.is_grad_enabled() and not inside_backward():
+                # What runs again from now on belongs to this call, if the others have had their backward pass.
+                self._left = [p for p in self._left if not p.backward_seen]
+                self.repeats = bool(self._left)
             return
         given = tensors_within((args, kwargs))
         if any(t.is_nested for t in given):
@@ -147,8 +151,7 @@ class NormAccumulator:
             held = sum(p.measured for p in self._passes if may_count(p))
             measured = max(0, min(batch_size, self.samples - held))
         keeps_errors = self.take_error is not None
-        params = self.model.parameters
-        opened = ForwardPass(batch_size, measured, self._layer_of, implicit, self._mark, params, keeps_errors)
+        opened = ForwardPass(batch_size, measured, self._layer_of, implicit, self._mark, self.model, keeps_errors)
         self._passes.append(opened)
         return opened
 

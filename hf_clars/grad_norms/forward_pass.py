@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SecondBackwardError, Unc
 from hf_clars.grad_norms.norm_sums import NormSums
 from hf_clars.grad_norms.pytree import GivenTensors
 from hf_clars.grad_norms.torch_internals import takes_any
-from hf_clars.grad_norms.undisturbed import differentiating
+from hf_clars.grad_norms.undisturbed import differentiating, undisturbed
 from hf_clars.grad_norms.uses import Uses
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class ForwardPass:
         layer_of: Layer index of every measured parameter.
         implicit: True when the pass was opened by a submodule rather than by the model's own forward.
         mark: Called when a gradient has reached the pass.
-        params: The model's parameters, for what must leave them undisturbed.
+        model: What must be left undisturbed.
         keeps_errors: Whether an error of a hook in the backward pass is kept, in place of ending that pass.
         uses: Who uses which parameter in it.
         sums: What adds up in its backward pass.
@@ -61,7 +62,7 @@ class ForwardPass:
     layer_of: Mapping[nn.Parameter, int]
     implicit: bool = False
     mark: Callable[[ForwardPass], None] = lambda _: None
-    params: Callable[[], Iterable[nn.Parameter]] = tuple
+    model: nn.Module | None = None
     keeps_errors: bool = False
     error: Exception | None = None
     device: torch.device | None = None
@@ -118,9 +119,14 @@ class ForwardPass:
         """Whether an error of the user's backward pass is kept; the first one is."""
         if not self.keeps_errors or differentiating():
             return False
+        self.mark(self)
         traceback.clear_frames(error.__traceback__)  # their tensors would live as long as the error
         self.error = self.error or error
         return True
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Around what differentiates the graph for the norms' sake: the model stays as it is."""
+        return undisturbed(self.model, runs_again=self.packed)
 
     def guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
         """A hook for the backward pass, whose error is kept if this pass keeps errors."""

@@ -1,7 +1,8 @@
-"""Differentiating for the norms' sake: no tracker takes note of it, and parameters stay as they are.
+"""Differentiating for the norms' sake: no tracker takes note of it, and the model stays as it is.
 
 A reversible layer runs its modules again inside its backward function, and calls `backward()` there: each time its part
-of the graph is differentiated, its parameters' gradients grow. That must happen in the user's backward pass alone.
+of the graph is differentiated, its parameters' gradients grow. Checkpointing runs modules again too, and BatchNorm's
+running statistics move on. That must happen in the user's backward pass alone.
 """
 
 from __future__ import annotations
@@ -60,21 +61,27 @@ class quietly:
 
 
 @contextmanager
-def undisturbed(params: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Keep `p.grad`, and hooks on gradients, out of what happens inside.
+def undisturbed(model: nn.Module | None, *, runs_again: bool) -> Iterator[None]:
+    """Keep `p.grad`, hooks on gradients and buffers out of what happens inside.
 
     Args:
-        params: All parameters that could be reached.
+        model: All that could be reached; None: nothing.
+        runs_again: Whether modules may run again inside, as under checkpointing, and change their buffers.
     """
-    held: list[tuple[nn.Parameter, Tensor | None]] = [(p, p.grad) for p in params if p.requires_grad]
-    with without_hooks(p for p, _ in held):
-        for p, _ in held:
+    params = [] if model is None else [p for p in model.parameters() if p.requires_grad]
+    held: list[tuple[nn.Parameter, Tensor | None]] = [(p, p.grad) for p in params]
+    buffers = list(model.buffers()) if model is not None and runs_again else []
+    before = [(b, b.detach().clone()) for b in buffers]
+    with without_hooks(params):
+        for p in params:
             p.grad = None
         try:
             yield
         finally:
             for p, grad in held:
                 p.grad = grad
+            for b, value in before:
+                b.data.copy_(value)  # as BatchNorm does it: what a graph has saved counts as unchanged
 
 
 @contextmanager

@@ -83,6 +83,6 @@ def ran_outside(what: object) -> UncoveredParameterError:
     return UncoveredParameterError(
         f"{what} ran outside compiled code in a pass that began inside, as where a part of it cannot be compiled: "
         "compile the parts of the model that can be, one by one (as model.layers[0].compile()), run one forward and "
-        "backward pass without torch.compile first, or run the model without it. If torch has compiled it again and again "
-        "until it gave up, raise torch._dynamo.config.recompile_limit."
+        "backward pass without torch.compile first, or run the model without it. If torch has compiled it often, and "
+        "given up, raise torch._dynamo.config.recompile_limit."
     )

@@ -22,8 +22,8 @@ from hf_clars.grad_norms.graph.norms_alone import norms_alone
 from hf_clars.grad_norms.graph.operands import Operand, call_for_each
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
-from hf_clars.grad_norms.torch_internals import dtype_at, no_autocast, results_of
-from hf_clars.grad_norms.undisturbed import differentiating, quietly, undisturbed, without_hooks
+from hf_clars.grad_norms.torch_internals import NOTHING, dtype_at, no_autocast, results_of
+from hf_clars.grad_norms.undisturbed import differentiating, quietly, without_hooks
 
 
 @dataclass(eq=False)
@@ -222,7 +222,7 @@ class GateArrival(Arrival):
         if edge is None:
             return
         params = (p for use in self.gate.uses for p in use.leaves.values())
-        intact, time = undisturbed(forward_pass.params()), timed(forward_pass.times, params, g.device)
+        intact, time = forward_pass.undisturbed(), timed(forward_pass.times, params, g.device)
         with torch.no_grad(), quietly(), intact, no_autocast(g.device.type), time:
             for use, own in self.gate.parts(edge, g.detach(), forward_pass.batch_size, forward_pass.measured):
                 self.deliver(use, at_least_float32(own), g.dtype)
@@ -243,7 +243,7 @@ class UseArrival(Arrival):
         some = next(g for g in given if g is not None)
         params = measured.use.leaves.values()
         own_function = isinstance(measured.use.node, BackwardCFunction)
-        intact = undisturbed(forward_pass.params() if own_function else ())
+        intact = forward_pass.undisturbed() if own_function or measured.careful else NOTHING
         time = timed(forward_pass.times, params, some.device)
         with torch.no_grad(), quietly(), intact, no_autocast(some.device.type), time:
             norms = measured.norms(forward_pass, given)

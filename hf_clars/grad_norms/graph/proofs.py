@@ -22,7 +22,7 @@ from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root, candidates, 
 from hf_clars.grad_norms.graph.places import inner_roots, place_of, root_at
 from hf_clars.grad_norms.graph.walk import GraphWalk
 from hf_clars.grad_norms.torch_internals import shape_at
-from hf_clars.grad_norms.undisturbed import quietly, undisturbed
+from hf_clars.grad_norms.undisturbed import quietly
 
 Place = tuple[GradientEdge, tuple[int, ...]]
 _MOST = 64
@@ -105,7 +105,7 @@ class Proofs:
         if not roots:
             return [_nothing_told(()) for _ in places]
         try:
-            with quietly(), undisturbed(forward_pass.params()):
+            with quietly(), forward_pass.undisturbed():
                 return self._layouts(question, roots, outputs, believed, returned=bool(whole))
         except torch.OutOfMemoryError:
             raise
@@ -169,7 +169,7 @@ class Proofs:
             return _Question((), there, count, (count - 1, 0), couplings).ask([Root(edge, like, Layout(axis))])[1]
 
         try:
-            with quietly(), undisturbed(forward_pass.params()):
+            with quietly(), forward_pass.undisturbed():
                 time_first = own(0, batch) is False and own(1, width)
         except torch.OutOfMemoryError:
             raise
