@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import OWN_NODES
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, two_of
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
-from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, place_of
+from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, no_proof, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
@@ -67,6 +66,7 @@ class GraphFinder:
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
         self._layouts_now: dict[Node, list[Layout | None]] = {}
         self._gate_of: dict[tuple[object, ...], HookedModule] = {}
+        self._unheard: dict[tuple[object, ...], HookedModule | None] = {}  # uses that no gradient reached: their gates
         self._gates: dict[HookedModule, bool] = {}
 
     @property
@@ -130,6 +130,7 @@ class GraphFinder:
             container = self._container_of(use, forward_pass, () if is_jagged(use.node) else containers)
             edges = container.batch_first(forward_pass.batch_size)
             gates.setdefault(container, Gate(edges, str(container.hooked), forward_pass.packed)).uses.append(use)
+        self.gated = {*self._gate_of.values(), *filter(None, self._unheard.values())}
         self._layouts_now.clear()
         self.bare = () if taint is None else walk.bare
         if taint is not None and self._followed == 1:
@@ -233,7 +234,7 @@ class GraphFinder:
             plan, alone = call.plan, call.rows_per_sample == 1 and call.plan.x_depends_on_data
             hidden = alone and call.rule.weight_sharing_axes and found.is_hidden(place_of(call.edges[0])[1], batch)
             if hidden or (plan.moved and found.elsewhere):
-                raise _no_proof(call, batch)
+                raise no_proof(call, batch)
             right = plan.layout in found.layouts
             if alone and not found.layouts:
                 right = not found.samples or are_coupled(found, plan.moved, batch, plan.layout.axis)
@@ -253,8 +254,10 @@ class GraphFinder:
     def _learn_use(
         self, use: Use, shapes: Sequence[tuple[int, ...]], found: Sequence[Arrival | None], batch: int
     ) -> bool:
-        if all(f is None for f in found):
-            return False  # no gradient arrived: nothing is learned
+        if all(f is None for f in found):  # nothing is learned, as below a head that begins with zeros
+            self._unheard.setdefault(_key(use))
+            return False
+        self._unheard.pop(_key(use), None)
         if use.node.name().startswith(SPREADS) and found[0] and found[0].samples and not found[0].layouts:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
@@ -285,7 +288,7 @@ class GraphFinder:
         meta = forward_pass.device is not None and forward_pass.device.type == "meta"  # tensors without values
         for call in unproven:
             if (call.rows_per_sample != 1 or call.plan.moved == MOVED) and not meta:
-                raise _no_proof(call, forward_pass.batch_size)
+                raise no_proof(call, forward_pass.batch_size)
             call.proven = True
 
     # ---- gates -----------------------------------------------------------------------------------------------
@@ -316,21 +319,23 @@ class GraphFinder:
         asked = [(hooked, place) for hooked, place in new if is_open(place[1], batch)]
         places = [place for _, place in asked]
         found = self._proofs.layouts(forward_pass, outputs, walk, places, two_of(batch), ()) if asked else None
-        for (hooked, _), f in zip(asked, found or (), strict=False):
+        told = [(hooked, f) for (hooked, _), f in zip(asked, found or (), strict=False)]
+        for hooked, f in told:
             self._gates[hooked] &= f is None or Layout() in f.layouts
+        for hooked in {h for h, _ in told} - {h for h, f in told if f is not None}:
+            del self._gates[hooked]  # no gradient reached it: it is asked again
 
     def _container_of(self, use: Use, forward_pass: ForwardPass, containers: Sequence[ContainerCall]) -> ContainerCall:
         """The innermost module around a use whose results have the batch first."""
         key = _key(use)
-        wanted = self._gate_of.get(key)
+        wanted, gate_of = self._gate_of.get(key), self._unheard if key in self._unheard else self._gate_of
         for container in containers:
             if wanted not in (None, container.hooked) or not self._gates.get(container.hooked, True):
                 continue
             if container.surrounds(use.node, forward_pass.batch_size):
-                if key not in self._gate_of and forward_pass.measured > 1:
+                if key not in gate_of and forward_pass.measured > 1:
                     announce(container, [self.name_of(p) for p in use.leaves.values()])
-                self._gate_of[key] = container.hooked
-                self.gated.add(container.hooked)
+                gate_of[key] = container.hooked
                 return container
         self.unknown = True
         raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), forward_pass.batch_size)
@@ -338,12 +343,3 @@ class GraphFinder:
 
 def _key(use: Use) -> tuple[object, ...]:
     return (use.key, tuple(len(s) for s in use.result_shapes))
-
-
-def _no_proof(call: RuleCall, batch: int) -> BatchAxisError:
-    """The error for rows that cannot be proven to be a sample's."""
-    return BatchAxisError(
-        f"{call.hooked} is called on {batch * call.rows_per_sample} rows or more, and this model's graph does not tell "
-        f"which of the {batch} samples they belong to: let the model return each sample's own outputs, as embeddings, "
-        f"beside a loss or what else mixes samples, put the batch first, freeze the parameters, or {WITHOUT_SAMPLES}."
-    )

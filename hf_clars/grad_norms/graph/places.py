@@ -5,17 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import dtype_at, shape_at
+
+if TYPE_CHECKING:
+    from hf_clars.grad_norms.rule_call import RuleCall
 
 
 @dataclass(eq=False)
@@ -104,4 +108,13 @@ def announce(container: ContainerCall, names: Sequence[str]) -> None:
         "every sample, because rows inside belong to no sample. This is exact but slow: register a layer rule, freeze "
         "these parameters, or measure fewer samples.",
         stacklevel=2,
+    )
+
+
+def no_proof(call: RuleCall, batch: int) -> BatchAxisError:
+    """The error for rows that cannot be proven to be a sample's."""
+    return BatchAxisError(
+        f"{call.hooked} is called on {batch * call.rows_per_sample} rows or more, and this model's graph does not tell "
+        f"which of the {batch} samples they belong to: let the model return each sample's own outputs, as embeddings, "
+        f"beside a loss or what else mixes samples, put the batch first, freeze the parameters, or {WITHOUT_SAMPLES}."
     )
