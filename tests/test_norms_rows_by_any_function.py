@@ -101,6 +101,11 @@ KEPT = {
     "normalized": (functional.batch_norm, (image, torch.zeros(6), torch.ones(6))),
     "axes moved behind it": (torch.movedim, (image, 1, 3)),
     "axes joined behind it": (torch.flatten, (image, 1)),
+    "the last two exchanged": (torch.adjoint, (x,)),
+    "parts of each": (torch.chunk, (x, 2, -1)),
+    "one part of each": (torch.unbind, (x, 1)),
+    "products of each": (torch.matmul, (x, x.mT)),
+    "attention": (functional.scaled_dot_product_attention, (image, image, image)),
 }
 NOT_KEPT = {
     "matmul": (torch.matmul, (torch.eye(4), x[:, 0])),
@@ -109,6 +114,9 @@ NOT_KEPT = {
     "padded batch": (functional.pad, (x[:, 0], (0, 0, 1, -1))),
     "channels without a batch": (functional.avg_pool2d, (x, 1)),
     "the batch turned": (torch.roll, (x, 1, 0)),
+    "parts of the batch": (torch.chunk, (x, 2)),
+    "each sample": (torch.unbind, (x,)),
+    "attention among samples": (functional.scaled_dot_product_attention, (x[:, 0], x[:, 0], x[:, 0])),
     "axes moved before it": (torch.movedim, (image, (2, 1), (3, 0))),
 }
 
@@ -116,7 +124,8 @@ NOT_KEPT = {
 def after(what):
     function, args = what
     held = [t for t in args if torch.is_tensor(t) and t.dim() and t.shape[0] == 4 and not t.equal(torch.eye(4))]
-    return axis_after(function.__name__, args, {}, held, 0, function(*args))
+    result = function(*args)
+    return axis_after(function.__name__, args, {}, held, 0, result if torch.is_tensor(result) else result[0])
 
 
 @pytest.mark.parametrize("what", KEPT)

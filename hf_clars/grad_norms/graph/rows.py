@@ -38,6 +38,11 @@ _EACH |= {f"{sign}{op}" for sign in ("", "r", "i") for op in ("add", "sub", "mul
 """Functions after which it is known which axis is the samples': they name axes, read and write in order, are layers
 that look at rows one by one, or look at each number by itself. After others, one look at the graph tells."""
 
+_LAST_TWO = ("mT", "mH", "adjoint")
+_PARTS = {"unbind": 1, "chunk": 2, "split": 2, "tensor_split": 2}
+_PRODUCTS = ("matmul", "bmm", "scaled_dot_product_attention")
+"""Functions that swap the last two axes; give parts along an axis, which an argument names; multiply matrices."""
+
 _JOINS = ("cat", "concat", "concatenate")
 _TAKES = {"__getitem__": 1, "index_select": 2, "gather": 2, "masked_select": 1}
 _TAKES_APART = {"unbind": 1, "select": 1, "narrow": 1, "split": 2, "chunk": 2, "tensor_split": 2, "vsplit": 0}
@@ -137,8 +142,15 @@ def axis_after(
         return axis if len(index) > axis and all(item == slice(None) for item in index[: axis + 1]) else None
     if plain in _IN_ORDER:
         return axis if held[0] is args[0] and (axis == 0 or kept) else None
-    if plain in _EACH and all(t.dim() == result.dim() and t.shape[: axis + 1] == first for t in held):
-        return axis if kept else None
+    if plain in _LAST_TWO:
+        return {dims - 2: dims - 1, dims - 1: dims - 2}.get(axis, axis)
+    if plain in _PARTS:
+        place = _PARTS[plain]
+        along = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else 0)) % dims
+        return None if along == axis else axis - (plain == "unbind" and along < axis)
+    alike = kept and all(t.dim() == result.dim() and t.shape[: axis + 1] == first for t in held)
+    if alike and (plain in _EACH or (plain in _PRODUCTS and dims > axis + 2)):
+        return axis
     if len(held) > 1 or held[0] is not args[0] or not kept:
         return None
     if plain in _ANY_AXIS:

@@ -144,6 +144,7 @@ class DataTaint(TorchFunctionMode):
             found = func(*args, **(kwargs or {}))
             if not isinstance(found, Tensor):
                 return found
+            name = func.__self__.__name__
         taken = list(tensors_in((args, kwargs)))
         # Where the function begins in the graph; looked at before, as an in-place function moves its argument there.
         for t in taken:
