@@ -106,6 +106,8 @@ class CompiledCalls:
         rows, uses, number = begin_pass(self.leaf, batched, weights, self.receiver, len(self.params), self.checked)
         HANDED[self.receiver] = (rows, uses, rows.unbind(0), uses.unbind(0))
         self.measures, self.within = True, torch.compiler.is_compiling()
+        if not self.within:
+            self._hand_over(rows)
         self.number = number
         self.given_axes = tuple(batched.shape[1:])
         self.given = tuple(given) if self.within else ()
@@ -180,10 +182,9 @@ class CompiledCalls:
         for call in self.calls.values():
             call.ran = False
 
-    def hand_over(self) -> None:
-        """A pass has begun outside compiled code: its modules find their rows on the rows' device."""
-        if self.measures:
-            rows = HANDED[self.receiver][0]
-            for call in self.calls.values():
-                if call.where.device != rows.device:
-                    call.where = call.places.to(rows.device)
+    def _hand_over(self, rows: Tensor) -> None:
+        """A pass begins outside compiled code: no module has run, and each finds its rows on their device."""
+        self.forget()
+        for call in self.calls.values():
+            if call.where.device != rows.device:
+                call.where = call.places.to(rows.device)

@@ -72,7 +72,6 @@ class CompiledPasses:
             self._joined = forward_pass
             try:
                 self.calls.begin(args, kwargs)
-                self.calls.hand_over()
             finally:
                 self._joined = None
 
