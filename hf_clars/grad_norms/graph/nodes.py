@@ -21,7 +21,7 @@ from hf_clars.grad_norms.torch_kernels import affine_sums
 
 def operand_grads(of: Operand) -> Tensor:
     """Each sample's gradient of one operand of an operation, [measured, *shape]."""
-    if len([t for t in of.grads if t is not None]) == 1 and of.grads[0] is not None and of.layouts[0] is not None:
+    if of.has_one_gradient:
         kind = of.kind(_KINDS)
         found = None if kind is None else kind(of)
         if found is not None:

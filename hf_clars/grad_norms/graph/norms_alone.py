@@ -40,7 +40,7 @@ def norms_alone(of: Operand, made_of: Node, *, alone: bool) -> Tensor | None:
         return None
     if isinstance(of.node, BackwardCFunction):
         return _one_after_the_other(of) if _is_parameter(made_of) else None
-    if of.grads[0] is None or of.layouts[0] is None or any(t is not None for t in of.grads[1:]) or not alone:
+    if not (of.has_one_gradient and alone):
         return None
     squares = of.kind(_KINDS)
     if squares is not None and not _is_parameter(made_of):

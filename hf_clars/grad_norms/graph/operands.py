@@ -46,10 +46,14 @@ class Operand:
 
     def kind(self, kinds: dict[str, Kind]) -> Kind | None:
         """The function that serves the operation, by the beginning of its name; none for complex numbers."""
-        if self.grads[0] is None or self.layouts[0] is None or any(t is not None for t in self.grads[1:]):
-            return None
         known = () if self.g.is_complex() else kinds.items()
         return next((fn for name, fn in known if self.node.name().startswith(name)), None)
+
+    @property
+    def has_one_gradient(self) -> bool:
+        """Whether the first result has a gradient whose rows are samples', and no other has one."""
+        first, *rest = self.grads
+        return first is not None and self.layouts[0] is not None and all(t is None for t in rest)
 
     @property
     def g(self) -> Tensor:
@@ -88,10 +92,9 @@ class Operand:
                 operand's [b, *shape]. Default: `call_for_each`.
         """
         step = max(1, MAX_ELEMENTS // max(1, sum(g.numel() for g in self.grads if g is not None)))
-        parts = []
+        each, parts = differentiate or self.of_each, []
         for start in range(0, self.measured, step):
-            stacks = self.stacks(slice(start, min(start + step, self.measured)))
-            parts.append(self.of_each(stacks) if differentiate is None else differentiate(stacks))
+            parts.append(each(self.stacks(slice(start, min(start + step, self.measured)))))
         some = next(g for g in self.grads if g is not None)
         return torch.cat(parts) if parts else some.new_zeros(0, *self.shape)
 
