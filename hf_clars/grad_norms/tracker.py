@@ -118,6 +118,7 @@ class PerSampleGradNorms(HookedNorms):
     ) -> None:
         if self.loss_reduction == "mean_tokens":
             forward_pass.weights = label_counts(self.model, kwargs)
+        self._finder.checks_rows = bool(self.check_every)
         super()._begin(forward_pass, given, args, kwargs)
 
     def _check_result(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:

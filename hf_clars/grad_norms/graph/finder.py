@@ -14,6 +14,7 @@ from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, two_of
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
 from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, no_proof, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
+from hf_clars.grad_norms.graph.row_check import check_rows
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
@@ -43,6 +44,7 @@ class GraphFinder:
         given: What is known of the tensors that it is called with.
         gated: Modules whose results are kept as gates from now on.
         bare: What the model returned last that is made of parameters alone, and of which.
+        checks_rows: Whether the second pass looks again at all that was sure, see `check_rows`.
     """
 
     param_of: Callable[[Tensor], nn.Parameter | None]
@@ -51,6 +53,7 @@ class GraphFinder:
     unknown: bool = False
     gated: set[HookedModule] = field(default_factory=set)
     bare: Sequence[tuple[Tensor, list[nn.Parameter]]] = ()
+    checks_rows: bool = True
 
     def __post_init__(self) -> None:
         self._proofs = Proofs(self.is_split)
@@ -59,10 +62,9 @@ class GraphFinder:
         self._whole: set[Signature] = set()
         self._tables: set[Signature] = set()
         self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
-        self.moves_rows = False
-        self._moved = WorstPlaces()
+        self.moves_rows, self._moved = False, WorstPlaces()
         self.given = GivenRows()
-        self._followed = 0
+        self._followed = self._passes = 0
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
         self._layouts_now: dict[Node, list[Layout | None]] = {}
         self._gate_of: dict[tuple[object, ...], HookedModule] = {}
@@ -121,6 +123,9 @@ class GraphFinder:
                 break
         self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
         self.moves_rows |= any(c.plan.moved == MOVED and not c.cancelled for c in forward_pass.uses.rule_calls)
+        self._passes += forward_pass.batch_size > 1 and not forward_pass.backward_seen
+        if self._passes == 2 and self.checks_rows:
+            check_rows(self._proofs, forward_pass, outputs, walk, self._known, self.name_of)
         found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
         gated = [use for use, at_node in found if at_node is None]
         if gated:
