@@ -23,7 +23,7 @@ from hf_clars.grad_norms.rules.kernel_forms import (
 )
 from hf_clars.grad_norms.rules.linear import linear_squared_norm
 from hf_clars.grad_norms.torch_internals import weight_of
-from hf_clars.grad_norms.torch_kernels import convolution_input_grad
+from hf_clars.grad_norms.torch_kernels import convolution_input_grad, convolution_weight_grad
 
 # Up to so many inputs an output (an RGB image's first 3x3 convolution has 27) patches are cheap to write out.
 _THIN = 32
@@ -114,6 +114,16 @@ class ConvolutionRule(LayerRule):
             squares["bias"] = norm_math.squared_sum(g.flatten(2).sum(2))
         return squares
 
+    def summed_grad(
+        self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor, name: str, *, elements: int
+    ) -> Tensor:
+        """See `LayerRule`; by the library's own kernel, which sums over the batch."""
+        assert isinstance(module, _CONVS)
+        if name == "bias":
+            return g.flatten(2).sum((0, 2))
+        x, padding = _padded_input(module, saved[0])
+        return convolution_weight_grad(g, x, _weight_shape(module), **_settings(module, padding))
+
     def fuses_weight_grad(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """Where the per-sample product is the cheapest form, and the padding is plain."""
         assert isinstance(module, _CONVS)
@@ -184,6 +194,11 @@ def _settings(module: _Conv | _Transposed, padding: Any) -> dict[str, Any]:
     }
 
 
+def _weight_shape(module: _Conv) -> tuple[int, ...]:
+    """Also where an engine has put the weight aside."""
+    return module.out_channels, module.in_channels // module.groups, *module.kernel_size
+
+
 def _is_pointwise(module: _Conv, padding: tuple[int, ...]) -> bool:
     """A 1x1 kernel is a Linear layer over the positions that it visits."""
     return module.groups == 1 and math.prod(module.kernel_size) == 1 and not any(padding)
@@ -223,7 +238,7 @@ def convolution_squared_norm(module: _Conv, x: Tensor, g: Tensor, form: Form) ->
 
 
 def _weight_grads(module: _Conv, x: Tensor, padding: tuple[int, ...], g: Tensor) -> Tensor:
-    shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    shape = _weight_shape(module)
     if _is_pointwise(module, padding):
         return norm_math.product(g.flatten(2), _visited(module, x)).view(-1, *shape)
     settings = _settings(module, padding)
