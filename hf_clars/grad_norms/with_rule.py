@@ -27,7 +27,7 @@ from hf_clars.grad_norms.functions import (
     own_place,
     replace_backward,
 )
-from hf_clars.grad_norms.graph.layout import Layout, is_open
+from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
 from hf_clars.grad_norms.plain_backward import note_call
@@ -176,7 +176,7 @@ def _decide(
     always = outside or not hooked.path or forward_pass.batch_size == 1
     simple = always or (x in forward_pass.given and moved != MOVED)
     # Numbers [B] may be those of B positions.
-    sure = simple or (tainted is True and x.dim() > 1 and not moved and not _open(hooked, results[0], forward_pass))
+    sure = simple or (tainted is True and x.dim() > 1 and not moved)
     lasts = known is not None or always
     if known is None and rows == 1 and sure:
         known = "certain"
@@ -282,11 +282,6 @@ def _rows(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Te
     if axis:
         return 1 if x.dim() > axis and x.shape[axis] == output.shape[axis] == forward_pass.batch_size else None
     return folded_rows(x, output, forward_pass.batch_size)
-
-
-def _open(hooked: HookedModule, output: Tensor, forward_pass: ForwardPass) -> bool:
-    rule = hooked.rule
-    return rule is not None and rule.weight_sharing_axes and is_open(output.shape, forward_pass.batch_size)
 
 
 def _check_device(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor) -> None:

@@ -117,9 +117,7 @@ class GraphFinder:
                 walk = self._walk(forward_pass, outputs, taint, walk.lost | {root.edge.node for root in inner})
             unproven = [c for c in forward_pass.uses.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
-            if not unproven and not unknown:
-                break
-            if not self._learn(forward_pass, outputs, walk, unproven, unknown):
+            if not (unproven or unknown) or not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
         self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
         self.moves_rows |= any(c.plan.moved == MOVED and not c.cancelled for c in forward_pass.uses.rule_calls)
@@ -205,7 +203,7 @@ class GraphFinder:
             return [None for _ in shapes]
         by_numbers = use.node.name() in _BY_INDEX and len(shapes[0]) == 2  # [B], or of as many positions
         doubtful = use.moved or by_numbers or use.node.name().startswith(SPREADS)
-        if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not is_open(shapes[0], batch) and not doubtful:
+        if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not doubtful:
             return [Layout()]
         return None
 
@@ -275,14 +273,16 @@ class GraphFinder:
             # Rows by numbers that all samples share, as those of positions: the use is where they meet the samples.
             self._tables.add(use.key)
             return True
-        layouts: list[Layout | None] = []
-        for shape, f in zip(shapes, found, strict=True):
+
+        def layout_of(shape: tuple[int, ...], f: Arrival | None) -> Layout | None:
             if f is not None and f.layouts:
-                layouts.append(f.layouts[0])
-            elif (f is None or are_coupled(f, 0 if looked_up else use.moved, batch)) and shape and shape[0] == batch:
-                layouts.append(Layout())  # coupled samples, or no gradient: taken for what it looks like
-            else:
-                layouts.append(None)
+                return f.layouts[0]
+            looks = f is None or are_coupled(f, 0 if looked_up else use.moved, batch)  # coupled samples, or no gradient
+            return Layout() if looks and shape[:1] == (batch,) else None
+
+        layouts = [layout_of(shape, f) for shape, f in zip(shapes, found, strict=True)]
+        if any(f is not None and la is None for f, la in zip(found, layouts, strict=True)):
+            layouts = [None for _ in shapes]  # a part of its gradient would be missed
         if use.moved == MOVED:
             self._layouts_now[use.node] = self._believed[_key(use)] = layouts
         elif use.moved or any(la is not None for la in layouts):
