@@ -144,7 +144,7 @@ def rolled(net, x, y):
 
 
 def reversed_by_a_list(net, x, y):
-    return net.head(y[[3, 2, 1, 0]] * net.gain)
+    return net.head(y[[5, 4, 3, 2, 1, 0]] * net.gain)
 
 
 def module_after_a_sort(net, x, y):
@@ -167,10 +167,30 @@ def of_all_samples(net, x, y):
     return net.head(y + y.mean(0) * net.gain)
 
 
+def rotated(net, x, y):
+    return net.head(y.rot90(2, (0, 2)) * net.gain)
+
+
+def looked_up(net, x, y):
+    return net.head(F.embedding_bag(torch.arange(len(y))[:, None].flip(0), y.sum(1), mode="sum") * net.gain)
+
+
+def padded_and_cut(net, x, y):
+    return net.head(F.pad(y.sum(1), (0, 0, 1, -1)) * net.gain)
+
+
+def by_a_function_that_is_not_known(net, x, y):
+    return net.head(torch.fft.fftshift(y, 0) * net.gain)
+
+
 @pytest.mark.parametrize(
     ("between", "named"),
     [
         (rolled, "gain"),
+        (rotated, "gain"),
+        (looked_up, "gain"),
+        (padded_and_cut, "gain"),
+        (by_a_function_that_is_not_known, "gain"),
         (reversed_by_a_list, "gain"),
         (module_after_a_sort, "head.weight"),
         (of_all_samples, "gain"),
@@ -182,7 +202,7 @@ def of_all_samples(net, x, y):
 def test_what_was_given_other_places_is_refused_by_name(between, named):
     with PerSampleGradNorms(Net(between), check=False) as norms:
         with pytest.raises(UncoveredParameterError, match=rf"{named}.*nobody knows which rows belong to which"):
-            traced(norms.model)(*steps(4)(4))
+            traced(norms.model)(*steps(4)(6))
         norms.reset()
 
 

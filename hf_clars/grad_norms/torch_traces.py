@@ -60,25 +60,6 @@ def value_of(node: Any) -> Any:
     return node.meta.get("example_value")
 
 
-#: Python's names of functions that torch calls otherwise.
-_OPERATORS = {"truediv": "div", "true_divide": "div", "floordiv": "div", "floor_divide": "div", "mod": "remainder"}
-_OPERATORS |= {"and_": "bitwise_and", "or_": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
-_MADE_OF_SUCH = ("hardswish", "softsign", "logsigmoid", "tanhshrink", "prelu", "copy")
-
-
-def is_pointwise(name: str) -> bool:
-    """Whether a function computes number by number, its operands broadcast: torch marks these.
-
-    Args:
-        name: Of the function, or of an operator that writes into its first operand.
-    """
-    for plain in (name, name.removeprefix("i")):
-        packet = getattr(torch.ops.aten, _OPERATORS.get(plain, plain), None)
-        if packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads()):
-            return True
-    return name in _MADE_OF_SUCH
-
-
 def held_by(node: Any) -> Any:
     """What a trace took from outside at an input; None for numbers."""
     held = node.meta.get("grapharg")

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from hf_clars.grad_norms.compiled.kinds_of_functions import SPREADS, is_view, name_of
-from hf_clars.grad_norms.compiled.places import LOST, Place, place_after, place_of, place_of_input
+from hf_clars.grad_norms.axes.functions import SPREADS, is_view
+from hf_clars.grad_norms.axes.place import LOST, Place
+from hf_clars.grad_norms.compiled.places import name_of, place_after, place_of, place_of_input
 from hf_clars.grad_norms.compiled.sample_use import (
     IN_PLACE,
     CopiesOf,

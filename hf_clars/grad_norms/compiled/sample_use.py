@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hf_clars.grad_norms.axes.functions import SPREADS
+from hf_clars.grad_norms.axes.place import Place
 from hf_clars.grad_norms.compiled.functions import Beside, Copies
-from hf_clars.grad_norms.compiled.kinds_of_functions import SPREADS, name_of
-from hf_clars.grad_norms.compiled.places import Place
+from hf_clars.grad_norms.compiled.places import name_of
 from hf_clars.grad_norms.torch_traces import value_of
 
 IN_PLACE = {getattr(operator, f"i{n}"): getattr(operator, n) for n in ("add", "sub", "mul", "truediv", "matmul")}

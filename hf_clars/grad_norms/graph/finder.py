@@ -15,7 +15,8 @@ from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
 from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, no_proof, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
 from hf_clars.grad_norms.graph.row_check import check_rows
-from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPlaces
+from hf_clars.grad_norms.graph.rows import GivenRows
+from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.rule_call import RuleCall
@@ -62,8 +63,7 @@ class GraphFinder:
         self._whole: set[Signature] = set()
         self._tables: set[Signature] = set()
         self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
-        self.moves_rows, self._moved = False, WorstPlaces()
-        self.given = GivenRows()
+        self.moves_rows, self._moved, self.given = False, WorstPlaces(), GivenRows()
         self._followed = self._passes = 0
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
         self._layouts_now: dict[Node, list[Layout | None]] = {}

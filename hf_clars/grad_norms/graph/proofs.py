@@ -25,8 +25,8 @@ from hf_clars.grad_norms.torch_internals import shape_at
 from hf_clars.grad_norms.undisturbed import quietly
 
 Place = tuple[GradientEdge, tuple[int, ...]]
-_MOST = 64
-"""Values that are tried as roots below outputs that mix samples."""
+_MOST, _MOST_BELOW_ZEROS = 64, 4
+"""Values that are tried as roots below outputs that mix samples, or from which no gradient comes."""
 
 
 @dataclass
@@ -131,6 +131,9 @@ class Proofs:
         if at_once and not missed and stay(roots, sure, batch, question.couplings):
             return [Arrival([layout]) for _, layout in sure[: len(places)]]
         found, own = question.ask(roots)
+        if question.given and len(missed) < len(places) and not any(found):
+            below = _below_zeros(question, outputs)
+            found, own = (found, own) if below is None else (below, True)
         self._own_rows = own if returned else None
         if own is False or (own is None and (not returned or any(f and f.is_anyones() for f in found))):
             return _apart(question, outputs, found, missed, returned=returned)
@@ -228,6 +231,24 @@ def _apart(
     mixed = {i: replace(f, mixed=f.is_anyones(), elsewhere=elsewhere) for i, f in asked}
     unsettled = {i: _nothing_told(question.samples) for i in wanted}
     return [(unsettled | mixed | settled).get(i) for i in range(len(together))]
+
+
+def _below_zeros(question: _Question, outputs: Sequence[Tensor]) -> list[Arrival | None] | None:
+    """From what a head of zeros returns no gradient comes. What it was made of is asked, if that is known to tell."""
+    queue = deque((t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None)
+    tries = 0
+    while queue and tries < _MOST_BELOW_ZEROS:
+        for child, k in queue.popleft()[0].next_functions:
+            if child is None or not child.next_functions:
+                continue
+            queue.append((child, k))
+            shape = shape_at(child, k) or ()
+            for layout in _likely(shape, question.batch)[:1] if shape else ():
+                tries += 1
+                found, own = question.ask([root_at(child, k, outputs[0].device, layout)])
+                if own:
+                    return found
+    return None
 
 
 def _below(roots: Sequence[Root]) -> set[Node]:

@@ -21,28 +21,6 @@ _ALONG = {"index_select": 1, "gather": 1, "take_along_dim": 2, "roll": 2, "flip"
 
 _LAST_BY_DEFAULT = ("sort", "topk")
 _ALWAYS = ("take", "masked_select", "flipud", "_pack_padded_sequence", "roi_align", "roi_pool", "ps_roi_align")
-_TURNS = ("transpose", "permute", "swapaxes", "swapdims")
-_SUMS = ("sum", "mean", "var", "softmax", "log_softmax", "cat", "concat", "stack", "unsqueeze", "movedim")
-_IN_ORDER = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "contiguous")
-_ANY_AXIS = ("linear", "matmul", "layer_norm", "rms_norm")
-_LAYERS = (*_ANY_AXIS, "one_hot", "embedding", "group_norm", "batch_norm", "instance_norm", "interpolate")
-_OVER_PIXELS = ("conv", "conv_transpose", "avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool", "dropout")
-_EACH = {"to", "type", "float", "half", "bfloat16", "double", "clone", "detach", "dropout", "masked_fill", "clamp"}
-_EACH |= {"relu", "relu6", "gelu", "silu", "tanh", "sigmoid", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu"}
-_EACH |= {"elu", "selu", "celu", "mish", "softplus", "logsigmoid", "erf", "clip", "lerp", "expand", "expand_as"}
-_EACH |= {"sin", "cos", "exp", "log", "sqrt", "rsqrt", "square", "neg", "abs", "sign", "floor", "ceil", "round"}
-_EACH |= {"where", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "invert", "logical_not", "isnan"}
-_EACH |= {"logical_and", "logical_or", "long", "int", "bool", "type_as", "nan_to_num", "maximum", "minimum"}
-_EACH |= {"mod", "remainder", "floordiv", "floor_divide"}
-_EACH |= {f"{sign}{op}" for sign in ("", "r", "i") for op in ("add", "sub", "mul", "div", "truediv", "pow")}
-"""Functions after which it is known which axis is the samples': they name axes, read and write in order, are layers
-that look at rows one by one, or look at each number by itself. After others, one look at the graph tells."""
-
-_LAST_TWO = ("mT", "mH", "adjoint")
-_PARTS = {"unbind": 1, "chunk": 2, "split": 2, "tensor_split": 2}
-_PRODUCTS = ("matmul", "bmm", "scaled_dot_product_attention")
-"""Functions that swap the last two axes; give parts along an axis, which an argument names; multiply matrices."""
-
 _JOINS = ("cat", "concat", "concatenate")
 _TAKES = {"__getitem__": 1, "index_select": 2, "gather": 2, "masked_select": 1}
 _TAKES_APART = {"unbind": 1, "select": 1, "narrow": 1, "split": 2, "chunk": 2, "tensor_split": 2, "vsplit": 0}
@@ -107,75 +85,6 @@ def moves_rows(
         along = _axes_of(name, args, kwargs)
         return along is None or not axes.isdisjoint(k % x.dim() for k in along)
     return name in _ALWAYS
-
-
-def axis_after(
-    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], held: Sequence[Tensor], axis: int, result: Tensor
-) -> int | None:
-    """Which axis of a function's result is surely the samples', each sample's rows together; None: not sure.
-
-    Args:
-        name: The function's.
-        args: What it was called with.
-        kwargs: The same.
-        held: What of it depends on the data.
-        axis: Which axis of these is.
-        result: The result.
-    """
-    if not args:
-        return None  # all were given by names that are not known
-    plain, dims = name.strip("_"), held[0].dim()
-    if plain in _TURNS or plain in _SUMS:
-        given = [*args[1:], *(v for k, v in kwargs.items() if k.startswith("dim"))]
-        given = [k for g in given for k in (g if isinstance(g, tuple | list) else (g,))]
-        count = dims + (plain in ("stack", "unsqueeze"))
-        named = [k % count for k in given if isinstance(k, int) and not isinstance(k, bool)]
-        if plain in _SUMS:
-            return axis if named and min(named) > axis else None
-        if plain == "permute":
-            return named.index(axis) if len(named) == dims else None
-        return {named[0]: named[1], named[1]: named[0]}.get(axis, axis) if len(named) == 2 else None
-    first = held[0].shape[: axis + 1]
-    kept = result.shape[: axis + 1] == first
-    if plain == "getitem":
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return axis if len(index) > axis and all(item == slice(None) for item in index[: axis + 1]) else None
-    if plain in _IN_ORDER:
-        return axis if held[0] is args[0] and (axis == 0 or kept) else None
-    if plain in _LAST_TWO:
-        return {dims - 2: dims - 1, dims - 1: dims - 2}.get(axis, axis)
-    if plain in _PARTS:
-        place = _PARTS[plain]
-        along = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else 0)) % dims
-        return None if along == axis else axis - (plain == "unbind" and along < axis)
-    alike = kept and all(t.dim() == result.dim() and t.shape[: axis + 1] == first for t in held)
-    if alike and (plain in _EACH or (plain in _PRODUCTS and dims > axis + 2)):
-        return axis
-    if len(held) > 1 or held[0] is not args[0] or not kept:
-        return None
-    if plain in _ANY_AXIS:
-        return axis if result.dim() == dims > axis + 1 else None
-    pixels = int(plain[-2]) if plain[-2:] in ("1d", "2d", "3d") and plain[:-2] in _OVER_PIXELS else None
-    return axis if axis == 0 and (plain in _LAYERS or dims - 2 == pixels) else None
-
-
-def joins_batches(
-    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], held: Sequence[Tensor], axis: int, batch: int
-) -> bool:
-    """Whether a function lays whole batches one after the other, as two views of each image.
-
-    Args:
-        name: The function's.
-        args: What it was called with.
-        kwargs: The same.
-        held: What of it depends on the data.
-        axis: Which axis of these is the samples'.
-        batch: B.
-    """
-    if name not in _JOINS or len(held) < 2 or len(held) != len(args[0]):
-        return False
-    along = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-    return along % held[0].dim() == axis and all(t.shape[axis] == batch for t in held)
 
 
 @dataclass(frozen=True)
@@ -323,3 +232,25 @@ def _contracts_rows(args: Sequence[Any], holds: Callable[[Tensor], bool]) -> boo
     taken, arrow, made = args[0].replace(" ", "").partition("->")
     first = [letters[:1] for letters, t in zip(taken.split(","), operands, strict=False) if holds(t)]
     return bool(arrow) and len(first) > 1 and any(letter not in made for letter in first)
+
+
+def has_batch_axis(t: Tensor, batch: int) -> bool:
+    """Whether the batch may be the first axis, or the second as in a recurrent net's state."""
+    return t.dim() > 0 and (len(t) == batch or (t.dim() == 3 and t.shape[1] == batch))
+
+
+class GivenRows:
+    """Which tensors that a model is called with have no axis of the batch, in any pass: by their number.
+
+    The nodes of all graphs of a batch may be as many as the batch has samples, or a multiple of it, by chance.
+    """
+
+    def __init__(self) -> None:
+        self.loose: set[int] = set()
+
+    def look(self, given: Sequence[Tensor], batch: int) -> bool:
+        """Returns whether one is so for the first time."""
+        now = {i for i, t in enumerate(given) if batch > 1 and t.dim() and not has_batch_axis(t, batch)}
+        new = not now <= self.loose
+        self.loose |= now
+        return new

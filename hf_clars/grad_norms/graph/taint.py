@@ -17,17 +17,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
+from hf_clars.grad_norms.axes.functions import is_view
+from hf_clars.grad_norms.axes.place import LOST, Call, Place
 from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.graph.layout import Layout
-from hf_clars.grad_norms.graph.rows import (
-    Taken,
-    axis_after,
-    is_write,
-    joins_batches,
-    moves_rows,
-    operands_first,
-    taken_rows,
-)
+from hf_clars.grad_norms.graph.rows import Taken, has_batch_axis, is_write, moves_rows, operands_first, taken_rows
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unseen_by_modes, unwrapped
 
@@ -67,7 +61,7 @@ class DataTaint(TorchFunctionMode):
         self.moves = False
         self._moved: dict[int, int] = {}
         self._blank: set[int] = set()
-        self._axes: dict[tuple[int, tuple[int, ...]], Layout] = {}
+        self._places: dict[tuple[int, tuple[int, ...]], Place] = {}
         self._taken: list[tuple[Taken, int]] = []
         self._visited: set[Node] = set()
         # The references keep the keys from being given to other memory; they do not keep the memory.
@@ -97,18 +91,24 @@ class DataTaint(TorchFunctionMode):
 
     def layout_of(self, t: Tensor) -> Layout | None:
         """Which rows of a tensor are surely whose, also where several batches lie one after the other."""
-        storage = storage_of(t) if self._axes else None
-        return None if storage is None or self._place(t) else self._axes.get((storage.key, t.stride()))
+        place = self._known_place(t)
+        if place is None:
+            return None
+        return Layout(place.axis, -1 if place.inner == 1 != place.outer else place.outer)
 
-    def note_axis(self, t: Tensor, axis: int | None, outer: int = 1) -> None:
-        """Say which it is, and how the batch lies there; see `Layout`."""
+    def _known_place(self, t: Tensor) -> Place | None:
+        storage = storage_of(t) if self._places else None
+        return None if storage is None or self._place(t) else self._places.get((storage.key, t.stride()))
+
+    def note_place(self, t: Tensor, place: Any) -> None:
+        """Say where the samples are in a tensor; see `Place`."""
         storage = storage_of(t)
         if storage is None:
             return
-        if axis is None or t.dim() <= axis or not t.shape[axis] or t.shape[axis] % self.batch:
-            self._axes.pop((storage.key, t.stride()), None)
+        if isinstance(place, Place):
+            self._places[storage.key, t.stride()] = place
         else:
-            self._axes[storage.key, t.stride()] = Layout(axis, outer)
+            self._places.pop((storage.key, t.stride()), None)
 
     def holds(self, t: Tensor) -> bool:
         """Whether a tensor depends on the data; what compiled code made is taken to."""
@@ -117,6 +117,10 @@ class DataTaint(TorchFunctionMode):
             return True
         storage = storage_of(t)
         return storage is not None and storage.key in self._marked
+
+    def _is_blank(self, t: Tensor) -> bool:
+        storage = storage_of(t) if self._blank else None
+        return storage is not None and storage.key in self._blank
 
     def _mark_nodes(self, node: Node, moved: int) -> None:
         """The node of a result, and those inside the same function that took something without a gradient."""
@@ -156,22 +160,33 @@ class DataTaint(TorchFunctionMode):
         held = [t for t in taken if self.holds(t)]
         named, operands = kwargs or {}, operands_first(args, kwargs or {})
         place = self._rows_after(name, operands, named, held) if held else 0
-        layouts = {self.layout_of(t) for t in held}
+        places, blank = [self._known_place(t) for t in held], all(map(self._is_blank, held))
         result = func(*args, **named)
         if held:
             results = list(tensors_in((result, [args[0]] if name == "__setitem__" else [])))
-            layout = layouts.pop() if len(layouts) == 1 else None
-            axis, outer = (layout.axis, layout.outer) if layout else (None, 1)
-            joined = axis is not None and outer == 1 and joins_batches(name, operands, named, held, axis, self.batch)
-            for t in results:
-                after = None if axis is None else axis_after(name, operands, named, held, axis, t)
-                if after is not None and outer != 1 and t.shape[after:][:1] != held[0].shape[axis:][:1]:
-                    after = None  # rows of several batches, split or joined
-                self.note_axis(t, axis if joined else after, -1 if joined else outer)
+            after = self._places_after(name, func, operands, named, held, places, result)
+            for i, t in enumerate(results):
+                self.note_place(t, after[i] if i < len(after) else LOST)
             self.mark(results, self._met(held, results) if place == LOOSE else place)
-            if name in _BLANK:
+            if blank or name in _BLANK:
                 self._blank.update(storage.key for t in results if (storage := storage_of(t)) is not None)
         return result
+
+    def _places_after(
+        self, name: str, func: Any, args: Any, kwargs: Any, held: list[Tensor], places: list[Any], result: Any
+    ) -> Sequence[Any]:
+        """Where the samples surely are in a function's results; nothing where they are not known to be anywhere."""
+        plain = name.strip("_")
+        turned = bool(args) and result is args[0] and is_view(plain)  # in place: its shape before is gone
+        data = {id(t): place for t, place in zip(held, places, strict=True) if not self._is_blank(t)}
+        known = bool(data) and None not in data.values() and not turned
+        if not known or self.batch < 2 or not isinstance(result, Tensor | tuple | list):
+            return ()
+        try:
+            found = Call(plain, func, args, kwargs, data, self.batch).places_in(result)
+        except (IndexError, TypeError, ValueError):  # called in a way that is not known, as with all given by name
+            return ()
+        return found if isinstance(found, tuple) else (found,)
 
     def _rows_after(self, name: str, args: Any, kwargs: Any, held: list[Tensor]) -> int:
         """Where the rows of a function's results are; looked at before, as it may change its argument.
@@ -196,8 +211,7 @@ class DataTaint(TorchFunctionMode):
     def _rows_written(self, name: str, args: Any, kwargs: Any, place: int) -> int:
         """Rows stay where they are written to. What was blank has only those that come back as they were taken."""
         into = args[0]
-        storage = storage_of(into)
-        blank = not self.holds(into) or (storage is not None and storage.key in self._blank)
+        blank = not self.holds(into) or self._is_blank(into)
         if not blank:
             return max(self.moved(into), min(place, BROUGHT_BACK))
         written = taken_rows(name, args, kwargs)
@@ -216,11 +230,6 @@ class DataTaint(TorchFunctionMode):
         if any(has_batch_axis(t, self.batch) for t in rest) or rows.isdisjoint(len(t) for t in loose if t.dim()):
             return moved
         return LOOSE
-
-
-def has_batch_axis(t: Tensor, batch: int) -> bool:
-    """Whether the batch may be the first axis, or the second as in a recurrent net's state."""
-    return t.dim() > 0 and (len(t) == batch or (t.dim() == 3 and t.shape[1] == batch))
 
 
 def node_of(t: Tensor) -> Node | None:
@@ -257,23 +266,6 @@ class WorstPlaces:
         return place
 
 
-class GivenRows:
-    """Which tensors that a model is called with have no axis of the batch, in any pass: by their number.
-
-    The nodes of all graphs of a batch may be as many as the batch has samples, or a multiple of it, by chance.
-    """
-
-    def __init__(self) -> None:
-        self.loose: set[int] = set()
-
-    def look(self, given: Sequence[Tensor], batch: int) -> bool:
-        """Returns whether one is so for the first time."""
-        now = {i for i, t in enumerate(given) if batch > 1 and t.dim() and not has_batch_axis(t, batch)}
-        new = not now <= self.loose
-        self.loose |= now
-        return new
-
-
 class Following:
     """The mode of a forward pass, if it has one.
 
@@ -296,7 +288,7 @@ class Following:
         self.end()
         self.taint = DataTaint(batch)
         for i, t in enumerate(given):
-            self.taint.note_axis(t, 0 if i not in loose and t.dim() and len(t) == batch else None)
+            self.taint.note_place(t, Place() if i not in loose and t.dim() and len(t) == batch else LOST)
             self.taint.mark([t], LOOSE if i in loose else 0)
         self.taint.__enter__()
 

@@ -1,6 +1,8 @@
-"""What functions do with axes, by their names in a traced graph; see `places.py`."""
+"""What functions do with axes, by their names; see `place.py`."""
 
-from torch import fx
+from functools import cache
+
+import torch
 
 #: Read numbers in order.
 IN_ORDER = ("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
@@ -32,10 +34,10 @@ KEEP_SHAPES = (
     *("detach", "fill", "zero", "tril", "triu", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
     *("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm", "normalize"),
     *("softmax", "log_softmax", "softmin", "gumbel_softmax", "cumsum", "cumprod", "logcumsumexp"),
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "masked_scatter"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     *("_softmax", "_log_softmax", "empty_like", "bernoulli", "requires_grad"),
 )
-#: Keep the first axis, and make others of the rest.
+#: Keep the first axis of their first operand, and make others of the rest.
 KEEP_THE_FIRST = (
     *(f"{of}{n}d" for n in (1, 2, 3) for of in ("conv", "conv_transpose", "avg_pool", "max_pool", "lp_pool")),
     *(f"adaptive_{of}_pool{n}d" for n in (1, 2, 3) for of in ("avg", "max")),
@@ -48,21 +50,36 @@ OF_THE_LAST = ("linear", "pad", "glu", "one_hot", "bilinear")
 REDUCTIONS = {
     **dict.fromkeys(("sum", "mean", "amax", "amin", "logsumexp", "prod", "nansum", "nanmean", "all", "any"), 1),
     **dict.fromkeys(("max", "min", "argmax", "argmin", "median", "mode", "var", "std", "var_mean", "std_mean"), 1),
-    **dict.fromkeys(("norm", "vector_norm", "linalg_norm", "linalg_vector_norm", "kthvalue", "quantile"), 2),
+    **dict.fromkeys(("norm", "vector_norm", "linalg_norm", "linalg_vector_norm", "kthvalue"), 2),
     **{"count_nonzero": 1, "nanmedian": 1, "aminmax": 99},
 }
 ALONG = {
     **dict.fromkeys(("sort", "argsort", "msort", "gather", "index_select", "scatter", "scatter_add", "flip"), 1),
-    **dict.fromkeys(("index_add", "index_copy", "index_fill", "scatter_reduce", "rot90"), 1),
-    **dict.fromkeys(("topk", "take_along_dim", "roll", "cross"), 2),
+    **dict.fromkeys(("index_add", "index_copy", "index_fill", "scatter_reduce"), 1),
+    **dict.fromkeys(("topk", "take_along_dim", "roll", "cross", "rot90"), 2),
 }
 JOINS = ("cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack")
 
 
-def name_of(node: fx.Node) -> str:
-    """The name of an operation in a traced graph, without what tells its variants apart."""
-    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-    return name.rstrip("_") if node.op == "call_method" else name
+#: Python's names of functions that torch calls otherwise.
+_OPERATORS = {"truediv": "div", "true_divide": "div", "floordiv": "div", "floor_divide": "div", "mod": "remainder"}
+_OPERATORS |= {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
+_OPERATORS |= {"and_": "bitwise_and", "or_": "bitwise_or"}
+_MADE_OF_SUCH = ("hardswish", "softsign", "logsigmoid", "tanhshrink", "prelu", "copy")
+
+
+@cache
+def is_pointwise(name: str) -> bool:
+    """Whether a function computes number by number, its operands broadcast: torch marks these.
+
+    Args:
+        name: Of the function, or of an operator that writes into its first operand, or takes it last.
+    """
+    for plain in (name, name.removeprefix("i"), name.removeprefix("r")):
+        packet = getattr(torch.ops.aten, _OPERATORS.get(plain, plain), None)
+        if packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads()):
+            return True
+    return name in _MADE_OF_SUCH
 
 
 def is_view(name: str) -> bool:
