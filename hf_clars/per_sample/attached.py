@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.hooks import BoundHook, PlacedHooks
+from hf_clars.grad_norms.resumed import Proven, expect_calls, proven_calls
 from hf_clars.layers import ParamLayer
 from hf_clars.per_sample.gradient import wide_dtype
 
@@ -96,6 +97,7 @@ class AttachedNorms:
         on_error: Called once with an error that a hook of the engine raised in a forward pass, in place of letting it
             end the training; one in a backward pass is raised where results are read. None: errors pass.
         paused: Whether its first step is not measured. Default False.
+        proven: As `NormMonitor` takes it.
 
     Attributes:
         paused: Whether it is between two measured steps.
@@ -109,6 +111,7 @@ class AttachedNorms:
         *,
         on_error: Callable[[Exception], None] | None = None,
         paused: bool = False,
+        proven: Proven | None = None,
     ) -> None:
         self.model = model
         self.layers = list(layers)
@@ -117,11 +120,17 @@ class AttachedNorms:
         self._passes: list[_Pass] = []
         self._open = _Open()
         self._norms = PerSampleGradNorms(model, layers=self.layers, loss_reduction="sum", on_error=on_error)
+        expect_calls(self._norms, proven or {})
         self._own = PlacedHooks()
         self._own.add(model.register_forward_hook, BoundHook(self._note_loss))
         self.hooks_stay = True  # until a measured step has shown that the model is not compiled
         if paused:
             self._norms.pause()
+
+    @property
+    def proven(self) -> Proven:
+        """As `NormMonitor.proven_calls`."""
+        return proven_calls(self._norms)
 
     def pause(self, *, stay: bool = False) -> None:
         """A measured step is over: let go of it, and do nothing until `resume()`.
