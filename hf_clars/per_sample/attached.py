@@ -46,6 +46,7 @@ class LocalSamples:
 
 @dataclass
 class _Pass:
+    batch: int  # as the engine counts them
     samples: int
     index: Tensor | None
     loss: Tensor | None
@@ -58,8 +59,8 @@ class _ModelLoss:
     gradient that arrives at it tells.
     """
 
-    def __init__(self, loss: Tensor) -> None:
-        self._value = loss.detach()
+    def __init__(self, loss: Tensor, batch: int) -> None:
+        self._value, self.batch = loss.detach(), batch
         self._weight: Tensor | None = None
         loss.register_hook(self._arrived)
 
@@ -79,9 +80,9 @@ class _Open:
     index: Tensor | None = None
     losses: list[_ModelLoss] = field(default_factory=list)
 
-    def loss(self) -> Tensor | None:
+    def loss(self, batch: int) -> Tensor | None:
         """What the model's losses add to the one that is differentiated; None where they have no part in it."""
-        shares = [share for share in (loss.share for loss in self.losses) if share is not None]
+        shares = [share for share in (loss.share for loss in self.losses if loss.batch == batch) if share is not None]
         return torch.stack(shares).sum() if shares else None
 
 
@@ -166,7 +167,7 @@ class AttachedNorms:
             first = output[0] if isinstance(output, tuple) and output else output  # as Trainer takes it
             loss = first if isinstance(first, Tensor) and first.dim() == 0 else loss
             if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
-                self._open.losses.append(_ModelLoss(loss))
+                self._open.losses.append(_ModelLoss(loss, self._norms.batches))
 
     def note_index(self, index: Tensor | None) -> None:
         """The data set's indices of the samples of the pass that comes."""
@@ -178,10 +179,12 @@ class AttachedNorms:
         Args:
             loss: What `backward()` was called on, if the loop knows better than the model.
         """
-        totals = self._norms.totals()
+        totals, batch = self._norms.totals(), self._norms.batches
+        # The loop may have cleared the gradients of passes before, as to skip a step.
+        self._passes = [p for p in self._passes if p.batch == batch]
         samples = 0 if totals is None else totals.captured - sum(p.samples for p in self._passes)
-        known = self._open.loss() if loss is None else loss
-        self._passes.append(_Pass(samples, self._open.index, known))
+        known = self._open.loss(batch) if loss is None else loss
+        self._passes.append(_Pass(batch, samples, self._open.index, known))
         self._open = _Open()
 
     def read(self) -> LocalSamples:
