@@ -21,7 +21,7 @@ from hf_clars.distributed import (
 from hf_clars.errors import HfClarsError
 from hf_clars.layers import ParamLayer
 
-ELEMENTS = 64  # of each parameter: enough to tell a factor, and nothing beside the norms
+ELEMENTS, SUMS = 64, 4  # of each parameter, and of each of as many parts of it: enough to tell a factor
 
 
 class GradientNotHereError(HfClarsError, RuntimeError):
@@ -137,7 +137,8 @@ class GradientProbe:
     """Tells by how much gradients were multiplied between `backward()` and now, by clipping or a loss scale.
 
     A trainer clips before anyone can look. Both act on all gradients alike, so a few elements of each, copied when
-    `backward()` has just added to them, tell the factor. Sparse gradients are left out: the others tell it as well.
+    `backward()` has just added to them, tell the factor; and sums, as a large table may have few rows that are not 0.
+    Sparse gradients are left out: the others tell it as well.
 
     Args:
         params: The parameters; those that are frozen now are left out too.
@@ -151,7 +152,7 @@ class GradientProbe:
 
     def _note(self, param: Tensor) -> None:
         if param.grad is not None and not param.grad.is_sparse and isinstance(param, nn.Parameter):
-            self._before[param] = _elements(param.grad)
+            self._before[param] = _looked_at(param.grad)
 
     @torch.no_grad()
     def factor(self) -> Tensor:
@@ -166,11 +167,11 @@ class GradientProbe:
         before, after = [torch.zeros(1, dtype=wide, device=device)], [torch.zeros(1, dtype=wide, device=device)]
         for param in self._params:
             grad = None if param.grad is None or param.grad.is_sparse else param.grad
-            size = len(_elements(param.detach()))
-            noted = self._before.get(param)
+            noted, now = self._before.get(param), None if grad is None else _looked_at(grad)
             # The same number of elements on every process, also where a process had no samples for a layer.
-            before.append(torch.zeros(size, dtype=wide, device=device) if noted is None else noted.to(wide))
-            after.append(torch.zeros(size, dtype=wide, device=device) if grad is None else _elements(grad).to(wide))
+            blank = torch.zeros_like(_looked_at(param.detach()) if noted is None or now is None else now)
+            before.append((blank if noted is None else noted).to(wide))
+            after.append((blank if now is None else now).to(wide))
         old, new = torch.cat(before), torch.cat(after)
         if not split:  # `backward()` left each process its own; data parallelism has averaged them since
             old = sum_over_ranks(old) / world_size()
@@ -189,9 +190,16 @@ class GradientProbe:
         self._handles.clear()
 
 
-def _elements(tensor: Tensor) -> Tensor:
-    """A copy of some elements of the local part, evenly spread, in float32 at least."""
+def _looked_at(tensor: Tensor) -> Tensor:
+    """Some elements of the local part, evenly spread, and sums that all are in: a copy, in float32 at least.
+
+    In a sum each has a weight that was drawn: plain sums are often 0, as before a LayerNorm or a softmax.
+    """
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     flat = local.detach().reshape(-1)
     wide = torch.promote_types(flat.dtype, torch.float32)
-    return flat[:: max(1, flat.numel() // ELEMENTS)].to(wide, copy=True)
+    every = max(1, flat.numel() // ELEMENTS)
+    drawn = torch.Generator(flat.device).manual_seed(every)  # the same on all processes, and each time
+    weights = (torch.rand(every, SUMS, generator=drawn, device=flat.device) - 0.5) / every**0.5
+    sums = flat[: every * ELEMENTS].reshape(-1, every) @ weights.to(flat.dtype)
+    return torch.cat([flat[::every], sums.flatten(), flat[every * ELEMENTS :]]).to(wide, copy=True)
