@@ -13,6 +13,7 @@ from hf_clars.distributed import (
     is_split,
     is_zeros,
     local_norms,
+    local_part,
     sum_over_ranks,
     whole_gradient,
     world_size,
@@ -20,8 +21,7 @@ from hf_clars.distributed import (
 )
 from hf_clars.errors import HfClarsError
 from hf_clars.layers import ParamLayer
-
-ELEMENTS, SUMS = 64, 4  # of each parameter, and of each of as many parts of it: enough to tell a factor
+from hf_clars.optim.gradient_scale import some_of
 
 
 class GradientNotHereError(HfClarsError, RuntimeError):
@@ -152,7 +152,7 @@ class GradientProbe:
 
     def _note(self, param: Tensor) -> None:
         if param.grad is not None and not param.grad.is_sparse and isinstance(param, nn.Parameter):
-            self._before[param] = _looked_at(param.grad)
+            self._before[param] = some_of(local_part(param.grad))
 
     @torch.no_grad()
     def factor(self) -> Tensor:
@@ -167,9 +167,9 @@ class GradientProbe:
         before, after = [torch.zeros(1, dtype=wide, device=device)], [torch.zeros(1, dtype=wide, device=device)]
         for param in self._params:
             grad = None if param.grad is None or param.grad.is_sparse else param.grad
-            noted, now = self._before.get(param), None if grad is None else _looked_at(grad)
+            noted, now = self._before.get(param), None if grad is None else some_of(local_part(grad))
             # The same number of elements on every process, also where a process had no samples for a layer.
-            blank = torch.zeros_like(_looked_at(param.detach()) if noted is None or now is None else now)
+            blank = torch.zeros_like(some_of(local_part(param)) if noted is None or now is None else now)
             before.append((blank if noted is None else noted).to(wide))
             after.append((blank if now is None else now).to(wide))
         old, new = torch.cat(before), torch.cat(after)
@@ -188,18 +188,3 @@ class GradientProbe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-
-def _looked_at(tensor: Tensor) -> Tensor:
-    """Some elements of the local part, evenly spread, and sums that all are in: a copy, in float32 at least.
-
-    In a sum each has a weight that was drawn: plain sums are often 0, as before a LayerNorm or a softmax.
-    """
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    flat = local.detach().reshape(-1)
-    wide = torch.promote_types(flat.dtype, torch.float32)
-    every = max(1, flat.numel() // ELEMENTS)
-    drawn = torch.Generator(flat.device).manual_seed(every)  # the same on all processes, and each time
-    weights = (torch.rand(every, SUMS, generator=drawn, device=flat.device) - 0.5) / every**0.5
-    sums = flat[: every * ELEMENTS].reshape(-1, every) @ weights.to(flat.dtype)
-    return torch.cat([flat[::every], sums.flatten(), flat[every * ELEMENTS :]]).to(wide, copy=True)
