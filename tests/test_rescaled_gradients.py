@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from hf_clars.optim import CLARS
 from tests.twin import batch, loss_on, small_model
@@ -76,3 +77,31 @@ def test_with_weight_decay_a_clipped_gradient_is_what_the_decay_is_added_to():
         torch.testing.assert_close(optimizer.last_step.mean_sample_norm[row], n, rtol=1e-4, atol=0)
         expected = before - 0.5 * 1e-2 * w / (n + 0.1 * w) * (grad + 0.1 * before)
         torch.testing.assert_close(model[6].weight.detach(), expected, rtol=1e-4, atol=1e-9)
+
+
+class Table(nn.Module):
+    """Trains a large table, of which a batch uses rows near each other; what they get adds up to 0."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(20_000, 16), nn.Linear(16, 3).requires_grad_(False)
+
+    def forward(self, ids):
+        return self.head(nn.functional.layer_norm(self.table(ids).sum(1), (16,)))
+
+
+def test_clipping_cancels_also_where_a_large_table_trains_alone():
+    model, other = Table().double(), Table().double()
+    plain, clipped = CLARS(model), CLARS(other)
+    for step in range(3):
+        ids = torch.randint(0, 50, (8, 5), generator=torch.Generator().manual_seed(step))
+        for net, optimizer in ((model, plain), (other, clipped)):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(ids), ids[:, 0] % 3).backward()
+            if net is other:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+            optimizer.step()
+        torch.testing.assert_close(clipped.last_step.ratio, plain.last_step.ratio, rtol=1e-9, atol=0)
+    torch.testing.assert_close(other.table.weight, model.table.weight, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(model.table.weight, Table().double().table.weight)

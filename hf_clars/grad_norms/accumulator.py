@@ -37,12 +37,14 @@ class NormAccumulator:
         repeats: Whether hooks work although it is paused, in what activation checkpointing runs again.
         meets_compiler: Whether compiled code was seen: it must know the hooks from the start.
         take_error: Gets an error of a hook in a forward pass, in place of the model's caller; None: nobody does.
+        batches: How many batches it has let go of.
         engine_dropped_a_batch: For engines that hold the gradients: whether one was dropped since this was last called.
     """
 
     take_error: Callable[[Exception], None] | None = None
     repeats = False
     meets_compiler = False
+    batches = 0
 
     def __init__(
         self,
@@ -226,6 +228,7 @@ class NormAccumulator:
 
     def reset(self) -> None:
         """Forget the batch accumulated so far."""
+        self.batches += 1
         # Gradients may be cleared between forward and backward: such a pass is let go only when the next one begins.
         self._dropped += self._passes
         self._passes.clear()

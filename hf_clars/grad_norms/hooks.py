@@ -9,11 +9,13 @@ the owner, so that it does not end what the user does.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_clars.grad_norms.torch_internals import ends_recomputation
@@ -103,6 +105,22 @@ class BoundHook:
 
     def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
         return InertHook, ()
+
+
+@contextmanager
+def others_paused(model: nn.Module) -> Iterator[None]:
+    """What happens to a model inside is no business of those that have hooks on its modules now: trackers, guards."""
+    hooks = [h for m in model.modules() for held in (m._forward_pre_hooks, m._forward_hooks) for h in held.values()]
+    methods: list[Any] = [hook.method() for hook in hooks if isinstance(hook, BoundHook)]
+    owners = list({id(m.__self__): m.__self__ for m in methods if m is not None}.values())
+    before = [getattr(owner, "paused", False) for owner in owners]
+    for owner in owners:
+        owner.paused = True
+    try:
+        yield
+    finally:
+        for owner, paused in zip(owners, before, strict=True):
+            owner.paused = paused
 
 
 class PlacedHooks:

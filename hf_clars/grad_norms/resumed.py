@@ -17,10 +17,11 @@ def proven_calls(norms: object) -> dict[str, list[list[int]]]:
     """{module: layouts of its calls that are known to be right}, as JSON takes it.
 
     Args:
-        norms: The tracker; another estimator has none.
+        norms: The tracker; another estimator has none. What it expects itself, and has not met yet, is handed on.
     """
     modules = norms.hooked if isinstance(norms, HookedNorms) else ()
-    found = {each.path: [list(key) for key, how in each.calls.items() if how != "graph"] for each in modules}
+    known = {each.path: dict.fromkeys(sorted(each.expected), "expected") | each.calls for each in modules}
+    found = {path: [list(key) for key, how in calls.items() if how != "graph"] for path, calls in known.items()}
     return {path: keys for path, keys in found.items() if keys}
 
 

@@ -16,22 +16,36 @@ from torch.utils.hooks import RemovableHandle
 from hf_clars.distributed import is_split, is_zeros, keeps_gradients_elsewhere, local_part
 from hf_clars.grad_norms.hooks import BoundHook
 
-ELEMENTS = 128  # of each witness, at most
+ELEMENTS, SUMS = 128, 4  # of each witness, and of each of as many parts of it
 
 
 def _stride(elements: int) -> int:
     return max(1, elements // ELEMENTS)
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """A copy of some elements, evenly spread, in float32 at least."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.detach().reshape(-1)[:: _stride(tensor.numel())].to(wide, copy=True)
+def some_of(tensor: Tensor) -> Tensor:
+    """A few numbers that any factor multiplies: elements, evenly spread, and sums that all are in; float32 at least.
+
+    Few rows of a large table may not be 0. In sums each element has a weight of its own, as if drawn: plain ones are
+    often 0, before a LayerNorm or a softmax.
+    """
+    flat, wide = tensor.detach().reshape(-1), torch.promote_types(tensor.dtype, torch.float32)
+    every = _stride(len(flat))
+    if every == 1:
+        return flat.to(wide, copy=True)
+    whole = len(flat) // every * every
+    drawn = torch.arange(1.0, SUMS * every + 1, device=flat.device).sin().mul(43758.5453).frac() / every**0.5
+    sums = flat[:whole].view(-1, every) @ drawn.view(every, SUMS).to(flat.dtype)
+    return torch.cat([flat[::every], sums.flatten(), flat[whole:]]).to(wide)
 
 
 def _size(param: nn.Parameter) -> int:
     """How many numbers of a parameter processes tell each other."""
-    return 2 if is_split(param) else len(range(0, param.numel(), _stride(param.numel())))
+    if is_split(param):
+        return 2
+    every = _stride(param.numel())
+    parts, rest = divmod(param.numel(), every)
+    return parts if every == 1 else parts + bool(rest) + SUMS * parts + rest
 
 
 def _witnesses(params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -78,7 +92,7 @@ class GradientScale:
     @torch.no_grad()
     def _on_gradient(self, param: nn.Parameter) -> None:
         if param.grad is not None and not param.grad.is_sparse:
-            self._before[param] = _sample(local_part(param.grad))
+            self._before[param] = some_of(local_part(param.grad))
 
     @torch.no_grad()
     def local_sample(self) -> Tensor:
@@ -97,7 +111,7 @@ class GradientScale:
             return torch.zeros(_size(param), device=param.device)
         if not is_split(param):
             return before
-        return torch.stack([before.square().sum(), _sample(local_part(param.grad)).square().sum()])
+        return torch.stack([before.square().sum(), some_of(local_part(param.grad)).square().sum()])
 
     @torch.no_grad()
     def scale_since(self, sample: Tensor) -> Tensor:
@@ -133,7 +147,7 @@ class GradientScale:
         parts = []
         for param, part in zip(self._witnesses, self._parts(sample), strict=True):
             told = param.grad is not None and not keeps_gradients_elsewhere(param)
-            parts.append(_sample(param.grad).to(part) if told and param.grad is not None else torch.zeros_like(part))
+            parts.append(some_of(param.grad).to(part) if told and param.grad is not None else torch.zeros_like(part))
         return torch.cat(parts)
 
     def _parts(self, sample: Tensor) -> Sequence[Tensor]:
@@ -147,7 +161,7 @@ class GradientScale:
                 before, after = before + part[0], after + part[1]
             elif param.grad is not None and not keeps_gradients_elsewhere(param):
                 before = before + part.square().sum()
-                after = after + _sample(param.grad).to(part).square().sum()
+                after = after + some_of(param.grad).to(part).square().sum()
         return before, after
 
     def stepped(self) -> None:

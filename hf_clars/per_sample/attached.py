@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_clars.errors import HfClarsError
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.hooks import BoundHook, PlacedHooks
+from hf_clars.grad_norms.resumed import Proven, expect_calls, proven_calls
 from hf_clars.layers import ParamLayer
 from hf_clars.per_sample.gradient import wide_dtype
 
@@ -45,6 +46,7 @@ class LocalSamples:
 
 @dataclass
 class _Pass:
+    batch: int  # as the engine counts them
     samples: int
     index: Tensor | None
     loss: Tensor | None
@@ -57,8 +59,8 @@ class _ModelLoss:
     gradient that arrives at it tells.
     """
 
-    def __init__(self, loss: Tensor) -> None:
-        self._value = loss.detach()
+    def __init__(self, loss: Tensor, batch: int) -> None:
+        self._value, self.batch = loss.detach(), batch
         self._weight: Tensor | None = None
         loss.register_hook(self._arrived)
 
@@ -78,9 +80,9 @@ class _Open:
     index: Tensor | None = None
     losses: list[_ModelLoss] = field(default_factory=list)
 
-    def loss(self) -> Tensor | None:
+    def loss(self, batch: int) -> Tensor | None:
         """What the model's losses add to the one that is differentiated; None where they have no part in it."""
-        shares = [share for share in (loss.share for loss in self.losses) if share is not None]
+        shares = [share for share in (loss.share for loss in self.losses if loss.batch == batch) if share is not None]
         return torch.stack(shares).sum() if shares else None
 
 
@@ -96,6 +98,7 @@ class AttachedNorms:
         on_error: Called once with an error that a hook of the engine raised in a forward pass, in place of letting it
             end the training; one in a backward pass is raised where results are read. None: errors pass.
         paused: Whether its first step is not measured. Default False.
+        proven: As `NormMonitor` takes it.
 
     Attributes:
         paused: Whether it is between two measured steps.
@@ -109,6 +112,7 @@ class AttachedNorms:
         *,
         on_error: Callable[[Exception], None] | None = None,
         paused: bool = False,
+        proven: Proven | None = None,
     ) -> None:
         self.model = model
         self.layers = list(layers)
@@ -117,11 +121,17 @@ class AttachedNorms:
         self._passes: list[_Pass] = []
         self._open = _Open()
         self._norms = PerSampleGradNorms(model, layers=self.layers, loss_reduction="sum", on_error=on_error)
+        expect_calls(self._norms, proven or {})
         self._own = PlacedHooks()
         self._own.add(model.register_forward_hook, BoundHook(self._note_loss))
         self.hooks_stay = True  # until a measured step has shown that the model is not compiled
         if paused:
             self._norms.pause()
+
+    @property
+    def proven(self) -> Proven:
+        """As `NormMonitor.proven_calls`."""
+        return proven_calls(self._norms)
 
     def pause(self, *, stay: bool = False) -> None:
         """A measured step is over: let go of it, and do nothing until `resume()`.
@@ -157,7 +167,7 @@ class AttachedNorms:
             first = output[0] if isinstance(output, tuple) and output else output  # as Trainer takes it
             loss = first if isinstance(first, Tensor) and first.dim() == 0 else loss
             if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
-                self._open.losses.append(_ModelLoss(loss))
+                self._open.losses.append(_ModelLoss(loss, self._norms.batches))
 
     def note_index(self, index: Tensor | None) -> None:
         """The data set's indices of the samples of the pass that comes."""
@@ -169,10 +179,12 @@ class AttachedNorms:
         Args:
             loss: What `backward()` was called on, if the loop knows better than the model.
         """
-        totals = self._norms.totals()
+        totals, batch = self._norms.totals(), self._norms.batches
+        # The loop may have cleared the gradients of passes before, as to skip a step.
+        self._passes = [p for p in self._passes if p.batch == batch]
         samples = 0 if totals is None else totals.captured - sum(p.samples for p in self._passes)
-        known = self._open.loss() if loss is None else loss
-        self._passes.append(_Pass(samples, self._open.index, known))
+        known = self._open.loss(batch) if loss is None else loss
+        self._passes.append(_Pass(batch, samples, self._open.index, known))
         self._open = _Open()
 
     def read(self) -> LocalSamples:

@@ -23,6 +23,9 @@ from hf_clars.per_sample.spikes import Spike
 
 logger = logging.getLogger(__name__)
 
+KEPT = "hf_clars.proven_calls"
+"""In a checkpoint's `trainer_state.json`, beside the states of callbacks: what `NormMonitor(proven=...)` takes."""
+
 
 def _harmless(hook: Callable[..., None]) -> Callable[..., None]:
     """An error in a hook of ours ends the measuring, and not the training, unless it is strict."""
@@ -134,6 +137,7 @@ class PerSampleNormsCallback(TrainerCallback):
                 folder=folder,
                 first_step=state.global_step,
                 window_began=int(max((entry["step"] for entry in state.log_history if "loss" in entry), default=0)),
+                proven=_kept_by(state).get(KEPT),
                 on_spike=self._on_spike,
                 optimizer=given.get("optimizer"),
                 run=state,
@@ -234,8 +238,11 @@ class PerSampleNormsCallback(TrainerCallback):
     @_harmless
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The log is on disk before a checkpoint is, so that a run that is killed resumes without a gap."""
-        if self.monitor is not None and control.should_save:
+        if self.monitor is not None and (control.should_save or control.should_evaluate):  # the best one is kept
             self.monitor.flush()
+            _kept_by(state)[KEPT] = self.monitor.proven_calls()
+
+    on_epoch_end = on_step_end
 
     # ---- reports ---------------------------------------------------------------------------------------------
 
@@ -280,6 +287,12 @@ class PerSampleNormsCallback(TrainerCallback):
     def _on_spike(self, spike: Spike) -> None:
         if self._reporter is not None:
             self._reporter.keep_spike(spike)
+
+
+def _kept_by(state: TrainerState) -> dict[str, Any]:
+    """What callbacks keep in checkpoints."""
+    kept: Any = state.stateful_callbacks  # a dictionary, once Trainer has made the state
+    return kept
 
 
 def _deepspeed_loss_scale(optimizer: Any) -> float:

@@ -13,6 +13,7 @@ from hf_clars.distributed import (
     is_split,
     is_zeros,
     local_norms,
+    local_part,
     sum_over_ranks,
     whole_gradient,
     world_size,
@@ -20,8 +21,7 @@ from hf_clars.distributed import (
 )
 from hf_clars.errors import HfClarsError
 from hf_clars.layers import ParamLayer
-
-ELEMENTS = 64  # of each parameter: enough to tell a factor, and nothing beside the norms
+from hf_clars.optim.gradient_scale import some_of
 
 
 class GradientNotHereError(HfClarsError, RuntimeError):
@@ -137,7 +137,8 @@ class GradientProbe:
     """Tells by how much gradients were multiplied between `backward()` and now, by clipping or a loss scale.
 
     A trainer clips before anyone can look. Both act on all gradients alike, so a few elements of each, copied when
-    `backward()` has just added to them, tell the factor. Sparse gradients are left out: the others tell it as well.
+    `backward()` has just added to them, tell the factor; and sums, as a large table may have few rows that are not 0.
+    Sparse gradients are left out: the others tell it as well.
 
     Args:
         params: The parameters; those that are frozen now are left out too.
@@ -151,7 +152,7 @@ class GradientProbe:
 
     def _note(self, param: Tensor) -> None:
         if param.grad is not None and not param.grad.is_sparse and isinstance(param, nn.Parameter):
-            self._before[param] = _elements(param.grad)
+            self._before[param] = some_of(local_part(param.grad))
 
     @torch.no_grad()
     def factor(self) -> Tensor:
@@ -166,11 +167,11 @@ class GradientProbe:
         before, after = [torch.zeros(1, dtype=wide, device=device)], [torch.zeros(1, dtype=wide, device=device)]
         for param in self._params:
             grad = None if param.grad is None or param.grad.is_sparse else param.grad
-            size = len(_elements(param.detach()))
-            noted = self._before.get(param)
+            noted, now = self._before.get(param), None if grad is None else some_of(local_part(grad))
             # The same number of elements on every process, also where a process had no samples for a layer.
-            before.append(torch.zeros(size, dtype=wide, device=device) if noted is None else noted.to(wide))
-            after.append(torch.zeros(size, dtype=wide, device=device) if grad is None else _elements(grad).to(wide))
+            blank = torch.zeros_like(some_of(local_part(param)) if noted is None or now is None else now)
+            before.append((blank if noted is None else noted).to(wide))
+            after.append((blank if now is None else now).to(wide))
         old, new = torch.cat(before), torch.cat(after)
         if not split:  # `backward()` left each process its own; data parallelism has averaged them since
             old = sum_over_ranks(old) / world_size()
@@ -187,11 +188,3 @@ class GradientProbe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-
-def _elements(tensor: Tensor) -> Tensor:
-    """A copy of some elements of the local part, evenly spread, in float32 at least."""
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    flat = local.detach().reshape(-1)
-    wide = torch.promote_types(flat.dtype, torch.float32)
-    return flat[:: max(1, flat.numel() // ELEMENTS)].to(wide, copy=True)

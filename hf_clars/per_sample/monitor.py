@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_clars.errors import ConfigError
+from hf_clars.grad_norms.resumed import Proven
 from hf_clars.layers import LayerMode, ParamLayer
 from hf_clars.per_sample.attached import AttachedNorms, LocalSamples, NothingMeasuredError
 from hf_clars.per_sample.gradient import BeforeZeroSteps, GradientNotHereError, before_zero_steps, gradient_squares
@@ -65,6 +66,7 @@ class NormMonitor:
         on_spike: Called with each `Spike`, on every process.
         first_step: Steps that were taken before, in a run that is resumed. Default 0.
         window_began: In a run that is resumed, after which step the window began that it was in. Default: `first_step`.
+        proven: In a run that is resumed, the `proven_calls()` before: it then rounds gradients as it would have.
         optimizer: For the noise scale under DeepSpeed's ZeRO: the optimizer that `accelerator.prepare` returned, or
             DeepSpeed's engine, which must step inside the block. Elsewhere it is not looked at.
         run: Any object that tells this run from others: a monitor of another run of the model is closed, not refused.
@@ -97,15 +99,14 @@ class NormMonitor:
         on_spike: Callable[[Spike], None] | None = None,
         first_step: int = 0,
         window_began: int | None = None,
+        proven: Proven | None = None,
         optimizer: Any = None,
         run: Any = None,
     ) -> None:
         taken: dict[str, Any] = {"layers": layers, "index_column": index_column, "flush_every": flush_every}
         check_settings(every=every, top_k=top_k, decay=decay, **taken)
-        self.every: int = every
         make_room(model, run)
-        self.run = run
-        self.model = model
+        self.every, self.model, self.run = every, model, run
         self.strict, self.with_gradient, self.top_k = strict, noise_scale, top_k
         partition = partition_of(model, layers)
         self.layers = norm_layers(model, partition) if norm_layers_only else partition
@@ -115,15 +116,11 @@ class NormMonitor:
         settings = {"every": every, "decay": decay, "norm_layers_only": norm_layers_only}
         self._log = log_in(folder, names, settings, first_step)
         self.noise = NoiseScaleAverage(len(self.layers), decay=decay)
-        self._flush_every = flush_every
-        self._on_spike, self._engine = on_spike, optimizer
-        self._rule = SpikeRule(names)
-        self._window = Window(top_k)
+        self._flush_every, self._on_spike, self._engine, self._proven = flush_every, on_spike, optimizer, proven
+        self._rule, self._window = SpikeRule(names), Window(top_k)
         self._attached: AttachedNorms | None = None
         self.early: BeforeZeroSteps | None = None
-        self._measuring = False  # this step is one of the measured ones, on all processes alike
-        self._stopped = False  # measuring has ended, on all processes alike
-        self.knows_indices = False
+        self._measuring = self._stopped = self.knows_indices = False  # the first two on all processes alike
         self._coupling = Coupling(model, tell=noise_scale)
         self.step = first_step
         self.last: StepMeasures | None = None
@@ -132,6 +129,7 @@ class NormMonitor:
         if self._log is not None and first_step and PerSampleLog.is_in(self._log.folder.parent):
             for row in self._log.rows():  # averages and window of a run that is resumed are those that it had
                 self._learn(row, in_window=row.step > (first_step if window_began is None else window_began))
+                self.last = row
         WATCHED[model] = weakref.ref(self)
 
     # ---- one step --------------------------------------------------------------------------------------------
@@ -170,8 +168,8 @@ class NormMonitor:
         if self._attached is None and self.ended is None and not self._stopped:
             with self._guarded():
                 # Also before a step that is not measured: a model that is compiled must know the hooks from the start.
-                on_error = None if self.strict else self.end
-                self._attached = AttachedNorms(self.model, self.layers, on_error=on_error, paused=True)
+                given: dict[str, Any] = {"on_error": None if self.strict else self.end, "proven": self._proven}
+                self._attached = AttachedNorms(self.model, self.layers, paused=True, **given)
         if self._measuring or not self.due:
             return
         self._measuring = True
@@ -226,9 +224,7 @@ class NormMonitor:
             self._detach()
             return None
         with self._guarded():
-            squares = None
-            if self.with_gradient:
-                squares = gradient_squares(self.layers) if early is None else early.squares()
+            squares = early.squares() if early else gradient_squares(self.layers) if self.with_gradient else None
             self._take(local, squares, factor, loss_scale)
             return self.last
         return None
@@ -292,6 +288,10 @@ class NormMonitor:
     def new_window(self) -> None:
         """Begin a new window."""
         self._window.clear()
+
+    def proven_calls(self) -> Proven:
+        """What a checkpoint keeps, as JSON takes it, so that a run that resumes rounds its gradients as this one."""
+        return (self._proven or {}) if self._attached is None else self._attached.proven
 
     # ---- errors and the end ----------------------------------------------------------------------------------
 

@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 
 from hf_clars.errors import DataError
 from hf_clars.grad_norms import PerSampleGradNorms
+from hf_clars.grad_norms.hooks import others_paused
 from hf_clars.grad_norms.pytree import map_tensors
+from hf_clars.grad_norms.undisturbed import undisturbed
 from hf_clars.layers import LayerMode, ParamLayer
 from hf_clars.per_sample.indexing import INDEX_COLUMN, checked_length, named_columns, takes, without_column
 from hf_clars.per_sample.losses import LossesOf, sample_losses
@@ -53,7 +55,7 @@ def rank_samples(
     """Loss and gradient norm of each sample, in evaluation mode: the hardest examples have the largest norms.
 
     A sample's norm is that of its own loss's gradient, whatever it is batched with. The model's gradients, training
-    mode and weights are as before afterwards.
+    mode and weights are as before afterwards, also in the middle of a training step.
 
     Args:
         model: The model, on the device to use.
@@ -101,10 +103,11 @@ def rank_samples(
         batch_size=batch_size,
         collate_fn=_Collate(collate, model),
         num_workers=num_workers,
+        generator=torch.Generator(),  # else it draws from the one that training draws from
     )
     bar = tqdm(total=len(wanted), initial=store.rows, unit="sample", desc="Ranking", disable=not progress)
-    measuring = PerSampleGradNorms(model, layers=partition, loss_reduction="sum")
-    with torch.inference_mode(False), bar, _evaluated(model), measuring as norms:
+    measuring = functools.partial(PerSampleGradNorms, model, layers=partition, loss_reduction="sum")
+    with torch.inference_mode(False), bar, _evaluated(model), measuring() as norms:
         try:
             for index, batch in loader:
                 store.add(_measured(model, norms, losses, index, batch, per_layer))
@@ -145,7 +148,7 @@ def _measured(
         found.sum().backward()
     of_layers = norms.per_sample
     norms.reset()
-    for param in model.parameters():
+    for param in filter(lambda p: p.requires_grad, model.parameters()):
         param.grad = None
     if not of_layers:
         raise DataError("The losses have no gradient: compute them from the model's output, with its graph.")
@@ -161,17 +164,13 @@ def _measured(
 def _evaluated(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, with room for gradients; afterwards everything is as it was."""
     modes = {module: module.training for module in model.modules()}
-    grads = {param: param.grad for param in model.parameters()}
-    model.eval()
-    for param in grads:
-        param.grad = None
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for param, grad in grads.items():
-            param.grad = grad
+    with undisturbed(model, runs_again=False), others_paused(model):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 class _Chosen(torch.utils.data.Dataset[Any]):
