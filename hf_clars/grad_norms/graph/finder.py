@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,9 @@ _BY_INDEX = ("IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "Embed
 
 FOLLOWED = 3
 """Passes in which the data are followed where rows are given other places: then the operations on them are known."""
+
+KINDS = 64
+"""How many passes of other numbers of operations, after the first, have their rows checked."""
 
 
 @dataclass(eq=False)
@@ -62,9 +66,12 @@ class GraphFinder:
         self._whole: set[Signature] = set()
         self._tables: set[Signature] = set()
         self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
+        self._several: set[tuple[object, ...]] = set()  # uses that look alike, with rows laid out in several ways
+        self._agreed: Counter[tuple[object, ...]] = Counter()  # how many were looked at together
+        self._doubted: set[tuple[object, ...]] = set()
         self.moves_rows, self._moved = False, WorstPlaces()
         self.given = GivenRows()
-        self._followed = self._passes = 0
+        self._followed, self._kinds = 0, set[int]()
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
         self._layouts_now: dict[Node, list[Layout | None]] = {}
         self._gate_of: dict[tuple[object, ...], HookedModule] = {}
@@ -115,16 +122,19 @@ class GraphFinder:
                 # What is not known to take the data must have taken it before: these belong to samples.
                 inner = inner_roots(outputs, forward_pass.batch_size) if self.unknown else []
                 walk = self._walk(forward_pass, outputs, taint, walk.lost | {root.edge.node for root in inner})
+            alike = Counter(map(_key, walk.uses))
+            self._doubted = {key for key, count in alike.items() if count > self._agreed[key]}
             unproven = [c for c in forward_pass.uses.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
             if not unproven and not unknown:
                 break
             if not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
+        self._agreed |= alike if forward_pass.batch_size > 1 else Counter()
+        self._doubted.clear()
         self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
         self.moves_rows |= any(c.plan.moved == MOVED and not c.cancelled for c in forward_pass.uses.rule_calls)
-        self._passes += forward_pass.batch_size > 1 and not forward_pass.backward_seen
-        if self._passes == 2 and self.checks_rows:
+        if self._is_new_kind(forward_pass) and self.checks_rows:
             check_rows(self._proofs, forward_pass, outputs, walk, self._known, self.name_of)
         found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
         gated = [use for use, at_node in found if at_node is None]
@@ -141,6 +151,15 @@ class GraphFinder:
         if taint is not None and self._followed == 1:
             self._proofs.look_at_the_second_axis(forward_pass, outputs, walk)
         return [at_node for _, at_node in found if at_node is not None], list(gates.values())
+
+    def _is_new_kind(self, forward_pass: ForwardPass) -> bool:
+        """Whether no pass after the first had as many operations: this one may do other things with its rows."""
+        if forward_pass.batch_size < 2 or forward_pass.backward_seen or len(self._kinds) > KINDS:
+            return False
+        kind = len(forward_pass.operations) if self._kinds else 0  # the first pass is followed all the same
+        new = kind not in self._kinds
+        self._kinds.add(kind)
+        return new and kind > 0
 
     def _walk(
         self,
@@ -197,7 +216,9 @@ class GraphFinder:
         if batch == 1:
             return [Layout() for _ in shapes]
         key = _key(use)
-        known = self._layouts_now.get(use.node) if use.moved == MOVED else self._layouts.get(key)
+        known = self._layouts_now.get(use.node)
+        if known is None and use.moved != MOVED and key not in self._several and key not in self._doubted:
+            known = self._layouts.get(key)
         if known is not None:
             fits = all(la is None or la.sizes(s, batch) is not None for la, s in zip(known, shapes, strict=True))
             return known if fits else None
@@ -206,8 +227,16 @@ class GraphFinder:
         by_numbers = use.node.name() in _BY_INDEX and len(shapes[0]) == 2  # [B], or of as many positions
         doubtful = use.moved or by_numbers or use.node.name().startswith(SPREADS)
         if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not is_open(shapes[0], batch) and not doubtful:
+            self._keep(use, [Layout()])
             return [Layout()]
         return None
+
+    def _keep(self, use: Use, layouts: list[Layout | None]) -> bool:
+        """Returns whether uses that look alike have other layouts: each is asked from now on."""
+        self._layouts_now[use.node] = layouts
+        other = use.moved != MOVED and self._layouts.setdefault(_key(use), layouts) != layouts
+        self._several |= {_key(use)} if other else set()
+        return other
 
     def _learn(
         self,
@@ -248,7 +277,7 @@ class GraphFinder:
                 for param in call.wanted.values():
                     forward_pass.uses.forget(param)
             if not (right and plan.moved == MOVED):
-                call.hooked.calls[plan.key] = "observed" if right else "graph"
+                call.hooked.settle(plan.key, "observed" if right else "graph")
         rest = iter(proven[len(unproven) :])
         for use in unknown:
             shapes = use.result_shapes
@@ -284,10 +313,8 @@ class GraphFinder:
             else:
                 layouts.append(None)
         if use.moved == MOVED:
-            self._layouts_now[use.node] = self._believed[_key(use)] = layouts
-        elif use.moved or any(la is not None for la in layouts):
-            self._layouts[_key(use)] = layouts
-        return False
+            self._believed[_key(use)] = layouts
+        return (bool(use.moved) or any(la is not None for la in layouts)) and self._keep(use, layouts)
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
         meta = forward_pass.device is not None and forward_pass.device.type == "meta"  # tensors without values

@@ -98,6 +98,8 @@ class Arrival:
         mixed: Whether all that it could be followed from mixes samples: it arrives everywhere, and that tells nothing.
         touched: How many rows of the first axis it reached, of each sample, added up.
         elsewhere: Whether what it could be followed from is other samples' rows.
+        guessed: Whether it was followed from what has more rows than samples, and nothing tells which of them are whose.
+        rows: By sample which rows of each axis it reached.
     """
 
     layouts: list[Layout]
@@ -106,6 +108,8 @@ class Arrival:
     mixed: bool = False
     touched: int = 0
     elsewhere: bool = False
+    guessed: bool = False
+    rows: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def is_anyones(self) -> bool:
         """Whether each of several samples touched every row of every axis."""
@@ -189,7 +193,8 @@ def prove(
                 right = [la for la in before.layouts if _holds_only(rows[la.axis], la, sample, batch)]
                 missed = {k for k, touched in enumerate(rows) if not touched.all()}
                 count = before.touched + (int(rows[0].sum()) if rows else 0)
-                left[i] = Arrival(right, before.missed | missed, before.samples + 1, touched=count)
+                reached = before.rows | {sample: rows}
+                left[i] = Arrival(right, before.missed | missed, before.samples + 1, touched=count, rows=reached)
 
         starts = [root.of_one(sample, batch) for root in roots]
         _look_on_the_way(roots, edges, starts, couplings, look)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
@@ -51,27 +52,32 @@ def check_rows(
             if layout is not None:
                 names = ", ".join(sorted(name_of(p) for p in use.leaves.values()))
                 trusted.append((names, GradientEdge(use.node, i), layout))
-    places = [place_of(edge) for _, edge, _ in trusted]
-    found = proofs.layouts(forward_pass, outputs, walk, places, two_of(batch), ()) if places else None
-    for (what, _, layout), (_, shape), arrival in zip(trusted, places, found or (), strict=False):
-        if arrival is not None and _is_wrong(arrival, layout, shape[layout.axis] // batch):
-            raise BatchAxisError(
-                f"{what}: its rows were taken for the batch's {batch} samples in their order, but one sample's "
-                "gradient arrives in rows of others: norms so far are those of other samples. A function that is "
-                "known to leave rows where they are has moved them. Please report this model, and until then freeze "
-                f"these parameters, or {WITHOUT_SAMPLES}."
-            )
+    suspects = [(what, place_of(edge), layout) for what, edge, layout in trusted]
+    for samples in (two_of(batch), range(batch)):
+        places = [place for _, place, _ in suspects]
+        found = proofs.layouts(forward_pass, outputs, walk, places, samples, ()) if places else None
+        pairs = zip(suspects, found or (), strict=False)
+        suspects = [s for s, arrival in pairs if arrival is not None and _is_moved(arrival, s[2], s[1][1], batch)]
+    for what, _, _ in suspects[:1]:
+        raise BatchAxisError(
+            f"{what}: its rows were taken for the batch's {batch} samples in their order, but one sample's "
+            "gradient arrives in rows of others: norms so far are those of other samples. A function that is "
+            "known to leave rows where they are has moved them. Please report this model, and until then freeze "
+            f"these parameters, or {WITHOUT_SAMPLES}."
+        )
 
 
-def _is_wrong(found: Arrival, layout: Layout, rows: int) -> bool:
-    """Whether rows are surely not the believed ones; samples that depend on each other tell nothing.
+def _is_moved(found: Arrival, layout: Layout, shape: Sequence[int], batch: int) -> bool:
+    """Whether each sample has rows to itself, and not the believed ones. Rows of samples that depend are reached by all.
 
     Args:
         found: Where gradients arrived.
         layout: What is believed.
-        rows: How many of its axis are one sample's.
+        shape: The tensor's. Its last axis tells nothing: a sample may reach a few channels alone.
+        batch: B.
     """
-    if layout in found.layouts or found.mixed or not found.samples:
+    if layout in found.layouts or found.mixed or found.guessed or not found.rows:
         return False
-    some = not layout.axis and found.touched > found.samples * rows
-    return bool(found.layouts) or not (some or found.everywhere(layout.axis))
+    reached = torch.stack([rows[layout.axis] for rows in found.rows.values()]).sum(0)
+    alone = int(reached.max()) < 2 and int(reached.sum()) <= len(found.rows) * (shape[layout.axis] // batch)
+    return alone or any(la.axis not in (layout.axis, len(shape) - 1) for la in found.layouts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -271,12 +272,17 @@ def _axes_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
 
 
 def _picks(x: Tensor, index: Any, axes: set[int], holds: Callable[[Tensor], bool]) -> bool:
-    """Whether an index picks rows by a list of them, and not all in order; one that the data make may be any."""
+    """Whether an index picks rows by a list of them.
+
+    One beside others, as which token of each, may take all in order. One that the data make may be any, and one alone
+    is a shuffle that may have left all in order this time.
+    """
 
     def by_data(item: Any) -> bool:
         return isinstance(item, Tensor) and holds(item)
 
     axis, items = 0, index if isinstance(index, tuple) else (index,)
+    alone = sum(not isinstance(item, int | slice | None | EllipsisType) for item in items) < 2
     for item in items:
         if item is None or isinstance(item, bool):
             continue
@@ -286,7 +292,8 @@ def _picks(x: Tensor, index: Any, axes: set[int], holds: Callable[[Tensor], bool
             axis += 1
             continue
         count = item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
-        if not axes.isdisjoint(range(axis, axis + count)) and (by_data(item) or not _in_order(item, x.shape[axis])):
+        all_in_order = not alone and not by_data(item) and _in_order(item, x.shape[axis])
+        if not axes.isdisjoint(range(axis, axis + count)) and not all_in_order:
             return True
         axis += count
     return False
