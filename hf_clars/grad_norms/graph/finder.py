@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -11,11 +10,12 @@ from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import OWN_NODES
+from hf_clars.grad_norms.graph.known_layouts import LayoutsOfUses
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, two_of
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
 from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, no_proof, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
-from hf_clars.grad_norms.graph.row_check import check_rows
+from hf_clars.grad_norms.graph.row_check import Kinds, check_rows
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, GivenRows, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
@@ -27,9 +27,6 @@ _BY_INDEX = ("IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "Embed
 
 FOLLOWED = 3
 """Passes in which the data are followed where rows are given other places: then the operations on them are known."""
-
-KINDS = 64
-"""How many passes of other numbers of operations, after the first, have their rows checked."""
 
 
 @dataclass(eq=False)
@@ -65,15 +62,11 @@ class GraphFinder:
         self._mixed: set[Signature] = set()
         self._whole: set[Signature] = set()
         self._tables: set[Signature] = set()
-        self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
-        self._several: set[tuple[object, ...]] = set()  # uses that look alike, with rows laid out in several ways
-        self._agreed: Counter[tuple[object, ...]] = Counter()  # how many were looked at together
-        self._doubted: set[tuple[object, ...]] = set()
+        self._layouts = LayoutsOfUses()
         self.moves_rows, self._moved = False, WorstPlaces()
         self.given = GivenRows()
-        self._followed, self._kinds = 0, set[int]()
+        self._followed, self._kinds = 0, Kinds()
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
-        self._layouts_now: dict[Node, list[Layout | None]] = {}
         self._gate_of: dict[tuple[object, ...], HookedModule] = {}
         self._unheard: dict[tuple[object, ...], HookedModule | None] = {}  # uses that no gradient reached: their gates
         self._gates: dict[HookedModule, bool] = {}
@@ -115,26 +108,23 @@ class GraphFinder:
         if taint is not None and taint.batch > 1:
             self.moves_rows |= taint.moves
             self._followed += 1
-        self._layouts_now.clear()
         for _ in range(6):
             walk = self._walk(forward_pass, outputs, taint)
             if walk.lost or (walk.bare and self.unknown):
                 # What is not known to take the data must have taken it before: these belong to samples.
                 inner = inner_roots(outputs, forward_pass.batch_size) if self.unknown else []
                 walk = self._walk(forward_pass, outputs, taint, walk.lost | {root.edge.node for root in inner})
-            alike = Counter(map(_key, walk.uses))
-            self._doubted = {key for key, count in alike.items() if count > self._agreed[key]}
+            self._layouts.look(walk.uses)
             unproven = [c for c in forward_pass.uses.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
             if not unproven and not unknown:
                 break
             if not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
-        self._agreed |= alike if forward_pass.batch_size > 1 else Counter()
-        self._doubted.clear()
+        self._layouts.trust(forward_pass.batch_size)
         self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
         self.moves_rows |= any(c.plan.moved == MOVED and not c.cancelled for c in forward_pass.uses.rule_calls)
-        if self._is_new_kind(forward_pass) and self.checks_rows:
+        if self._kinds.is_new(forward_pass) and self.checks_rows:
             check_rows(self._proofs, forward_pass, outputs, walk, self._known, self.name_of)
         found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
         gated = [use for use, at_node in found if at_node is None]
@@ -146,20 +136,11 @@ class GraphFinder:
             edges = container.batch_first(forward_pass.batch_size)
             gates.setdefault(container, Gate(edges, str(container.hooked), forward_pass.packed)).uses.append(use)
         self.gated = {*self._gate_of.values(), *filter(None, self._unheard.values())}
-        self._layouts_now.clear()
+        self._layouts.end()
         self.bare = () if taint is None else walk.bare
         if taint is not None and self._followed == 1:
             self._proofs.look_at_the_second_axis(forward_pass, outputs, walk)
         return [at_node for _, at_node in found if at_node is not None], list(gates.values())
-
-    def _is_new_kind(self, forward_pass: ForwardPass) -> bool:
-        """Whether no pass after the first had as many operations: this one may do other things with its rows."""
-        if forward_pass.batch_size < 2 or forward_pass.backward_seen or len(self._kinds) > KINDS:
-            return False
-        kind = len(forward_pass.operations) if self._kinds else 0  # the first pass is followed all the same
-        new = kind not in self._kinds
-        self._kinds.add(kind)
-        return new and kind > 0
 
     def _walk(
         self,
@@ -215,28 +196,18 @@ class GraphFinder:
         shapes = use.result_shapes
         if batch == 1:
             return [Layout() for _ in shapes]
-        key = _key(use)
-        known = self._layouts_now.get(use.node)
-        if known is None and use.moved != MOVED and key not in self._several and key not in self._doubted:
-            known = self._layouts.get(key)
+        known = self._layouts.of(use)
         if known is not None:
             fits = all(la is None or la.sizes(s, batch) is not None for la, s in zip(known, shapes, strict=True))
             return known if fits else None
-        if key in self._gate_of:
+        if use.look in self._gate_of:
             return [None for _ in shapes]
         by_numbers = use.node.name() in _BY_INDEX and len(shapes[0]) == 2  # [B], or of as many positions
         doubtful = use.moved or by_numbers or use.node.name().startswith(SPREADS)
         if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not is_open(shapes[0], batch) and not doubtful:
-            self._keep(use, [Layout()])
+            self._layouts.keep(use, [Layout()])
             return [Layout()]
         return None
-
-    def _keep(self, use: Use, layouts: list[Layout | None]) -> bool:
-        """Returns whether uses that look alike have other layouts: each is asked from now on."""
-        self._layouts_now[use.node] = layouts
-        other = use.moved != MOVED and self._layouts.setdefault(_key(use), layouts) != layouts
-        self._several |= {_key(use)} if other else set()
-        return other
 
     def _learn(
         self,
@@ -252,7 +223,7 @@ class GraphFinder:
         for use in unknown:
             shapes = use.result_shapes
             places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(shapes)]
-            believed += self._believed.get(_key(use), [None for _ in shapes])
+            believed += self._believed.get(use.look, [None for _ in shapes])
         moved = [m == MOVED for m in (*(c.plan.moved for c in unproven), *(use.moved for use in unknown))]
         batch = forward_pass.batch_size
         samples = range(batch) if any(moved) else two_of(batch)
@@ -266,8 +237,10 @@ class GraphFinder:
             if found is None:
                 continue
             plan, alone = call.plan, call.rows_per_sample == 1 and call.plan.x_depends_on_data
-            hidden = alone and call.rule.weight_sharing_axes and found.is_hidden(place_of(call.edges[0])[1], batch)
-            if hidden or (plan.moved and found.elsewhere):
+            shape = place_of(call.edges[0])[1]
+            hidden = alone and call.rule.weight_sharing_axes and found.is_hidden(shape, batch)
+            folded = plan.moved != MOVED and _is_folded(found, shape, batch)
+            if hidden or folded or (plan.moved and found.elsewhere):
                 raise no_proof(call, batch)
             right = plan.layout in found.layouts
             if alone and not found.layouts:
@@ -289,15 +262,16 @@ class GraphFinder:
         self, use: Use, shapes: Sequence[tuple[int, ...]], found: Sequence[Arrival | None], batch: int
     ) -> bool:
         if all(f is None for f in found):  # nothing is learned, as below a head that begins with zeros
-            self._unheard.setdefault(_key(use))
+            self._unheard.setdefault(use.look)
             return False
-        self._unheard.pop(_key(use), None)
+        self._unheard.pop(use.look, None)
         if use.node.name().startswith(SPREADS) and found[0] and found[0].samples and not found[0].layouts:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
             return True
         told = [(f, shape) for f, shape in zip(found, shapes, strict=True) if f is not None]
-        if any(f.is_hidden(shape, batch) or (use.moved and f.elsewhere) for f, shape in told):
+        folded = use.moved != MOVED and any(_is_folded(f, shape, batch) for f, shape in told)
+        if folded or any(f.is_hidden(shape, batch) or (use.moved and f.elsewhere) for f, shape in told):
             raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), batch)
         looked_up = use.node.name() in _BY_INDEX and use.key not in self._tables
         if looked_up and all(f is not None and not f.layouts and f.everywhere() for f in found):
@@ -313,8 +287,8 @@ class GraphFinder:
             else:
                 layouts.append(None)
         if use.moved == MOVED:
-            self._believed[_key(use)] = layouts
-        return (bool(use.moved) or any(la is not None for la in layouts)) and self._keep(use, layouts)
+            self._believed[use.look] = layouts
+        return (bool(use.moved) or any(la is not None for la in layouts)) and self._layouts.keep(use, layouts)
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
         meta = forward_pass.device is not None and forward_pass.device.type == "meta"  # tensors without values
@@ -359,7 +333,7 @@ class GraphFinder:
 
     def _container_of(self, use: Use, forward_pass: ForwardPass, containers: Sequence[ContainerCall]) -> ContainerCall:
         """The innermost module around a use whose results have the batch first."""
-        key = _key(use)
+        key = use.look
         wanted, gate_of = self._gate_of.get(key), self._unheard if key in self._unheard else self._gate_of
         for container in containers:
             if wanted not in (None, container.hooked) or not self._gates.get(container.hooked, True):
@@ -373,5 +347,7 @@ class GraphFinder:
         raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), forward_pass.batch_size)
 
 
-def _key(use: Use) -> tuple[object, ...]:
-    return (use.key, tuple(len(s) for s in use.result_shapes))
+def _is_folded(found: Arrival, shape: Sequence[int], batch: int) -> bool:
+    """Whether some axis is folded into the batch's, of samples that depend on each other: nothing tells which."""
+    several = bool(shape) and shape[0] > batch and shape[0] % batch == 0
+    return several and bool(found.rows) and not found.layouts and found.is_shared(shape, batch)

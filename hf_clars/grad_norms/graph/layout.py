@@ -80,10 +80,8 @@ def candidates(shape: Shape, batch: int) -> list[Layout]:
         if not size or size % batch:
             continue
         rows = size // batch
-        found.append(Layout(axis))
-        if rows > 1:
-            found.append(Layout(axis, -1))
-        found += [Layout(axis, outer) for outer in range(2, rows) if rows % outer == 0]
+        outers = [1, -1, *(n for n in range(2, rows) if rows % n == 0)]
+        found += [Layout(axis, outer) for outer in outers[:rows]]
     return sorted(found, key=lambda layout: (layout.outer != 1, layout.axis))
 
 
@@ -98,7 +96,7 @@ class Arrival:
         mixed: Whether all that it could be followed from mixes samples: it arrives everywhere, and that tells nothing.
         touched: How many rows of the first axis it reached, of each sample, added up.
         elsewhere: Whether what it could be followed from is other samples' rows.
-        guessed: Whether it was followed from what has more rows than samples, and nothing tells which of them are whose.
+        guessed: Whether it was followed from what has more rows than samples, of which nothing tells whose they are.
         rows: By sample which rows of each axis it reached.
     """
 
@@ -118,6 +116,11 @@ class Arrival:
     def is_elsewhere(self, layout: Layout) -> bool:
         """Whether each sample has rows to itself, although they are not its own."""
         return layout not in self.layouts and 0 < self.touched <= self.samples
+
+    def is_shared(self, shape: Shape, batch: int, axis: int = 0) -> bool:
+        """Whether samples reach rows of each other, or more than there are for each."""
+        reached = torch.stack([rows[axis] for rows in self.rows.values()]).sum(0)
+        return int(reached.max()) > 1 or int(reached.sum()) > len(self.rows) * (shape[axis] // batch)
 
     def is_hidden(self, shape: Shape, batch: int) -> bool:
         """Whether nothing tells which axis is the samples', although the first looks so."""

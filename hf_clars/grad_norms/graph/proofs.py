@@ -223,8 +223,8 @@ def _apart(
         elsewhere |= question.elsewhere and (node, output) in ends
         if own or (own is None and (node, output) in ends):
             guess = own is None and shape[:1] != (question.batch,) and (node.name(), len(shape)) not in known
-            known = ((i, f) for i, f in enumerate(found) if f is not None and (own or not f.is_anyones()))
-            told = {i: replace(f, guessed=guess) for i, f in known}
+            here = ((i, f) for i, f in enumerate(found) if f is not None and (own or not f.is_anyones()))
+            told = {i: replace(f, guessed=guess) for i, f in here}
             settled = told | {i: f for i, f in settled.items() if i not in told or not f.is_anyones()}
         elif question.given:
             below = [

@@ -1,14 +1,14 @@
 """The row check: whose rows are whose is trusted after functions that are known to leave rows, and then looked at once.
 
 The sum check finds what was forgotten or counted twice. Rows that were taken for another sample's add up all the same.
-So one pass after the first follows the gradients of two samples to everything that is measured, also where it was sure.
+So in the second pass, and in each that has another number of operations, the gradients of two samples are followed to
+everything that is measured, also where it was sure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
@@ -19,6 +19,23 @@ from hf_clars.grad_norms.graph.places import place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
 from hf_clars.grad_norms.graph.taint import MOVED
 from hf_clars.grad_norms.graph.walk import GraphWalk, Use
+
+_MOST = 64
+
+
+class Kinds:
+    """Passes of other numbers of operations, up to 64: they may do other things with their rows."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def is_new(self, forward_pass: ForwardPass) -> bool:
+        """Whether no pass was like this one. The first one is followed all the same."""
+        if forward_pass.batch_size < 2 or forward_pass.backward_seen or len(self._seen) > _MOST:
+            return False
+        before = len(self._seen)
+        self._seen.add(len(forward_pass.operations) if before else 0)
+        return 0 < before < len(self._seen)
 
 
 def check_rows(
@@ -61,14 +78,14 @@ def check_rows(
     for what, _, _ in suspects[:1]:
         raise BatchAxisError(
             f"{what}: its rows were taken for the batch's {batch} samples in their order, but one sample's "
-            "gradient arrives in rows of others: norms so far are those of other samples. A function that is "
-            "known to leave rows where they are has moved them. Please report this model, and until then freeze "
-            f"these parameters, or {WITHOUT_SAMPLES}."
+            "gradient arrives in rows of others: norms may have been those of other samples so far. If the model "
+            "shuffles rows in some passes only, let it do so in all of them. If not, please report it, and until then "
+            f"freeze these parameters, or {WITHOUT_SAMPLES}."
         )
 
 
 def _is_moved(found: Arrival, layout: Layout, shape: Sequence[int], batch: int) -> bool:
-    """Whether each sample has rows to itself, and not the believed ones. Rows of samples that depend are reached by all.
+    """Whether each sample has rows to itself, and not the believed ones. Samples that depend reach each other's.
 
     Args:
         found: Where gradients arrived.
@@ -78,6 +95,6 @@ def _is_moved(found: Arrival, layout: Layout, shape: Sequence[int], batch: int) 
     """
     if layout in found.layouts or found.mixed or found.guessed or not found.rows:
         return False
-    reached = torch.stack([rows[layout.axis] for rows in found.rows.values()]).sum(0)
-    alone = int(reached.max()) < 2 and int(reached.sum()) <= len(found.rows) * (shape[layout.axis] // batch)
-    return alone or any(la.axis not in (layout.axis, len(shape) - 1) for la in found.layouts)
+    return not found.is_shared(shape, batch, layout.axis) or any(
+        la.axis not in (layout.axis, len(shape) - 1) for la in found.layouts
+    )

@@ -23,7 +23,20 @@ _ALONG = {"index_select": 1, "gather": 1, "take_along_dim": 2, "roll": 2, "flip"
 _LAST_BY_DEFAULT = ("sort", "topk")
 _ALWAYS = ("take", "masked_select", "flipud", "_pack_padded_sequence", "roi_align", "roi_pool", "ps_roi_align")
 _TURNS = ("transpose", "permute", "swapaxes", "swapdims")
-_SUMS = ("sum", "mean", "var", "softmax", "log_softmax", "cat", "concat", "stack", "unsqueeze", "movedim")
+_SUMS: tuple[str, ...] = ("sum", "mean", "var", "std", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp")
+_SUMS += (
+    "softmax",
+    "log_softmax",
+    "cumsum",
+    "normalize",
+    "flip",
+    "roll",
+    "cat",
+    "concat",
+    "stack",
+    "unsqueeze",
+    "movedim",
+)
 _IN_ORDER = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "contiguous")
 _ANY_AXIS = ("linear", "matmul", "layer_norm", "rms_norm")
 _LAYERS = (*_ANY_AXIS, "one_hot", "embedding", "group_norm", "batch_norm", "instance_norm", "interpolate")
@@ -48,6 +61,9 @@ _JOINS = ("cat", "concat", "concatenate")
 _TAKES = {"__getitem__": 1, "index_select": 2, "gather": 2, "masked_select": 1}
 _TAKES_APART = {"unbind": 1, "select": 1, "narrow": 1, "split": 2, "chunk": 2, "tensor_split": 2, "vsplit": 0}
 """Functions that give parts of the batch, and which argument says along which axis, if it is not the first."""
+
+_PLAIN = (int, slice, type(None), EllipsisType)
+"""What an index may hold beside lists of rows."""
 
 _OPERANDS = (("input", "tensors", "tensor", "x", "self"), ("other", "mat2", "weight"))
 """What functions call their first two operands."""
@@ -140,11 +156,17 @@ def axis_after(
     kept = result.shape[: axis + 1] == first
     if plain == "getitem":
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if sum(not isinstance(item, _PLAIN) for item in index) > 1:
+            return None  # what they take may come first
+        if index[0] is Ellipsis:
+            return axis if len(index) <= dims - axis and None not in index else None
         return axis if len(index) > axis and all(item == slice(None) for item in index[: axis + 1]) else None
     if plain in _IN_ORDER:
         return axis if held[0] is args[0] and (axis == 0 or kept) else None
     if plain in _LAST_TWO:
         return {dims - 2: dims - 1, dims - 1: dims - 2}.get(axis, axis)
+    if plain == "pad":
+        return axis if len(kwargs.get("pad") or args[1]) <= 2 * (dims - axis - 1) else None
     if plain in _PARTS:
         place = _PARTS[plain]
         along = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else 0)) % dims
@@ -282,7 +304,7 @@ def _picks(x: Tensor, index: Any, axes: set[int], holds: Callable[[Tensor], bool
         return isinstance(item, Tensor) and holds(item)
 
     axis, items = 0, index if isinstance(index, tuple) else (index,)
-    alone = sum(not isinstance(item, int | slice | None | EllipsisType) for item in items) < 2
+    alone = sum(not isinstance(item, _PLAIN) for item in items) < 2
     for item in items:
         if item is None or isinstance(item, bool):
             continue
