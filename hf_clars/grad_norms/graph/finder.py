@@ -239,8 +239,8 @@ class GraphFinder:
             plan, alone = call.plan, call.rows_per_sample == 1 and call.plan.x_depends_on_data
             shape = place_of(call.edges[0])[1]
             hidden = alone and call.rule.weight_sharing_axes and found.is_hidden(shape, batch)
-            folded = plan.moved != MOVED and _is_folded(found, shape, batch)
-            if hidden or folded or (plan.moved and found.elsewhere):
+            folded = plan.moved != MOVED and not found.layouts and call.rows_per_sample > 1  # rows of which samples?
+            if hidden or (folded and found.is_shared(shape, batch)) or (plan.moved and found.elsewhere):
                 raise no_proof(call, batch)
             right = plan.layout in found.layouts
             if alone and not found.layouts:
@@ -270,8 +270,7 @@ class GraphFinder:
             self._whole.add((use.node.name(), use.key[2]))
             return True
         told = [(f, shape) for f, shape in zip(found, shapes, strict=True) if f is not None]
-        folded = use.moved != MOVED and any(_is_folded(f, shape, batch) for f, shape in told)
-        if folded or any(f.is_hidden(shape, batch) or (use.moved and f.elsewhere) for f, shape in told):
+        if any(f.is_hidden(shape, batch) or (use.moved and f.elsewhere) for f, shape in told):
             raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), batch)
         looked_up = use.node.name() in _BY_INDEX and use.key not in self._tables
         if looked_up and all(f is not None and not f.layouts and f.everywhere() for f in found):
@@ -282,7 +281,7 @@ class GraphFinder:
         for shape, f in zip(shapes, found, strict=True):
             if f is not None and f.layouts:
                 layouts.append(f.layouts[0])
-            elif (f is None or are_coupled(f, 0 if looked_up else use.moved, batch)) and shape and shape[0] == batch:
+            elif (f is None or are_coupled(f, None if looked_up else use.moved, batch)) and shape and shape[0] == batch:
                 layouts.append(Layout())  # coupled samples, or no gradient: taken for what it looks like
             else:
                 layouts.append(None)
@@ -345,9 +344,3 @@ class GraphFinder:
                 return container
         self.unknown = True
         raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), forward_pass.batch_size)
-
-
-def _is_folded(found: Arrival, shape: Sequence[int], batch: int) -> bool:
-    """Whether some axis is folded into the batch's, of samples that depend on each other: nothing tells which."""
-    several = bool(shape) and shape[0] > batch and shape[0] % batch == 0
-    return several and bool(found.rows) and not found.layouts and found.is_shared(shape, batch)

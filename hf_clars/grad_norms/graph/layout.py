@@ -119,6 +119,8 @@ class Arrival:
 
     def is_shared(self, shape: Shape, batch: int, axis: int = 0) -> bool:
         """Whether samples reach rows of each other, or more than there are for each."""
+        if not self.rows:
+            return False
         reached = torch.stack([rows[axis] for rows in self.rows.values()]).sum(0)
         return int(reached.max()) > 1 or int(reached.sum()) > len(self.rows) * (shape[axis] // batch)
 
