@@ -327,7 +327,7 @@ def _holds_only(touched: Tensor, layout: Layout, sample: int, batch: int) -> boo
 
 def _rows_touched(g: Tensor) -> list[Tensor] | None:
     """For each axis which of its rows hold a number that is not zero; None if there is no such number."""
-    touched = g.ne(0)
+    touched = g.abs() > 0  # what is not a number, as zero times infinity, came from nobody
     if not g.numel() or not g.dim():
         return [] if g.numel() and bool(touched) else None
     found: list[Tensor] = []
