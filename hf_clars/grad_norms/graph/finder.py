@@ -114,14 +114,14 @@ class GraphFinder:
                 # What is not known to take the data must have taken it before: these belong to samples.
                 inner = inner_roots(outputs, forward_pass.batch_size) if self.unknown else []
                 walk = self._walk(forward_pass, outputs, taint, walk.lost | {root.edge.node for root in inner})
-            self._layouts.look(walk.uses)
+            self._layouts.look(walk.uses, forward_pass.batch_size)
             unproven = [c for c in forward_pass.uses.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
             if not unproven and not unknown:
                 break
             if not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
-        self._layouts.trust(forward_pass.batch_size)
+        self._layouts.trust()
         self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
         self.moves_rows |= any(c.plan.moved == MOVED and not c.cancelled for c in forward_pass.uses.rule_calls)
         if self._kinds.is_new(forward_pass) and self.checks_rows:

@@ -41,6 +41,11 @@ class Layout:
         outer = rows if self.outer < 0 else self.outer
         return None if outer == 0 or rows % outer else (outer, rows // outer)
 
+    def is_in(self, others: Iterable[Layout], shape: Shape, batch: int) -> bool:
+        """Whether one of others gives samples the same rows of a tensor of this shape."""
+        sizes = self.sizes(shape, batch)
+        return any(self.axis == other.axis and sizes == other.sizes(shape, batch) for other in others)
+
     def samples_first(self, t: Tensor, batch: int) -> Tensor:
         """[B, *axes before, outer, inner, *axes after]."""
         if t.dim() == 0:
