@@ -49,3 +49,57 @@ def test_each_use_is_measured_by_its_own_rows(what, order, lengths):
             expected = one_by_one(model, lambda m, i, x=x: m(x[i : i + 1]).sin().sum(1).mean(), batch)
             for name, want in layer_norms(expected, norms.layers).items():
                 torch.testing.assert_close(norms.per_sample[name], want, rtol=1e-9, atol=1e-12, msg=name)
+
+
+class Unfolded(nn.Module):
+    """Rows of each sample lie apart, however many there are: views, or time first."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.first, self.layer, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.scale = nn.Parameter(1 + 0.3 * torch.randn(4))
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        views, tokens = h.shape[:2]
+        if self.how == "views":
+            h = (self.layer(h.repeat(2, 1, 1).flatten(0, 1)) * self.scale).tanh().view(2, views, tokens, 4).sum(0)
+        else:
+            h = h.transpose(0, 1).flatten(0, 1)
+            h = (self.layer(h) * self.scale).tanh().view(tokens, views, 4).transpose(0, 1)
+        return self.last(h.mean(1))
+
+
+@pytest.mark.parametrize("lengths", [(1, 4, 2, 5, 4), (2, 1, 4, 8, 1), (4, 1, 4, 8, 2)])
+@pytest.mark.parametrize("how", ["views", "time first"])
+def test_what_one_token_shows_is_not_believed_of_more(how, lengths):
+    model = Unfolded(how).double()
+    with PerSampleGradNorms(model) as norms:
+        for batch, length in zip((4, 4, 4, 4, 3), lengths, strict=True):
+            x = torch.randn(batch, length, 3, dtype=torch.float64)
+            model.zero_grad()
+            model(x).sin().sum(1).mean().backward()
+            expected = one_by_one(model, lambda m, i, x=x: m(x[i : i + 1]).sin().sum(1).mean(), batch)
+            for name, want in layer_norms(expected, norms.layers).items():
+                torch.testing.assert_close(norms.per_sample[name], want, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_convolutions_of_one_pixel_with_strides_left_from_a_turn():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Linear(3, 4), nn.Conv1d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.layer(self.first(x).tanh().transpose(1, 2)).flatten(1)
+
+    model = Turned().double()
+    with PerSampleGradNorms(model) as norms:
+        for length in (1, 1, 1, 2):
+            x = torch.randn(4, length, 3, dtype=torch.float64)
+            model.zero_grad()
+            model(x).sin().sum(1).mean().backward()
+            expected = one_by_one(model, lambda m, i, x=x: m(x[i : i + 1]).sin().sum(1).mean(), 4)
+            for name, want in layer_norms(expected, norms.layers).items():
+                torch.testing.assert_close(norms.per_sample[name], want, rtol=1e-9, atol=1e-12, msg=name)

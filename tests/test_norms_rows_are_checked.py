@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.errors import BatchAxisError
-from hf_clars.grad_norms.graph import taint
+from hf_clars.grad_norms.graph import layout, taint
 from tests.oracle import layer_norms, one_by_one, per_sample_grads
 from tests.three_passes import on_one_thread
 
@@ -240,3 +240,9 @@ def test_rows_that_move_in_later_passes_only_are_named():
         model.order = ORDERS[2]
         with pytest.raises(BatchAxisError, match="shuffles rows in some passes only"):
             step(model, 2)
+
+
+def test_what_is_not_a_number_leads_to_nobody():
+    gradient = torch.tensor([[0.0, 0.0], [torch.nan, torch.nan], [0.0, 1.0]])  # of padding that attends to nothing
+    rows, columns = layout._rows_touched(gradient)
+    assert rows.tolist() == [False, False, True] and columns.tolist() == [False, True]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from torch.autograd.graph import Node
@@ -12,6 +12,7 @@ from hf_clars.grad_norms.graph.taint import MOVED
 from hf_clars.grad_norms.graph.walk import Use
 
 Layouts = list[Layout | None]
+Look = tuple[object, ...]
 
 
 class LayoutsOfUses:
@@ -19,30 +20,36 @@ class LayoutsOfUses:
 
     def __init__(self) -> None:
         self._batch = 0
-        self._known: dict[tuple[object, ...], Layouts] = {}
+        self._known: dict[Look, Layouts] = {}
+        self._rows: dict[Look, set[tuple[int, ...]]] = defaultdict(set)
         self._now: dict[Node, Layouts] = {}
-        self._several: set[tuple[object, ...]] = set()
-        self._alike: Counter[tuple[object, ...]] = Counter()
-        self._agreed: Counter[tuple[object, ...]] = Counter()
-        self._doubted: set[tuple[object, ...]] = set()
+        self._several: set[Look] = set()
+        self._alike: Counter[Look] = Counter()
+        self._agreed: Counter[Look] = Counter()
+        self._doubted: set[Look] = set()
 
     def look(self, uses: Iterable[Use], batch: int) -> None:
         """These were found in a pass of B samples; where more look alike than ever did, all of them are asked."""
         self._batch = batch
-        self._alike = Counter(map(self._look_of, uses))
+        self._alike = Counter(self._look_of(use)[0] for use in uses)
         self._doubted = {look for look, count in self._alike.items() if count > self._agreed[look]}
 
     def of(self, use: Use) -> Layouts | None:
-        """Of a use's results, or None."""
-        look = self._look_of(use)
+        """Of a use's results, or None. Two views of one token lie as two tokens do: other lengths tell."""
+        look, rows = self._look_of(use)
+        seen = self._rows[look]
         doubted = use.moved == MOVED or look in self._several or look in self._doubted
-        return self._now.get(use.node) or (None if doubted else self._known.get(look))
+        known = None if doubted or (rows not in seen and len(seen) < 2) else self._known.get(look)
+        return self._now.get(use.node) or known
 
     def keep(self, use: Use, layouts: Layouts) -> bool:
         """Remember what was found. Returns whether others that look alike have other layouts."""
         self._now[use.node] = layouts
-        look = self._look_of(use)
-        other = use.moved != MOVED and self._known.setdefault(look, layouts) != layouts
+        look, rows = self._look_of(use)
+        if use.moved == MOVED:
+            return False
+        self._rows[look].add(rows)
+        other = self._known.setdefault(look, layouts) != layouts
         self._several |= {look} if other else set()
         return other
 
@@ -55,6 +62,7 @@ class LayoutsOfUses:
         """The pass ends."""
         self._now.clear()
 
-    def _look_of(self, use: Use) -> tuple[object, ...]:
-        """One row a sample tells nothing of how several lie."""
-        return (use.look, *(shape[:1] == (self._batch,) for shape in use.result_shapes))
+    def _look_of(self, use: Use) -> tuple[Look, tuple[int, ...]]:
+        """And rows a sample: one alone tells nothing of how several lie."""
+        rows = tuple(shape[0] // self._batch if shape else 0 for shape in use.result_shapes)
+        return (use.look, *(shape[:1] == (self._batch,) for shape in use.result_shapes)), rows
