@@ -74,7 +74,8 @@ def one_by_one(model: nn.Module, loss_of_sample: Callable[[nn.Module, int], Tens
 
 def _pick_rows(rows):
     if isinstance(rows[0], Tensor):
-        return torch.cat([r[i : i + 1] for i, r in enumerate(rows)])
+        each = max(1, len(rows[0]) // len(rows))  # tokens of all samples may lie one after the other
+        return torch.cat([r[i * each : (i + 1) * each] for i, r in enumerate(rows)])
     if isinstance(rows[0], tuple):
         return tuple(_pick_rows([r[j] for r in rows]) for j in range(len(rows[0])))
     if rows[0] is None:

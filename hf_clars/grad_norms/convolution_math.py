@@ -96,7 +96,7 @@ def _as_one_sample(t: Tensor, pixels_first: bool) -> Tensor:
     """The samples' channels side by side, [B, C, *space] -> [1, B * C, *space], if need be in channels_last memory."""
     channels = t.shape[0] * t.shape[1]
     if not pixels_first:
-        return t.reshape(1, channels, *t.shape[2:])
+        return t.flatten().view(1, channels, *t.shape[2:])  # with strides that are not left from an axis of length 1
     return t.permute(2, 3, 0, 1).reshape(1, *t.shape[2:], channels).contiguous().permute(0, 3, 1, 2)
 
 

@@ -38,6 +38,7 @@ class HookedModule:
             weight's gradient is taken as it was there, so that it is rounded as it was.
         own_dims: Numbers of axes with which it was called on tensors that are made of parameters alone.
         data_dims: The same for tensors that depend on the data.
+        left_to_graph: The same for calls that are left to the graph: others may look as those that are not.
         moved: By the same numbers of axes, where the rows of such tensors were at worst.
         moved_results: Numbers of its results whose rows may be anywhere.
         plans: How calls are measured, by what they look like; None: where the graph uses the parameters. See
@@ -57,6 +58,7 @@ class HookedModule:
         self.moved = WorstPlaces()
         self.moved_results: set[int] = set()
         self.plans: dict[tuple[Any, ...], CallPlan | None] = {}
+        self.left_to_graph: set[int] = set()
         self._layouts: dict[int, Layout | None] = {}
 
     def __str__(self) -> str:
@@ -114,6 +116,13 @@ class HookedModule:
         if taint.batch > 1:
             self._layouts[x.dim()] = layout if self._layouts.get(x.dim(), layout) == layout else None
         return layout
+
+    def settle(self, key: tuple[int, ...], how: str) -> None:
+        """Measure calls of a layout so from now on; what is once left to the graph stays there."""
+        if self.calls.get(key) != "graph":
+            self.calls[key] = how
+        if how == "graph":
+            self.left_to_graph.add(key[1] if key[0] < 2 else len(key))
 
     def keep_plan(self, look: tuple[Any, ...], plan: CallPlan | None) -> None:
         """Measure calls that look like this by this plan from now on."""

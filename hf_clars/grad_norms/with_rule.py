@@ -151,6 +151,7 @@ def _decide(
     if tainted is not None and forward_pass.batch_size > 1:
         (hooked.data_dims if tainted else hooked.own_dims).add(x.dim())
         hooked.plans.clear()
+    moved = 0 if forward_pass.batch_size == 1 else hooked.moved_at(x, taint, forward_pass.moves_rows)
     axes = rule.batch_axes(hooked.module, results)
     if axes[0] and taint is not None and forward_pass.batch_size > 1 and taint.layout_of(x) == Layout():
         warnings.warn(f"{hooked} takes time first. {TIME_FIRST}.", stacklevel=2)
@@ -163,15 +164,15 @@ def _decide(
     if outside and unproven:
         return None
     if rows is None and tainted:
-        hooked.calls[0, x.dim()] = "graph"  # compiled code must not take its first axis for the batch either
+        hooked.settle((0, x.dim()), "graph")  # compiled code must not take its first axis for the batch either
     if rows is None or (x.dim() in hooked.own_dims and tainted is not True and forward_pass.batch_size > 1):
         return None
     key = _key(x, rows)
     known = hooked.calls.get(key)
-    if known == "graph":
+    doubted = x.dim() in hooked.left_to_graph and forward_pass.batch_size > 1 and x not in forward_pass.given
+    if known == "graph" or doubted:
         return None
-    moved = 0 if forward_pass.batch_size == 1 else hooked.moved_at(x, taint, forward_pass.moves_rows)
-    if moved == MOVED:
+    if moved == MOVED or (moved and known == "certain"):  # another call's rows were
         known = None
     always = outside or not hooked.path or forward_pass.batch_size == 1
     simple = always or (x in forward_pass.given and moved != MOVED)

@@ -10,11 +10,12 @@ from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import OWN_NODES
+from hf_clars.grad_norms.graph.known_layouts import LayoutsOfUses
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, two_of
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
 from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, no_proof, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
-from hf_clars.grad_norms.graph.row_check import check_rows
+from hf_clars.grad_norms.graph.row_check import Kinds, check_rows
 from hf_clars.grad_norms.graph.rows import GivenRows
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
@@ -62,11 +63,10 @@ class GraphFinder:
         self._mixed: set[Signature] = set()
         self._whole: set[Signature] = set()
         self._tables: set[Signature] = set()
-        self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
+        self._layouts = LayoutsOfUses()
         self.moves_rows, self._moved, self.given = False, WorstPlaces(), GivenRows()
-        self._followed = self._passes = 0
+        self._followed, self._kinds = 0, Kinds()
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
-        self._layouts_now: dict[Node, list[Layout | None]] = {}
         self._gate_of: dict[tuple[object, ...], HookedModule] = {}
         self._unheard: dict[tuple[object, ...], HookedModule | None] = {}  # uses that no gradient reached: their gates
         self._gates: dict[HookedModule, bool] = {}
@@ -108,21 +108,21 @@ class GraphFinder:
         if taint is not None and taint.batch > 1:
             self.moves_rows |= taint.moves
             self._followed += 1
-        self._layouts_now.clear()
         for _ in range(6):
             walk = self._walk(forward_pass, outputs, taint)
             if walk.lost or (walk.bare and self.unknown):
                 # What is not known to take the data must have taken it before: these belong to samples.
                 inner = inner_roots(outputs, forward_pass.batch_size) if self.unknown else []
                 walk = self._walk(forward_pass, outputs, taint, walk.lost | {root.edge.node for root in inner})
+            self._layouts.look(walk.uses, forward_pass.batch_size)
             unproven = [c for c in forward_pass.uses.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
             if not (unproven or unknown) or not self._learn(forward_pass, outputs, walk, unproven, unknown):
                 break
+        self._layouts.trust()
         self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
         self.moves_rows |= any(c.plan.moved == MOVED and not c.cancelled for c in forward_pass.uses.rule_calls)
-        self._passes += forward_pass.batch_size > 1 and not forward_pass.backward_seen
-        if self._passes == 2 and self.checks_rows:
+        if self._kinds.is_new(forward_pass) and self.checks_rows:
             check_rows(self._proofs, forward_pass, outputs, walk, self._known, self.name_of)
         found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
         gated = [use for use, at_node in found if at_node is None]
@@ -134,7 +134,7 @@ class GraphFinder:
             edges = container.batch_first(forward_pass.batch_size)
             gates.setdefault(container, Gate(edges, str(container.hooked), forward_pass.packed)).uses.append(use)
         self.gated = {*self._gate_of.values(), *filter(None, self._unheard.values())}
-        self._layouts_now.clear()
+        self._layouts.end()
         self.bare = () if taint is None else walk.bare
         if taint is not None and self._followed == 1:
             self._proofs.look_at_the_second_axis(forward_pass, outputs, walk)
@@ -194,16 +194,16 @@ class GraphFinder:
         shapes = use.result_shapes
         if batch == 1:
             return [Layout() for _ in shapes]
-        key = _key(use)
-        known = self._layouts_now.get(use.node) if use.moved == MOVED else self._layouts.get(key)
+        known = self._layouts.of(use)
         if known is not None:
             fits = all(la is None or la.sizes(s, batch) is not None for la, s in zip(known, shapes, strict=True))
             return known if fits else None
-        if key in self._gate_of:
+        if use.look in self._gate_of:
             return [None for _ in shapes]
         by_numbers = use.node.name() in _BY_INDEX and len(shapes[0]) == 2  # [B], or of as many positions
         doubtful = use.moved or by_numbers or use.node.name().startswith(SPREADS)
         if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not doubtful:
+            self._layouts.keep(use, [Layout()])
             return [Layout()]
         return None
 
@@ -221,7 +221,7 @@ class GraphFinder:
         for use in unknown:
             shapes = use.result_shapes
             places += [(GradientEdge(use.node, i), shape) for i, shape in enumerate(shapes)]
-            believed += self._believed.get(_key(use), [None for _ in shapes])
+            believed += self._believed.get(use.look, [None for _ in shapes])
         moved = [m == MOVED for m in (*(c.plan.moved for c in unproven), *(use.moved for use in unknown))]
         batch = forward_pass.batch_size
         samples = range(batch) if any(moved) else two_of(batch)
@@ -235,8 +235,10 @@ class GraphFinder:
             if found is None:
                 continue
             plan, alone = call.plan, call.rows_per_sample == 1 and call.plan.x_depends_on_data
-            hidden = alone and call.rule.weight_sharing_axes and found.is_hidden(place_of(call.edges[0])[1], batch)
-            if hidden or (plan.moved and found.elsewhere):
+            shape = place_of(call.edges[0])[1]
+            hidden = alone and call.rule.weight_sharing_axes and found.is_hidden(shape, batch)
+            folded = plan.moved != MOVED and not found.layouts and call.rows_per_sample > 1  # rows of which samples?
+            if hidden or (folded and found.is_shared(shape, batch)) or (plan.moved and found.elsewhere):
                 raise no_proof(call, batch)
             right = plan.layout in found.layouts
             if alone and not found.layouts:
@@ -246,7 +248,7 @@ class GraphFinder:
                 for param in call.wanted.values():
                     forward_pass.uses.forget(param)
             if not (right and plan.moved == MOVED):
-                call.hooked.calls[plan.key] = "observed" if right else "graph"
+                call.hooked.settle(plan.key, "observed" if right else "graph")
         rest = iter(proven[len(unproven) :])
         for use in unknown:
             shapes = use.result_shapes
@@ -258,9 +260,9 @@ class GraphFinder:
         self, use: Use, shapes: Sequence[tuple[int, ...]], found: Sequence[Arrival | None], batch: int
     ) -> bool:
         if all(f is None for f in found):  # nothing is learned, as below a head that begins with zeros
-            self._unheard.setdefault(_key(use))
+            self._unheard.setdefault(use.look)
             return False
-        self._unheard.pop(_key(use), None)
+        self._unheard.pop(use.look, None)
         if use.node.name().startswith(SPREADS) and found[0] and found[0].samples and not found[0].layouts:
             # It spreads over something that is as long as the batch by chance.
             self._whole.add((use.node.name(), use.key[2]))
@@ -277,17 +279,15 @@ class GraphFinder:
         def layout_of(shape: tuple[int, ...], f: Arrival | None) -> Layout | None:
             if f is not None and f.layouts:
                 return f.layouts[0]
-            looks = f is None or are_coupled(f, 0 if looked_up else use.moved, batch)  # coupled samples, or no gradient
+            looks = f is None or are_coupled(f, None if looked_up else use.moved, batch)  # coupled, or no gradient
             return Layout() if looks and shape[:1] == (batch,) else None
 
         layouts = [layout_of(shape, f) for shape, f in zip(shapes, found, strict=True)]
         if any(f is not None and la is None for f, la in zip(found, layouts, strict=True)):
             layouts = [None for _ in shapes]  # a part of its gradient would be missed
         if use.moved == MOVED:
-            self._layouts_now[use.node] = self._believed[_key(use)] = layouts
-        elif use.moved or any(la is not None for la in layouts):
-            self._layouts[_key(use)] = layouts
-        return False
+            self._believed[use.look] = layouts
+        return (bool(use.moved) or any(la is not None for la in layouts)) and self._layouts.keep(use, layouts)
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
         meta = forward_pass.device is not None and forward_pass.device.type == "meta"  # tensors without values
@@ -332,7 +332,7 @@ class GraphFinder:
 
     def _container_of(self, use: Use, forward_pass: ForwardPass, containers: Sequence[ContainerCall]) -> ContainerCall:
         """The innermost module around a use whose results have the batch first."""
-        key = _key(use)
+        key = use.look
         wanted, gate_of = self._gate_of.get(key), self._unheard if key in self._unheard else self._gate_of
         for container in containers:
             if wanted not in (None, container.hooked) or not self._gates.get(container.hooked, True):
@@ -344,7 +344,3 @@ class GraphFinder:
                 return container
         self.unknown = True
         raise refuse(use, ", ".join(self.name_of(p) for p in use.leaves.values()), forward_pass.batch_size)
-
-
-def _key(use: Use) -> tuple[object, ...]:
-    return (use.key, tuple(len(s) for s in use.result_shapes))

@@ -41,6 +41,11 @@ class Layout:
         outer = rows if self.outer < 0 else self.outer
         return None if outer == 0 or rows % outer else (outer, rows // outer)
 
+    def is_in(self, others: Iterable[Layout], shape: Shape, batch: int) -> bool:
+        """Whether one of others gives samples the same rows of a tensor of this shape."""
+        sizes = self.sizes(shape, batch)
+        return any(self.axis == other.axis and sizes == other.sizes(shape, batch) for other in others)
+
     def samples_first(self, t: Tensor, batch: int) -> Tensor:
         """[B, *axes before, outer, inner, *axes after]."""
         if t.dim() == 0:
@@ -80,10 +85,8 @@ def candidates(shape: Shape, batch: int) -> list[Layout]:
         if not size or size % batch:
             continue
         rows = size // batch
-        found.append(Layout(axis))
-        if rows > 1:
-            found.append(Layout(axis, -1))
-        found += [Layout(axis, outer) for outer in range(2, rows) if rows % outer == 0]
+        outers = [1, -1, *(n for n in range(2, rows) if rows % n == 0)]
+        found += [Layout(axis, outer) for outer in outers[:rows]]
     return sorted(found, key=lambda layout: (layout.outer != 1, layout.axis))
 
 
@@ -98,6 +101,8 @@ class Arrival:
         mixed: Whether all that it could be followed from mixes samples: it arrives everywhere, and that tells nothing.
         touched: How many rows of the first axis it reached, of each sample, added up.
         elsewhere: Whether what it could be followed from is other samples' rows.
+        guessed: Whether it was followed from what has more rows than samples, of which nothing tells whose they are.
+        rows: By sample which rows of each axis it reached.
     """
 
     layouts: list[Layout]
@@ -106,6 +111,8 @@ class Arrival:
     mixed: bool = False
     touched: int = 0
     elsewhere: bool = False
+    guessed: bool = False
+    rows: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def is_anyones(self) -> bool:
         """Whether each of several samples touched every row of every axis."""
@@ -114,6 +121,13 @@ class Arrival:
     def is_elsewhere(self, layout: Layout) -> bool:
         """Whether each sample has rows to itself, although they are not its own."""
         return layout not in self.layouts and 0 < self.touched <= self.samples
+
+    def is_shared(self, shape: Shape, batch: int, axis: int = 0) -> bool:
+        """Whether samples reach rows of each other, or more than there are for each."""
+        if not self.rows:
+            return False
+        reached = torch.stack([rows[axis] for rows in self.rows.values()]).sum(0)
+        return int(reached.max()) > 1 or int(reached.sum()) > len(self.rows) * (shape[axis] // batch)
 
     def is_hidden(self, shape: Shape, batch: int) -> bool:
         """Whether nothing tells which axis is the samples', although the first looks so."""
@@ -189,7 +203,8 @@ def prove(
                 right = [la for la in before.layouts if _holds_only(rows[la.axis], la, sample, batch)]
                 missed = {k for k, touched in enumerate(rows) if not touched.all()}
                 count = before.touched + (int(rows[0].sum()) if rows else 0)
-                left[i] = Arrival(right, before.missed | missed, before.samples + 1, touched=count)
+                reached = before.rows | {sample: rows}
+                left[i] = Arrival(right, before.missed | missed, before.samples + 1, touched=count, rows=reached)
 
         starts = [root.of_one(sample, batch) for root in roots]
         _look_on_the_way(roots, edges, starts, couplings, look)
@@ -317,7 +332,7 @@ def _holds_only(touched: Tensor, layout: Layout, sample: int, batch: int) -> boo
 
 def _rows_touched(g: Tensor) -> list[Tensor] | None:
     """For each axis which of its rows hold a number that is not zero; None if there is no such number."""
-    touched = g.ne(0)
+    touched = g.abs() > 0  # what is not a number, as zero times infinity, came from nobody
     if not g.numel() or not g.dim():
         return [] if g.numel() and bool(touched) else None
     found: list[Tensor] = []

@@ -90,9 +90,9 @@ def inner_roots(outputs: Sequence[Tensor], batch: int) -> list[Root]:
     return found
 
 
-def are_coupled(found: Arrival, moved: int, batch: int, axis: int = 0) -> bool:
+def are_coupled(found: Arrival, moved: int | None, batch: int, axis: int = 0) -> bool:
     """Whether samples depend on each other, all, or some: then they touch more rows than there are to have alone."""
-    some = not axis and moved > 0 and found.touched > (batch if moved == MOVED else found.samples)
+    some = not axis and moved is not None and found.touched > (batch if moved == MOVED else found.samples)
     return found.everywhere(axis) or some
 
 

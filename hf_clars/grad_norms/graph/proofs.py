@@ -70,6 +70,7 @@ class Proofs:
         self._is_split = is_split
         self._all_at_once = True
         self._own_rows: bool | None = None
+        self._returned: dict[tuple[str, int], Layout] = {}
 
     def layouts(
         self,
@@ -136,10 +137,11 @@ class Proofs:
             found, own = (found, own) if below is None else (below, True)
         self._own_rows = own if returned else None
         if own is False or (own is None and (not returned or any(f and f.is_anyones() for f in found))):
-            return _apart(question, outputs, found, missed, returned=returned)
+            return _apart(question, outputs, found, missed, self._returned, returned=returned)
         if missed:
             others = [t for t in outputs if t.shape[:1] != (batch,)]
-            apart = _apart(question, others, [None for _ in found], missed, returned=returned)
+            nothing = [None for _ in found]
+            apart = _apart(question, others, nothing, missed, self._returned, returned=returned)
             return [apart[i] or f for i, f in enumerate(found)]
         if at_once and all(f is None or la in f.layouts for f, (_, la) in zip(found, sure, strict=False)):
             self._all_at_once = False  # this model's gradients come out in other digits each time
@@ -188,6 +190,7 @@ def _apart(
     outputs: Sequence[Tensor],
     together: Sequence[Arrival | None],
     missed: Collection[int],
+    known: dict[tuple[str, int], Layout],
     *,
     returned: bool,
 ) -> list[Arrival | None]:
@@ -198,6 +201,7 @@ def _apart(
         outputs: What the model returned.
         together: What all roots together have told.
         missed: Places that lie below none of these.
+        known: Whose rows are whose in these, by operation and number of axes, as far as a pass has shown it.
         returned: Whether these were what the model returned.
     """
     settled: dict[int, Arrival] = {}
@@ -212,14 +216,18 @@ def _apart(
         shape = shape_at(node, output) or ()
         found: list[Arrival | None] = []
         own: bool | None = False
-        for layout in _likely(shape, question.batch):
+        for layout in sorted(_likely(shape, question.batch), key=lambda la: la != known.get((node.name(), len(shape)))):
             tries += 1
             found, own = question.ask([root_at(node, output, outputs[0].device, layout)])
             if own is not False:
                 break
+        if own and (node, output) in ends:
+            known[node.name(), len(shape)] = layout
         elsewhere |= question.elsewhere and (node, output) in ends
         if own or (own is None and (node, output) in ends):
-            told = {i: f for i, f in enumerate(found) if f is not None and (own or not f.is_anyones())}
+            guess = own is None and shape[:1] != (question.batch,) and (node.name(), len(shape)) not in known
+            here = ((i, f) for i, f in enumerate(found) if f is not None and (own or not f.is_anyones()))
+            told = {i: replace(f, guessed=guess) for i, f in here}
             settled = told | {i: f for i, f in settled.items() if i not in told or not f.is_anyones()}
         elif question.given:
             below = [

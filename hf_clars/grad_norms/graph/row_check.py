@@ -1,7 +1,8 @@
 """The row check: whose rows are whose is trusted after functions that are known to leave rows, and then looked at once.
 
 The sum check finds what was forgotten or counted twice. Rows that were taken for another sample's add up all the same.
-So one pass after the first follows the gradients of two samples to everything that is measured, also where it was sure.
+So in the second pass, and in each that has another number of operations, the gradients of two samples are followed to
+everything that is measured, also where it was sure.
 """
 
 from __future__ import annotations
@@ -18,6 +19,23 @@ from hf_clars.grad_norms.graph.places import place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
 from hf_clars.grad_norms.graph.taint import MOVED
 from hf_clars.grad_norms.graph.walk import GraphWalk, Use
+
+_MOST = 64
+
+
+class Kinds:
+    """Passes of other numbers of operations, up to 64: they may do other things with their rows."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def is_new(self, forward_pass: ForwardPass) -> bool:
+        """Whether no pass was like this one. The first one is followed all the same."""
+        if forward_pass.batch_size < 2 or forward_pass.backward_seen or len(self._seen) > _MOST:
+            return False
+        before = len(self._seen)
+        self._seen.add(len(forward_pass.operations) if before else 0)
+        return 0 < before < len(self._seen)
 
 
 def check_rows(
@@ -51,27 +69,32 @@ def check_rows(
             if layout is not None:
                 names = ", ".join(sorted(name_of(p) for p in use.leaves.values()))
                 trusted.append((names, GradientEdge(use.node, i), layout))
-    places = [place_of(edge) for _, edge, _ in trusted]
-    found = proofs.layouts(forward_pass, outputs, walk, places, two_of(batch), ()) if places else None
-    for (what, _, layout), (_, shape), arrival in zip(trusted, places, found or (), strict=False):
-        if arrival is not None and _is_wrong(arrival, layout, shape[layout.axis] // batch):
-            raise BatchAxisError(
-                f"{what}: its rows were taken for the batch's {batch} samples in their order, but one sample's "
-                "gradient arrives in rows of others: norms so far are those of other samples. A function that is "
-                "known to leave rows where they are has moved them. Please report this model, and until then freeze "
-                f"these parameters, or {WITHOUT_SAMPLES}."
-            )
+    suspects = [(what, place_of(edge), layout) for what, edge, layout in trusted]
+    for samples in (two_of(batch), range(batch)):
+        places = [place for _, place, _ in suspects]
+        found = proofs.layouts(forward_pass, outputs, walk, places, samples, ()) if places else None
+        pairs = zip(suspects, found or (), strict=False)
+        suspects = [s for s, arrival in pairs if arrival is not None and _is_moved(arrival, s[2], s[1][1], batch)]
+    for what, _, _ in suspects[:1]:
+        raise BatchAxisError(
+            f"{what}: its rows were taken for the batch's {batch} samples in their order, but one sample's "
+            "gradient arrives in rows of others: norms may have been those of other samples so far. If the model "
+            "shuffles rows in some passes only, let it do so in all of them. If not, please report it, and until then "
+            f"freeze these parameters, or {WITHOUT_SAMPLES}."
+        )
 
 
-def _is_wrong(found: Arrival, layout: Layout, rows: int) -> bool:
-    """Whether rows are surely not the believed ones; samples that depend on each other tell nothing.
+def _is_moved(found: Arrival, layout: Layout, shape: Sequence[int], batch: int) -> bool:
+    """Whether each sample has rows to itself, and not the believed ones. Samples that depend reach each other's.
 
     Args:
         found: Where gradients arrived.
         layout: What is believed.
-        rows: How many of its axis are one sample's.
+        shape: The tensor's. Its last axis tells nothing: a sample may reach a few channels alone.
+        batch: B.
     """
-    if layout in found.layouts or found.mixed or not found.samples:
+    if layout.is_in(found.layouts, shape, batch) or found.mixed or found.guessed:
         return False
-    some = not layout.axis and found.touched > found.samples * rows
-    return bool(found.layouts) or not (some or found.everywhere(layout.axis))
+    return not found.is_shared(shape, batch, layout.axis) or any(
+        la.axis not in (layout.axis, len(shape) - 1) for la in found.layouts
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ _JOINS = ("cat", "concat", "concatenate")
 _TAKES = {"__getitem__": 1, "index_select": 2, "gather": 2, "masked_select": 1}
 _TAKES_APART = {"unbind": 1, "select": 1, "narrow": 1, "split": 2, "chunk": 2, "tensor_split": 2, "vsplit": 0}
 """Functions that give parts of the batch, and which argument says along which axis, if it is not the first."""
+
+_PLAIN = (int, slice, type(None), EllipsisType)
+"""What an index may hold beside lists of rows."""
 
 _OPERANDS = (("input", "tensors", "tensor", "x", "self"), ("other", "mat2", "weight"))
 """What functions call their first two operands."""
@@ -180,12 +184,17 @@ def _axes_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
 
 
 def _picks(x: Tensor, index: Any, axes: set[int], holds: Callable[[Tensor], bool]) -> bool:
-    """Whether an index picks rows by a list of them, and not all in order; one that the data make may be any."""
+    """Whether an index picks rows by a list of them.
+
+    One beside others, as which token of each, may take all in order. One that the data make may be any, and one alone
+    is a shuffle that may have left all in order this time.
+    """
 
     def by_data(item: Any) -> bool:
         return isinstance(item, Tensor) and holds(item)
 
     axis, items = 0, index if isinstance(index, tuple) else (index,)
+    alone = sum(not isinstance(item, _PLAIN) for item in items) < 2
     for item in items:
         if item is None or isinstance(item, bool):
             continue
@@ -195,7 +204,8 @@ def _picks(x: Tensor, index: Any, axes: set[int], holds: Callable[[Tensor], bool
             axis += 1
             continue
         count = item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
-        if not axes.isdisjoint(range(axis, axis + count)) and (by_data(item) or not _in_order(item, x.shape[axis])):
+        all_in_order = not alone and not by_data(item) and _in_order(item, x.shape[axis])
+        if not axes.isdisjoint(range(axis, axis + count)) and not all_in_order:
             return True
         axis += count
     return False

@@ -69,6 +69,11 @@ class Use:
         return shape_of(*self.child)
 
     @cached_property
+    def look(self) -> Signature:
+        """What it has in common with the same use in other passes, and perhaps with others."""
+        return (self.key, tuple(len(s) for s in self.result_shapes))
+
+    @cached_property
     def result_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the operation's results."""
         return [shape_at(self.node, i) or () for i in range(results_of(self.node))]
