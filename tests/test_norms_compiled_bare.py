@@ -144,6 +144,41 @@ class Root(nn.Module):
         return self.norm(x @ self.weight.T + self.bias)
 
 
+class LowRank(nn.Module):
+    """LoRA by hand, as a part or as the whole model: all modules are frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(4, 3).requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x):
+        return self.frozen(x) + x @ self.down @ self.up
+
+
+class Listed(nn.Module):
+    """A frozen layer, and parameters in a list, which is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.gains = nn.ParameterList([nn.Parameter(torch.randn(4)) for _ in range(2)])
+
+    def forward(self, x):
+        return (self.frozen(x) * self.gains[0]).tanh() * self.gains[1]
+
+
+class Logistic(nn.Module):
+    """No module inside whose call could be seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
 def steps(length):
     return lambda batch: (torch.randn(batch, length, 4),)
 
@@ -158,6 +193,9 @@ def steps(length):
         (Written, steps(5), (3, 3, 3), whole),
         (Products, steps(5), (3, 3, 3), traced),
         (RelativeBias, steps(4), (4, 4, 4), traced),
+        (LowRank, steps(5), (3, 3, 3, 4), whole),
+        (lambda: nn.Sequential(LowRank(), nn.Tanh()), steps(3), (3, 3, 3), traced),
+        (Listed, steps(3), (3, 3, 3), traced),
         (Root, lambda batch: (torch.randn(batch, 4),), (3, 3, 3), traced),
     ],
 )
@@ -251,6 +289,14 @@ class WrittenIntoABlank(ClassToken):
         blank = torch.zeros(4)
         blank.add_(self.gain)
         return super().forward(x) * blank[:3]
+
+
+def test_a_model_of_which_no_call_can_be_seen_is_refused_by_name():
+    model = Logistic()
+    with PerSampleGradNorms(model) as norms:
+        assert norms.why_not_compiled() == "weight"
+        with pytest.raises(UncoveredParameterError, match="weight: no layer rule measures this in compiled code"):
+            traced(model)(torch.randn(3, 4))
 
 
 @pytest.mark.parametrize(
