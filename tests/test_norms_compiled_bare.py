@@ -129,6 +129,17 @@ class RelativeBias(Net):
         return self.head((x @ self.first(x).mT + bias).softmax(-1) @ x)
 
 
+class Cell(Net):
+    """As many units as samples in the last batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(4, 4)
+
+    def forward(self, x):
+        return self.head(self.cell(x, self.first(x)))
+
+
 class Root(nn.Module):
     """Parameters of its own only, but for one layer that is called last."""
 
@@ -193,6 +204,7 @@ def steps(length):
         (Written, steps(5), (3, 3, 3), whole),
         (Products, steps(5), (3, 3, 3), traced),
         (RelativeBias, steps(4), (4, 4, 4), traced),
+        (Cell, lambda batch: (torch.randn(batch, 4),), (3, 3, 3, 4), traced),
         (LowRank, steps(5), (3, 3, 3, 4), whole),
         (lambda: nn.Sequential(LowRank(), nn.Tanh()), steps(3), (3, 3, 3), traced),
         (Listed, steps(3), (3, 3, 3), traced),

@@ -60,6 +60,11 @@ def value_of(node: Any) -> Any:
     return node.meta.get("example_value")
 
 
+def trains(node: Any) -> bool:
+    """Whether a gradient may come to a node's value, also to complex numbers."""
+    return any(t.requires_grad for t in tensors_in(value_of(node)))
+
+
 #: Python's names of functions that torch calls otherwise.
 _OPERATORS = {"truediv": "div", "true_divide": "div", "floordiv": "div", "floor_divide": "div", "mod": "remainder"}
 _OPERATORS |= {"and_": "bitwise_and", "or_": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from hf_clars.grad_norms.compiled.kinds_of_functions import (
     ALONG,
+    ALONG_THE_LAST,
     IN_ORDER,
     JOINS,
     KEEP_SHAPES,
@@ -201,7 +202,7 @@ class _Call:
         if name in REDUCTIONS and not (name in ("max", "min") and len(_tensors(self.args)) > 1):
             return self._reduced(y)
         if name in ALONG:
-            along = self._axes(ALONG[name], x.dim() - 1 if name in ("sort", "argsort", "topk") else None)
+            along = self._axes(ALONG[name], ALONG_THE_LAST.get(name))
             return LOST if along is None or at.axis in along else self._agreed()
         if name == "scaled_dot_product_attention":
             known = all(self.places[id(t)].axis < t.dim() - 2 for t in self.held)
@@ -229,7 +230,7 @@ class _Call:
         if at.axis or y.dim() == 0 or y.shape[0] != x.shape[0]:
             return LOST
         if self.name in KEEP_THE_FIRST:
-            return self._agreed()
+            return self._agreed() if x is (self.args[0] if self.args else self.kwargs.get("input")) else LOST
         alone = not any(n == self.batch for t in (*self.held, y) for n in t.shape[1:])
         return self._agreed() if at == Place() and (alone or is_whole_function(self.node)) else LOST
 
@@ -250,7 +251,7 @@ class _Call:
         every = len(given) == len(self.held)  # whole batches, one after the other
         return Place(at.axis, len(given) * at.outer, at.inner) if every else LOST
 
-    def _axes(self, position: int, default: int | None = None) -> list[int] | None:
+    def _axes(self, position: int, default: Any = None) -> list[int] | None:
         """The axes that an argument names."""
         given = next((self.kwargs[k] for k in ("dim", "dims", "axis") if k in self.kwargs), None)
         if given is None:
@@ -316,12 +317,15 @@ class _Call:
             axes, result = letters_of_matmul(a.dim(), b.dim())
             added = [args[0]] if plus and args[0].dim() == len(result) else []
             return [a, b, *added], [*axes, *(result for _ in added)], result
+        if name in ("linear", "cdist") and len(args) > 1:
+            return [*args[:2]], *letters_of_matmul(args[0].dim(), args[1].dim(), turned=True)
         return None
 
     def _after_product(self, y: Tensor, operands: list[Tensor], axes: list[str], result: str) -> Any:
         of = [(letters, self.places[id(t)]) for letters, t in zip(axes, operands, strict=True) if id(t) in self.places]
         found = [Place(result.find(letters[at.axis]), at.outer, at.inner) for letters, at in of]
-        one = _the_one(found) if len({letters[at.axis] for letters, at in of}) == 1 else LOST
+        several = len({letters[at.axis] for letters, at in of}) > 1 or len(of) < len(self.held)
+        one = LOST if several else _the_one(found)
         return None if isinstance(one, Place) and one.axis < 0 else one
 
 
