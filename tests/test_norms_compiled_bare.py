@@ -129,6 +129,17 @@ class RelativeBias(Net):
         return self.head((x @ self.first(x).mT + bias).softmax(-1) @ x)
 
 
+class Cell(Net):
+    """As many units as samples in the last batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(4, 4)
+
+    def forward(self, x):
+        return self.head(self.cell(x, self.first(x)))
+
+
 class Root(nn.Module):
     """Parameters of its own only, but for one layer that is called last."""
 
@@ -142,6 +153,41 @@ class Root(nn.Module):
 
     def forward(self, x):
         return self.norm(x @ self.weight.T + self.bias)
+
+
+class LowRank(nn.Module):
+    """LoRA by hand, as a part or as the whole model: all modules are frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(4, 3).requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x):
+        return self.frozen(x) + x @ self.down @ self.up
+
+
+class Listed(nn.Module):
+    """A frozen layer, and parameters in a list, which is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.gains = nn.ParameterList([nn.Parameter(torch.randn(4)) for _ in range(2)])
+
+    def forward(self, x):
+        return (self.frozen(x) * self.gains[0]).tanh() * self.gains[1]
+
+
+class Logistic(nn.Module):
+    """No module inside whose call could be seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        return x @ self.weight
 
 
 def steps(length):
@@ -158,6 +204,10 @@ def steps(length):
         (Written, steps(5), (3, 3, 3), whole),
         (Products, steps(5), (3, 3, 3), traced),
         (RelativeBias, steps(4), (4, 4, 4), traced),
+        (Cell, lambda batch: (torch.randn(batch, 4),), (3, 3, 3, 4), traced),
+        (LowRank, steps(5), (3, 3, 3, 4), whole),
+        (lambda: nn.Sequential(LowRank(), nn.Tanh()), steps(3), (3, 3, 3), traced),
+        (Listed, steps(3), (3, 3, 3), traced),
         (Root, lambda batch: (torch.randn(batch, 4),), (3, 3, 3), traced),
     ],
 )
@@ -251,6 +301,14 @@ class WrittenIntoABlank(ClassToken):
         blank = torch.zeros(4)
         blank.add_(self.gain)
         return super().forward(x) * blank[:3]
+
+
+def test_a_model_of_which_no_call_can_be_seen_is_refused_by_name():
+    model = Logistic()
+    with PerSampleGradNorms(model) as norms:
+        assert norms.why_not_compiled() == "weight"
+        with pytest.raises(UncoveredParameterError, match="weight: no layer rule measures this in compiled code"):
+            traced(model)(torch.randn(3, 4))
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,18 @@ def each_twice(net, x, y):
     return net.head(net.first(y.repeat_interleave(2, 0)) * net.gain).view(-1, 2, 4, 3).sin().sum(1)
 
 
+def in_a_weights_place(net, x, y):
+    """The samples come last, after as many rows."""
+    rows = torch.eye(4, dtype=x.dtype)
+    return net.head(((F.linear(rows, y[:, 0]) + torch.cdist(rows, y[:, 1])) * net.gain[:, None]).t())
+
+
+def frequencies(net, x, y):
+    """Complex numbers, made of a parameter too."""
+    spectrum = torch.fft.rfft(y, dim=1) * torch.complex(net.gain, net.gain.sin())
+    return net.head(torch.fft.irfft(spectrum, n=4, dim=1))
+
+
 def last_steps(net, x, y):
     return net.head(y[torch.arange(len(x)), x[..., 0].argmax(1)] * net.gain)
 
@@ -85,6 +97,8 @@ def as_complex_numbers(net, x, y):
         classes,
         two_views,
         each_twice,
+        in_a_weights_place,
+        frequencies,
         last_steps,
         turned,
     ],

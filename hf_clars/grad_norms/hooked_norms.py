@@ -76,6 +76,8 @@ class HookedNorms(NormAccumulator):
             method = self._on_call if hooked.rule is not None else self._on_container_call
             hook = BoundHook(method, hooked, traced=self._compiled.hook_of(hooked))
             self._module_hooks.add(hooked.module.register_forward_hook, hook, with_kwargs=True, prepend=True)
+        for module in self._compiled.calls.bystanders:
+            self._module_hooks.add(module.register_forward_hook, self._compiled.bystander_hook())
 
     def cover(self, layers: Sequence[ParamLayer]) -> None:
         """Measure other layers from now on; also as a pass begins.

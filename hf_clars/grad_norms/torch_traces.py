@@ -60,6 +60,11 @@ def value_of(node: Any) -> Any:
     return node.meta.get("example_value")
 
 
+def trains(node: Any) -> bool:
+    """Whether a gradient may come to a node's value, also to complex numbers."""
+    return any(t.requires_grad for t in tensors_in(value_of(node)))
+
+
 def held_by(node: Any) -> Any:
     """What a trace took from outside at an input; None for numbers."""
     held = node.meta.get("grapharg")

@@ -43,9 +43,10 @@ KEEP_THE_FIRST = (
     *(f"adaptive_{of}_pool{n}d" for n in (1, 2, 3) for of in ("avg", "max")),
     *("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "grid_sample", "affine_grid"),
     *("embedding_bag", "cosine_similarity", "unfold", "fold", "view_as_complex", "view_as_real"),
+    *("gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
 )
 #: Of these every axis before the last is kept.
-OF_THE_LAST = ("linear", "pad", "glu", "one_hot", "bilinear")
+OF_THE_LAST = ("pad", "glu", "one_hot", "bilinear")
 #: What goes along one axis: where its arguments name that, and what it is if they do not.
 REDUCTIONS = {
     **dict.fromkeys(("sum", "mean", "amax", "amin", "logsumexp", "prod", "nansum", "nanmean", "all", "any"), 1),
@@ -57,6 +58,11 @@ ALONG = {
     **dict.fromkeys(("sort", "argsort", "msort", "gather", "index_select", "scatter", "scatter_add", "flip"), 1),
     **dict.fromkeys(("index_add", "index_copy", "index_fill", "scatter_reduce"), 1),
     **dict.fromkeys(("topk", "take_along_dim", "roll", "cross", "rot90"), 2),
+    **{f"fft_{kind}fft{axes}": 2 for kind in ("", "i", "r", "ir", "h", "ih") for axes in ("", "2", "n")},
+}
+ALONG_THE_LAST = {
+    **dict.fromkeys(("sort", "argsort", "topk"), -1),
+    **{name: (-2, -1) if name.endswith("2") else -1 for name in ALONG if name.startswith("fft") and name[-1] != "n"},
 }
 JOINS = ("cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack")
 

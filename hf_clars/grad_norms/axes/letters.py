@@ -22,9 +22,9 @@ def letters_of_einsum(equation: str, dims: list[int]) -> tuple[list[str], str]:
     return spelled, result.replace("...", dots)
 
 
-def letters_of_matmul(a: int, b: int) -> tuple[list[str], str]:
-    """The same of a matrix product of tensors with so many axes."""
+def letters_of_matmul(a: int, b: int, *, turned: bool = False) -> tuple[list[str], str]:
+    """The same of a matrix product of tensors with so many axes; `turned`: the second is transposed, as a weight."""
     batch = "abcdefgh"[: max(a, b, 2) - 2]
     first = "k" if a == 1 else batch[len(batch) - a + 2 :] + "ik"
-    second = "k" if b == 1 else batch[len(batch) - b + 2 :] + "kj"
+    second = "k" if b == 1 else batch[len(batch) - b + 2 :] + ("jk" if turned else "kj")
     return [first, second], batch + ("i" if a > 1 else "") + ("j" if b > 1 else "")

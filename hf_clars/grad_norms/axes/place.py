@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_clars.grad_norms.axes.functions import (
     ALONG,
+    ALONG_THE_LAST,
     IN_ORDER,
     JOINS,
     KEEP_SHAPES,
@@ -168,7 +169,7 @@ class Call:
         if name in REDUCTIONS and not (name in ("max", "min") and len(tensors_among(self.args)) > 1):
             return self._reduced(y)
         if name in ALONG:
-            along = self._axes(ALONG[name], x.dim() - 1 if name in ("sort", "argsort", "topk") else None)
+            along = self._axes(ALONG[name], ALONG_THE_LAST.get(name))
             return LOST if along is None or at.axis in along else self._agreed()
         if name == "scaled_dot_product_attention":
             known = all(self.places[id(t)].axis < t.dim() - 2 for t in self.held)
@@ -207,10 +208,10 @@ class Call:
         if at.axis or y.dim() == 0 or y.shape[0] != x.shape[0]:
             return LOST
         if self.name in KEEP_THE_FIRST:
-            name = self.name
+            name, first = self.name, self.args[0] if self.args else self.kwargs.get("input")
             axes = int(name[-2]) + 2 if name[-2:] in ("1d", "2d", "3d") else x.dim()  # else its first are channels
             single = name == "embedding_bag" and not self.alone  # of a table that has samples rows are looked up
-            return self._agreed() if x is self.args[0] and x.dim() == axes and not single else LOST
+            return self._agreed() if x is first and x.dim() == axes and not single else LOST
         return self._agreed() if at == Place() and self.whole else LOST
 
     def _from_the_right(self, y: Tensor) -> Any:
@@ -230,7 +231,7 @@ class Call:
         every = len(given) == len(self.held)  # whole batches, one after the other
         return Place(at.axis, len(given) * at.outer, at.inner) if every else LOST
 
-    def _axes(self, position: int, default: int | None = None) -> list[int] | None:
+    def _axes(self, position: int, default: Any = None) -> list[int] | None:
         """The axes that an argument names."""
         given = next((self.kwargs[k] for k in ("dim", "dims", "axis") if k in self.kwargs), None)
         if given is None:
@@ -297,12 +298,15 @@ class Call:
             axes, result = letters_of_matmul(a.dim(), b.dim())
             added = [args[0]] if plus and args[0].dim() == len(result) else []
             return [a, b, *added], [*axes, *(result for _ in added)], result
+        if name in ("linear", "cdist") and len(args) > 1:
+            return [*args[:2]], *letters_of_matmul(args[0].dim(), args[1].dim(), turned=True)
         return None
 
     def _after_product(self, y: Tensor, operands: list[Tensor], axes: list[str], result: str) -> Any:
         of = [(letters, self.places[id(t)]) for letters, t in zip(axes, operands, strict=True) if id(t) in self.places]
         found = [Place(result.find(letters[at.axis]), at.outer, at.inner) for letters, at in of]
-        one = the_one(found) if len({letters[at.axis] for letters, at in of}) == 1 else LOST
+        several = len({letters[at.axis] for letters, at in of}) > 1 or len(of) < len(self.held)
+        one = LOST if several else the_one(found)
         return None if isinstance(one, Place) and one.axis < 0 else one
 
 

@@ -35,7 +35,7 @@ from hf_clars.grad_norms.compiled.sample_use import (
     written_by,
 )
 from hf_clars.grad_norms.compiled.uses import HANDED
-from hf_clars.grad_norms.pytree import differentiable_in, is_differentiable, tensors_in
+from hf_clars.grad_norms.pytree import is_differentiable, tensors_in
 from hf_clars.grad_norms.torch_traces import (
     OF_ANY_BATCH,
     attention,
@@ -44,6 +44,7 @@ from hf_clars.grad_norms.torch_traces import (
     held_by,
     is_from_model,
     opened,
+    trains,
     value_of,
 )
 
@@ -141,7 +142,7 @@ class BareUses:
         with_data = any(self.kinds[n] == DATA for n in node.all_input_nodes)
         if (written := written_by(node)) is not None and self._follow_a_write(node, written, made, with_data):
             return None
-        differentiable = differentiable_in(value_of(node))
+        differentiable = trains(node)
         size = not list(tensors_in(value_of(node))) and node.op != "get_attr"
         if size or name_of(node).startswith("new_") or node.target is torch.ops.hf_clars.begin_pass.default:
             with_data = False  # no numbers of the data's
@@ -175,7 +176,7 @@ class BareUses:
     def _differentiable(self, node: fx.Node) -> list[fx.Node]:
         """What a node takes that is made of parameters, and may be differentiated."""
         made = (n for n in node.all_input_nodes if self.kinds[n] == MADE)
-        return [n for n in made if differentiable_in(value_of(n))]
+        return [n for n in made if trains(n)]
 
     def _is_spread(self, node: fx.Node, made: fx.Node) -> bool:
         """Whether one row of parameters becomes one for each sample, as a class token does."""

@@ -52,6 +52,7 @@ class CompiledCalls:
         paused: As the tracker's.
         by_tokens: Whether the loss is a mean over tokens.
         beside: Rows of parameters whose bare uses compiled code measures.
+        bystanders: Modules without measured parameters whose calls are to be told of, as no others may be called.
         reason: Which parameters stand in the way of `whole`, in words.
     """
 
@@ -85,8 +86,10 @@ class CompiledCalls:
             if can_be_compiled(h) and h.params and set(with_rules) >= set(h.params.values()):
                 self.calls[h.path] = CompiledCall(self, h, [rows[p] for p in h.params.values()])
         self._owners = owners
-        # A graph in which no module is called that tells of itself is not seen.
-        alone = [] if self.calls else bare
+        # What the model's own forward does is seen only if a module is called in it that tells of it.
+        inside = [m for m in model.modules() if m is not model and type(m).forward is not nn.Module.forward]
+        self.bystanders = [] if self.calls else [m for m in inside if m not in set(self.modules)]
+        alone = [] if inside else bare
         self.whole = bool(self.params) and not missing and not alone
         self.reason = ", ".join(self._name_of(p) for p in owners if p in {*missing, *alone})
         wide = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32

@@ -41,6 +41,26 @@ class CompiledContainer:
             state.number = refuse(state.place, state.receiver, not_compiled(self.missing), False)
 
 
+class CompiledBystander:
+    """A module without measured parameters in compiled code; it lets what is traced around it be seen.
+
+    Args:
+        state: The tracker's.
+    """
+
+    def __init__(self, state: CompiledCalls) -> None:
+        self.state = state
+
+    def ready(self, *args: Any) -> bool:
+        """It can always do its work."""
+        return True
+
+    def __call__(self, *args: Any) -> None:
+        """Note that a trace is under way."""
+        if self.state.within and self.state.measures:
+            self.state.keep_rows()
+
+
 class CompiledModel:
     """The model's own hooks in compiled code.
 
@@ -64,6 +84,7 @@ class CompiledModel:
             state.end()
         elif state.whole or state.paused or not torch.is_grad_enabled():
             state.begin(args, rest)
+            state.keep_rows()
         else:
             state.number = refuse(state.place, state.receiver, not_compiled(state.reason), False)
             state.measures, state.within = False, True

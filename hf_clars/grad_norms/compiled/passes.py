@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from hf_clars.distributed import on_device
 from hf_clars.grad_norms.compiled.call import CompiledCall, used_outside, used_twice
 from hf_clars.grad_norms.compiled.calls import CompiledCalls
-from hf_clars.grad_norms.compiled.containers import CompiledContainer, CompiledModel
+from hf_clars.grad_norms.compiled.containers import CompiledBystander, CompiledContainer, CompiledModel
 from hf_clars.grad_norms.compiled.operations import enlist
 from hf_clars.grad_norms.errors import BatchAxisError, SecondBackwardError, UncoveredParameterError
 from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.undisturbed import differentiating
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ class CompiledPasses:
         inside = ((n, p) for n, p in hooked.module.named_parameters() if p in self._norms._layer_of)
         missing = ", ".join(hooked.full_name(n) for n, p in inside if p not in known)
         return CompiledContainer(self.calls, hooked.path, missing)
+
+    def bystander_hook(self) -> BoundHook:
+        """For modules without measured parameters: outside compiled code it does nothing."""
+        return BoundHook(self._nothing, traced=CompiledBystander(self.calls))
+
+    def _nothing(self, *args: Any) -> None:
+        pass
 
     def model_hook(self, *, begins: bool) -> CompiledModel:
         """What stands for the model's own hooks in compiled code."""

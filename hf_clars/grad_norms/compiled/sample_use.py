@@ -55,7 +55,7 @@ class SampleUse(nn.Module):
         rest = [self._by_sample(t, place, batch) for t, place in zip(others, self.places, strict=True)]
         axes = (0,) * n + tuple(None if place is None else 0 for place in self.places)
         result = self.result
-        z = torch.vmap(self.run, in_dims=axes)(*own, *rest)
+        z = torch.vmap(self.run.forward, in_dims=axes)(*own, *rest)
         outer, inner = _sizes(result)
         z = z.unflatten(result.axis + 1, (outer, inner)).movedim(0, result.axis + 1)
         return z.flatten(result.axis, result.axis + 2)
