@@ -245,4 +245,5 @@ def test_rows_that_move_in_later_passes_only_are_named():
 def test_what_is_not_a_number_leads_to_nobody():
     gradient = torch.tensor([[0.0, 0.0], [torch.nan, torch.nan], [0.0, 1.0]])  # of padding that attends to nothing
     rows, columns = layout._rows_touched(gradient)
-    assert rows.tolist() == [False, False, True] and columns.tolist() == [False, True]
+    assert rows.tolist() == [False, False, True]
+    assert columns.tolist() == [False, True]
