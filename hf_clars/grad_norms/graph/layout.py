@@ -41,11 +41,6 @@ class Layout:
         outer = rows if self.outer < 0 else self.outer
         return None if outer == 0 or rows % outer else (outer, rows // outer)
 
-    def is_in(self, others: Iterable[Layout], shape: Shape, batch: int) -> bool:
-        """Whether one of others gives samples the same rows of a tensor of this shape."""
-        sizes = self.sizes(shape, batch)
-        return any(self.axis == other.axis and sizes == other.sizes(shape, batch) for other in others)
-
     def samples_first(self, t: Tensor, batch: int) -> Tensor:
         """[B, *axes before, outer, inner, *axes after]."""
         if t.dim() == 0:
@@ -124,9 +119,7 @@ class Arrival:
 
     def is_shared(self, shape: Shape, batch: int, axis: int = 0) -> bool:
         """Whether samples reach rows of each other, or more than there are for each."""
-        if not self.rows:
-            return False
-        reached = torch.stack([rows[axis] for rows in self.rows.values()]).sum(0)
+        reached = torch.stack([rows[axis] for rows in self.rows.values()] or [torch.zeros(1)]).sum(0)
         return int(reached.max()) > 1 or int(reached.sum()) > len(self.rows) * (shape[axis] // batch)
 
     def is_hidden(self, shape: Shape, batch: int) -> bool:
@@ -203,8 +196,8 @@ def prove(
                 right = [la for la in before.layouts if _holds_only(rows[la.axis], la, sample, batch)]
                 missed = {k for k, touched in enumerate(rows) if not touched.all()}
                 count = before.touched + (int(rows[0].sum()) if rows else 0)
-                reached = before.rows | {sample: rows}
-                left[i] = Arrival(right, before.missed | missed, before.samples + 1, touched=count, rows=reached)
+                all_rows = before.rows | {sample: rows}
+                left[i] = Arrival(right, before.missed | missed, before.samples + 1, touched=count, rows=all_rows)
 
         starts = [root.of_one(sample, batch) for root in roots]
         _look_on_the_way(roots, edges, starts, couplings, look)
@@ -260,10 +253,7 @@ def _deepest(nodes: set[Node]) -> set[Node]:
 
 
 def stay(
-    roots: Sequence[Root],
-    places: Sequence[tuple[GradientEdge, Layout]],
-    batch: int,
-    couplings: Sequence[Node],
+    roots: Sequence[Root], places: Sequence[tuple[GradientEdge, Layout]], batch: int, couplings: Sequence[Node]
 ) -> bool:
     """Whether the rows of some places are laid out as they are believed to be; of all samples in a few passes.
 
@@ -308,10 +298,7 @@ def _for_rows(factors: Tensor, rows: Tensor) -> Tensor:
 
 
 def _follow(
-    roots: Sequence[Root],
-    edges: Sequence[GradientEdge],
-    starts: Sequence[Tensor],
-    couplings: Sequence[Node],
+    roots: Sequence[Root], edges: Sequence[GradientEdge], starts: Sequence[Tensor], couplings: Sequence[Node]
 ) -> tuple[Tensor | None, ...]:
     with _uncoupled(couplings):
         return torch.autograd.grad([r.edge for r in roots], edges, starts, retain_graph=True, allow_unused=True)

@@ -93,7 +93,8 @@ def _is_moved(found: Arrival, layout: Layout, shape: Sequence[int], batch: int) 
         shape: The tensor's. Its last axis tells nothing: a sample may reach a few channels alone.
         batch: B.
     """
-    if layout.is_in(found.layouts, shape, batch) or found.mixed or found.guessed:
+    right = (layout.axis, layout.sizes(shape, batch))
+    if right in [(la.axis, la.sizes(shape, batch)) for la in found.layouts] or found.mixed or found.guessed:
         return False
     return not found.is_shared(shape, batch, layout.axis) or any(
         la.axis not in (layout.axis, len(shape) - 1) for la in found.layouts

@@ -184,11 +184,7 @@ def _axes_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
 
 
 def _picks(x: Tensor, index: Any, axes: set[int], holds: Callable[[Tensor], bool]) -> bool:
-    """Whether an index picks rows by a list of them.
-
-    One beside others, as which token of each, may take all in order. One that the data make may be any, and one alone
-    is a shuffle that may have left all in order this time.
-    """
+    """Whether an index picks rows by a list: one of the data, or alone, may leave all in order this time only."""
 
     def by_data(item: Any) -> bool:
         return isinstance(item, Tensor) and holds(item)
