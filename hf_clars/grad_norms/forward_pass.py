@@ -53,6 +53,7 @@ class ForwardPass:
         trace: What its graph is known by so far; None if it must be walked.
         begun_at: How many operations torch had recorded when the model was called.
         operations: The numbers of those that it recorded until the model returned.
+        ours: How many of these are no operations of the model, but came with how its calls are measured.
         earlier: Those of the model's calls before, to which the same backward pass may come.
         times: Takes the time of each call's norms, if they are timed.
     """
@@ -79,6 +80,7 @@ class ForwardPass:
     trace: Trace | None = None
     begun_at: int = 0
     operations: range = range(0)
+    ours: int = 0
     earlier: Sequence[range] = ()
     times: CallTimes | None = None
     uses: Uses = field(init=False)

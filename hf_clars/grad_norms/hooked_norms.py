@@ -202,7 +202,9 @@ class HookedNorms(NormAccumulator):
         if forward_pass.begun_compiled:
             raise ran_outside(hooked)
         forward_pass.packed = forward_pass.packed or saved_tensors_are_packed()
+        before = operations_recorded()
         replaced = capture(hooked, forward_pass, x, (args, kwargs), output, taint)
+        forward_pass.ours += operations_recorded() - before
         if taint is not None and replaced is not None and taint.holds(x):
             taint.mark(tensors_in(replaced), taint.moved(x))
         if forward_pass.outside:

@@ -34,7 +34,7 @@ class Kinds:
         if forward_pass.batch_size < 2 or forward_pass.backward_seen or len(self._seen) > _MOST:
             return False
         before = len(self._seen)
-        self._seen.add(len(forward_pass.operations) if before else 0)
+        self._seen.add(len(forward_pass.operations) - forward_pass.ours if before else 0)
         return 0 < before < len(self._seen)
 
 
