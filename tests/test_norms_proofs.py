@@ -5,7 +5,8 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 
-from hf_clars.grad_norms.graph.layout import Layout, Root, stay
+from hf_clars.grad_norms.graph.following import stay
+from hf_clars.grad_norms.graph.layout import Layout, Root
 
 
 @pytest.mark.parametrize("coupled", [False, True])

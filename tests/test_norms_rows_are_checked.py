@@ -10,7 +10,7 @@ from torch.nn import functional
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.axes.place import Place
 from hf_clars.grad_norms.errors import BatchAxisError
-from hf_clars.grad_norms.graph import layout, taint
+from hf_clars.grad_norms.graph import following, taint
 from tests.oracle import layer_norms, one_by_one, per_sample_grads
 from tests.three_passes import on_one_thread
 
@@ -246,6 +246,6 @@ def test_rows_that_move_in_later_passes_only_are_named():
 
 def test_what_is_not_a_number_leads_to_nobody():
     gradient = torch.tensor([[0.0, 0.0], [torch.nan, torch.nan], [0.0, 1.0]])  # of padding that attends to nothing
-    rows, columns = layout._rows_touched(gradient)
+    rows, columns = following._rows_touched(gradient)
     assert rows.tolist() == [False, False, True]
     assert columns.tolist() == [False, True]

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import OWN_NODES
 from hf_clars.grad_norms.graph.known_layouts import LayoutsOfUses
-from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, two_of
+from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, many_of, two_of
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
 from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, no_proof, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
@@ -65,7 +65,7 @@ class GraphFinder:
         self._tables: set[Signature] = set()
         self._layouts = LayoutsOfUses()
         self.moves_rows, self._moved, self.given = False, WorstPlaces(), GivenRows()
-        self._followed, self._kinds = 0, Kinds()
+        self._followed, self._follows, self._kinds = 0, False, Kinds()
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
         self._gate_of: dict[tuple[object, ...], HookedModule] = {}
         self._unheard: dict[tuple[object, ...], HookedModule | None] = {}  # uses that no gradient reached: their gates
@@ -105,9 +105,9 @@ class GraphFinder:
         Raises:
             BatchAxisError: If rows cannot be told apart by sample.
         """
+        self._follows = taint is not None
         if taint is not None and taint.batch > 1:
-            self.moves_rows |= taint.moves
-            self._followed += 1
+            self.moves_rows, self._followed = self.moves_rows or taint.moves, self._followed + 1
         for _ in range(6):
             walk = self._walk(forward_pass, outputs, taint)
             if walk.lost or (walk.bare and self.unknown):
@@ -201,7 +201,8 @@ class GraphFinder:
         if use.look in self._gate_of:
             return [None for _ in shapes]
         by_numbers = use.node.name() in _BY_INDEX and len(shapes[0]) == 2  # [B], or of as many positions
-        doubtful = use.moved or by_numbers or use.node.name().startswith(SPREADS)
+        unknown = not self._follows and is_open(shapes[0], batch)  # what moved before it
+        doubtful = use.moved or unknown or by_numbers or use.node.name().startswith(SPREADS)
         if len(shapes) == 1 and shapes[0] and shapes[0][0] == batch and not doubtful:
             self._layouts.keep(use, [Layout()])
             return [Layout()]
@@ -226,6 +227,8 @@ class GraphFinder:
         batch = forward_pass.batch_size
         samples = range(batch) if any(moved) else two_of(batch)
         proven = self._proofs.layouts(forward_pass, outputs, walk, places, samples, believed if all(moved) else ())
+        if not any(moved) and any(f is not None and f.is_open for f in proven or ()):
+            proven = self._proofs.layouts(forward_pass, outputs, walk, places, many_of(batch), ())
         if proven is None:
             self._take_as_they_look(unproven, forward_pass)
             return False
@@ -247,7 +250,7 @@ class GraphFinder:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():
                     forward_pass.uses.forget(param)
-            if not (right and plan.moved == MOVED):
+            if not (right and (plan.moved == MOVED or found.is_open)):
                 call.hooked.settle(plan.key, "observed" if right else "graph")
         rest = iter(proven[len(unproven) :])
         for use in unknown:
@@ -287,7 +290,8 @@ class GraphFinder:
             layouts = [None for _ in shapes]  # a part of its gradient would be missed
         if use.moved == MOVED:
             self._believed[use.look] = layouts
-        return (bool(use.moved) or any(la is not None for la in layouts)) and self._layouts.keep(use, layouts)
+        lasts = use.moved != MOVED and not any(f.is_open for f, _ in told)
+        return (bool(use.moved) or any(layouts)) and self._layouts.keep(use, layouts, lasts=lasts)
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
         meta = forward_pass.device is not None and forward_pass.device.type == "meta"  # tensors without values

@@ -42,11 +42,11 @@ class LayoutsOfUses:
         known = None if doubted or (rows not in seen and len(seen) < 2) else self._known.get(look)
         return self._now.get(use.node) or known
 
-    def keep(self, use: Use, layouts: Layouts) -> bool:
-        """Remember what was found. Returns whether others that look alike have other layouts."""
+    def keep(self, use: Use, layouts: Layouts, *, lasts: bool = True) -> bool:
+        """Remember what was found; for this pass alone, if it does not last. Returns whether its likes have others."""
         self._now[use.node] = layouts
         look, rows = self._look_of(use)
-        if use.moved == MOVED:
+        if not lasts:
             return False
         self._rows[look].add(rows)
         other = self._known.setdefault(look, layouts) != layouts

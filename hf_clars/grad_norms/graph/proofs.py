@@ -18,7 +18,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.errors import TIME_FIRST
 from hf_clars.grad_norms.forward_pass import ForwardPass
-from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root, candidates, prove, stay
+from hf_clars.grad_norms.graph.following import prove, stay
+from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root, candidates
 from hf_clars.grad_norms.graph.places import inner_roots, place_of, root_at
 from hf_clars.grad_norms.graph.walk import GraphWalk
 from hf_clars.grad_norms.torch_internals import shape_at
@@ -138,11 +139,12 @@ class Proofs:
         self._own_rows = own if returned else None
         if own is False or (own is None and (not returned or any(f and f.is_anyones() for f in found))):
             return _apart(question, outputs, found, missed, self._returned, returned=returned)
-        if missed:
-            others = [t for t in outputs if t.shape[:1] != (batch,)]
+        others = [t for t in outputs if t.shape[:1] != (batch,)]
+        asked = missed | {i for i, f in enumerate(found) if f is not None and f.is_open and others}
+        if asked:
             nothing = [None for _ in found]
-            apart = _apart(question, others, nothing, missed, self._returned, returned=returned)
-            return [apart[i] or f for i, f in enumerate(found)]
+            apart = _apart(question, others, nothing, asked, self._returned, returned=returned)
+            return [f if f and not (a and a.layouts) else a for f, a in zip(found, apart, strict=True)]
         if at_once and all(f is None or la in f.layouts for f, (_, la) in zip(found, sure, strict=False)):
             self._all_at_once = False  # this model's gradients come out in other digits each time
         return found

@@ -61,7 +61,7 @@ class DataTaint(TorchFunctionMode):
         self.moves = False
         self._moved: dict[int, int] = {}
         self._blank: set[int] = set()
-        self._places: dict[tuple[int, tuple[int, ...]], Place] = {}
+        self._places: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Place] = {}
         self._taken: list[tuple[Taken, int]] = []
         self._visited: set[Node] = set()
         # The references keep the keys from being given to other memory; they do not keep the memory.
@@ -98,7 +98,7 @@ class DataTaint(TorchFunctionMode):
 
     def _known_place(self, t: Tensor) -> Place | None:
         storage = storage_of(t) if self._places else None
-        return None if storage is None or self._place(t) else self._places.get((storage.key, t.stride()))
+        return None if storage is None or self._place(t) else self._places.get((storage.key, t.shape, t.stride()))
 
     def note_place(self, t: Tensor, place: Any) -> None:
         """Say where the samples are in a tensor; see `Place`."""
@@ -106,9 +106,9 @@ class DataTaint(TorchFunctionMode):
         if storage is None:
             return
         if isinstance(place, Place):
-            self._places[storage.key, t.stride()] = place
+            self._places[storage.key, t.shape, t.stride()] = place
         else:
-            self._places.pop((storage.key, t.stride()), None)
+            self._places.pop((storage.key, t.shape, t.stride()), None)
 
     def holds(self, t: Tensor) -> bool:
         """Whether a tensor depends on the data; what compiled code made is taken to."""
