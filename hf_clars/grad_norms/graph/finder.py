@@ -137,7 +137,7 @@ class GraphFinder:
         self._layouts.end()
         self.bare = () if taint is None else walk.bare
         if taint is not None and self._followed == 1:
-            self._proofs.look_at_the_second_axis(forward_pass, outputs, walk)
+            self._proofs.look_at_the_second_axis(forward_pass, outputs, walk, taint)
         return [at_node for _, at_node in found if at_node is not None], list(gates.values())
 
     def _walk(

@@ -21,6 +21,7 @@ from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.following import prove, stay
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root, candidates
 from hf_clars.grad_norms.graph.places import inner_roots, place_of, root_at
+from hf_clars.grad_norms.graph.taint import DataTaint
 from hf_clars.grad_norms.graph.walk import GraphWalk
 from hf_clars.grad_norms.torch_internals import shape_at
 from hf_clars.grad_norms.undisturbed import quietly
@@ -149,7 +150,9 @@ class Proofs:
             self._all_at_once = False  # this model's gradients come out in other digits each time
         return found
 
-    def look_at_the_second_axis(self, forward_pass: ForwardPass, outputs: Sequence[Tensor], walk: GraphWalk) -> None:
+    def look_at_the_second_axis(
+        self, forward_pass: ForwardPass, outputs: Sequence[Tensor], walk: GraphWalk, taint: DataTaint
+    ) -> None:
         """Warn if the model seems to be called with time first, [T, B, ...]: steps are taken for samples then.
 
         So it is where rows of the first axis depend on each other, from what the first layers give to what the model
@@ -159,12 +162,14 @@ class Proofs:
             forward_pass: The model's first pass.
             outputs: What it returned.
             walk: What was found in its graph.
+            taint: Where no function has left the samples' axis unknown up to the outputs, there is nothing to look for.
         """
         batch, couplings = forward_pass.batch_size, walk.couplings
         calls = [c for c in forward_pass.uses.rule_calls if c.edges and c.given_rows == Layout()]
         places = [place for place in (place_of(c.edges[0]) for c in calls) if place[1][:1] == (batch,)]
         widths = {shape[1] for _, shape in places if len(shape) > 2 and shape[1] > 1}
         whole = [t for t in outputs if t.dim() > 1 and t.shape[0] == batch and t.shape[1] in widths]
+        whole = [t for t in whole if taint.layout_of(t) != Layout()]
         if batch < 2 or not whole or self._own_rows or walk.once or self._is_split() or any(t.is_meta for t in outputs):
             return
         width = whole[0].shape[1]
