@@ -30,7 +30,8 @@ def trace_anew(why: str) -> None:
 
 def at_root_of_trace() -> bool:
     """Whether the trace under way is not inside of a function that gets a graph of its own, as with checkpointing."""
-    return bool(torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.is_root_tracer())
+    tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+    return tracer is not None and bool(tracer.output.is_root_tracer())  # torch 2.8 runs hooks outside of traces too
 
 
 def before_compiling(change: Callable[[Any], None]) -> None:
