@@ -195,9 +195,7 @@ class Call:
     def _before_the_last(self, y: Tensor) -> Any:
         """What makes others of the last axis, or of the last ones, and what adds some after them: as a table does."""
         name, x, at = self.name, self.x, self.at
-        last = {"embedding": 0, "getitem": 0, "one_hot": 0, "pad": len(self.args[1]) // 2 if name == "pad" else 0}.get(
-            name, 1
-        )
+        last = len(self.args[1]) // 2 if name == "pad" else int(name in ("glu", "bilinear"))
         alike = self.alone or (name == "bilinear" and self._agreed() == at)
         kept = alike and x is self.args[name == "getitem"] and at.axis < x.dim() - last
         return at if kept and y.shape[: at.axis + 1] == x.shape[: at.axis + 1] else LOST

@@ -200,9 +200,9 @@ class DataTaint(TorchFunctionMode):
         if self.batch < 2:
             return 0
         places = [self._place(t) for t in held]
-        if is_write(name) and all(map(self._is_blank, held)):
-            return 0  # numbers that are no data's, as those of a mask
         if is_write(name):
+            if all(map(self._is_blank, held)):
+                return 0  # numbers that are no data's, as those of a mask
             return self._rows_written(name, args, kwargs, max(places))
         if moves_rows(name, args, kwargs, self.batch, self.holds):
             self.moves = True
