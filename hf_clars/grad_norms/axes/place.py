@@ -91,7 +91,7 @@ def _number(n: Any) -> Any:
 def _place_of_label(result: Tensor, label: Tensor, place: Place, part: int) -> Any:
     """Where the samples' axis is now. Of a folded axis there may be less: `part` rows are one batch."""
     if (
-        result.data_ptr() < label.data_ptr()
+        result.data_ptr() < label.data_ptr() * bool(result.numel())
         or result.untyped_storage().data_ptr() != label.untyped_storage().data_ptr()
     ):
         return LOST  # numbers at other places, as an index by a list gives them

@@ -97,6 +97,8 @@ class BareUses:
         self._measure_anew(folded)
         self.graph.lint()
         self.module.recompile()
+        if self.rows in held and not of_model:
+            return None  # as uncompiled code
         names = ", ".join(self.calls.name_of_row(rows[id(held[n])]) for n in of_model)
         at = list(held).index(self.rows) if taken else 0
         return lambda compiled: self.calls.crossings.around(compiled, names, at, taken, returned)
