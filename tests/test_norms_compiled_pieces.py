@@ -95,3 +95,27 @@ def test_also_if_they_are_moved_in_a_later_pass_only():
         with pytest.raises(HfClarsError, match=r"gain, head\.weight.*nobody knows which rows belong to which"):
             called(torch.randn(6, 4))
         norms.reset()
+
+
+class Part(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.last, self.between = nn.Linear(4, 4), nn.Linear(4, 3), between
+
+    def forward(self, x):
+        return self.last(self.between(x, self.first(x)))
+
+
+def sorted_inside(x, h):
+    return h[h.detach().sum(1).argsort()]
+
+
+@pytest.mark.parametrize("between", [sorted_inside, shuffled], ids=lambda between: between.__name__)
+def test_rows_that_a_compiled_part_moves_are_refused_by_name(between):
+    """The layers after had the norms of other samples."""
+    model = nn.Sequential(nn.Linear(4, 4), Part(between), nn.Linear(3, 2))
+    model[1].compile(backend="eager")
+    with PerSampleGradNorms(model, check=False) as norms:
+        with pytest.raises(HfClarsError, match=r"1\.last\.weight.*nobody knows which rows belong to which"):
+            model(torch.randn(6, 4))
+        norms.reset()

@@ -93,12 +93,29 @@ class HeadFirst(Translator):
         return self.head(self.mixed(self.encoder(source))).sum(1) * self.decoder(target).sum((1, 2)).unsqueeze(1)
 
 
+class Shifted(Translator):
+    """What is written is what comes before, and a gain: as in T5, without a rule's module."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, source, target):
+        before = target.new_zeros(target.shape)
+        before[..., 1:], before[..., 0] = target[..., :-1].clone(), 1
+        return self.head(self.mixed(self.encoder(source)).mean(1, True) + self.decoder(before) * self.gain)
+
+
 def series(batch):
     return (torch.randn(batch, 5, 4),)
 
 
 def texts(batch):
     return torch.randint(9, (batch, 5)), torch.randint(9, (batch, 3))
+
+
+def as_long(batch):
+    return texts(batch)[0], texts(batch)[0]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +127,9 @@ def texts(batch):
         (Translator, texts, (4, 4, 4, 4), whole),
         (lambda: Translator(heads=2), texts, (4, 4, 4), traced),
         (HeadFirst, texts, (4, 4, 4), traced),
+        (Shifted, as_long, (4, 4, 4, 3), traced),
     ],
-    ids=["universal", "checkpointed", "siamese", "translator", "two heads", "head first"],
+    ids=["universal", "checkpointed", "siamese", "translator", "two heads", "head first", "shifted"],
 )
 def test_the_gradients_of_all_uses_add_up(make, inputs, batches, call):
     compare(make(), inputs, batches, call=call)

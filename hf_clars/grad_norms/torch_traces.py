@@ -34,6 +34,12 @@ def at_root_of_trace() -> bool:
     return tracer is not None and bool(tracer.output.is_root_tracer())  # torch 2.8 runs hooks outside of traces too
 
 
+def resumes() -> bool:
+    """Whether what is traced goes on after a graph break."""
+    root = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx
+    return root is not None and root.f_code.co_name.startswith("torch_dynamo_resume_in")
+
+
 def before_compiling(change: Callable[[Any], Callable[[Any], Any] | None]) -> None:
     """Let `change(traced)` change what was traced, a graph module, and return what is to be put around its code."""
     output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output

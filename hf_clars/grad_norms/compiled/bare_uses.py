@@ -26,6 +26,7 @@ from hf_clars.grad_norms.axes.functions import SPREADS, is_view
 from hf_clars.grad_norms.axes.place import LOST, Place
 from hf_clars.grad_norms.compiled.places import name_of, place_after, place_of, place_of_input
 from hf_clars.grad_norms.compiled.sample_use import (
+    LOST_IN_PART,
     CopiesOf,
     Joined,
     NotOfSamplesError,
@@ -33,6 +34,7 @@ from hf_clars.grad_norms.compiled.sample_use import (
     bare_use_refused,
     function_of,
     functional,
+    memory_of,
     written_by,
 )
 from hf_clars.grad_norms.compiled.uses import HANDED
@@ -43,6 +45,7 @@ from hf_clars.grad_norms.torch_traces import (
     held_by,
     is_from_model,
     opened,
+    resumes,
     trains,
     value_of,
 )
@@ -79,31 +82,37 @@ class BareUses:
             return None
         held = {n: held_by(n) for n in self.graph.nodes if n.op == "placeholder"}
         rows = {id(p): row for row, p in enumerate(self.calls.params)}
-        outside = self.calls.uses.used_outside(self.graph, dict(self.module.named_modules()))
-        self._measure_anew({rows[id(p)] for p in outside})
+        later = self.rows in held
+        part = later and not self.calls.within
+        if not part:
+            outside = self.calls.uses.used_outside(self.graph, dict(self.module.named_modules()))
+            self._measure_anew({rows[id(p)] for p in outside})
         bare = {id(self.calls.params[row]): row for row in self.calls.bare_rows()}
         self.params = {n: bare[id(t)] for n, t in held.items() if id(t) in bare and is_differentiable(t)}
         of_model = [n for n, t in held.items() if id(t) in rows]
-        taken = self._look_at_inputs(held, of_model)
+        taken = self._look_at_inputs(held, of_model, later and (not part or resumes()))
         for node in list(self.graph.nodes):
             if node.op == "output":
                 returned = [self.places.get(n) for n in node.args[0]]
-                self._end(node)
             elif node.op != "placeholder" and node not in self.done:
                 self._follow(node)
         by_module = {n: rows[id(t)] for n, t in held.items() if id(t) in rows and n not in self.params}
         seen = {row for call in self.calls.calls.values() if call.hooked.was_seen for row in call.row_numbers}
         folded = {row for n, row in by_module.items() if any(self._is_folded(u, row in seen) for u in n.users)}
-        self._measure_anew(folded)
+        if part:
+            self.refused += [f"{self.calls.name_of_row(row)}: {LOST_IN_PART}" for row in sorted(folded)[:1]]
+        else:
+            self._measure_anew(folded)
+        self._end(self.graph.output_node())
         self.graph.lint()
         self.module.recompile()
-        if self.rows in held and not of_model:
+        if later and not of_model:
             return None  # as uncompiled code
         names = ", ".join(self.calls.name_of_row(rows[id(held[n])]) for n in of_model)
         at = list(held).index(self.rows) if taken else 0
         return lambda compiled: self.calls.crossings.around(compiled, names, at, taken, returned)
 
-    def _look_at_inputs(self, held: Mapping[fx.Node, Any], of_model: Sequence[fx.Node]) -> dict[int, Any]:
+    def _look_at_inputs(self, held: Mapping[fx.Node, Any], of_model: Sequence[fx.Node], later: bool) -> dict[int, Any]:
         """What the code takes. Where the samples are in what comes from a piece of code before this one, by number."""
         calls, taken = self.calls, {}
         known = {id(t) for t in (*calls.model.parameters(), *calls.model.buffers(), *tensors_in(HANDED))}
@@ -111,7 +120,7 @@ class BareUses:
         for number, (node, t) in enumerate(held.items()):
             constant = not isinstance(t, Tensor) or id(t) in known or is_from_model(node, of_model)
             place = None if constant else place_of_input(value_of(node), self.batch)
-            if place is not None and self.rows in held and id(t) not in known_rows:
+            if place is not None and later and id(t) not in known_rows:
                 place = taken[number] = calls.crossings.place_of(t, held[self.rows].shape[1])
             self.places[node] = place
             self.kinds[node] = MADE if node in self.params else CONSTANT if place is None else DATA
@@ -173,14 +182,14 @@ class BareUses:
         """An operation writes into `written`. Whether no more is to be done about it."""
         kind = self.kinds[written]
         if kind == MADE:
-            self.writes.setdefault(self._memory_of(written), []).append(node)
+            self.writes.setdefault(memory_of(written), []).append(node)
         elif made and (kind == CONSTANT or node.target is operator.setitem):
             self.kinds[node] = kind
             self._refuse(node, "what is made of it is written into something else")
             return True
         elif with_data:
             before, after = self.places.get(written), place_after(node, written, self.places, self.batch)
-            for n in {written, self._memory_of(written)}:
+            for n in {written, memory_of(written)}:
                 blank = before is None and n is written
                 self.kinds[n], self.places[n] = (
                     DATA,
@@ -265,16 +274,10 @@ class BareUses:
                 if n in self.params or not (spread or self.kinds[n] == MADE):
                     (params if n in self.params else others)[n] = None
                     continue
-                written = [w for w in self.writes.get(self._memory_of(n), ()) if w < node]
+                written = [w for w in self.writes.get(memory_of(n), ()) if w < node]
                 todo += {n, *written} - chain
                 chain.update([n, *written])
         return list(params), list(others), sorted(chain)
-
-    def _memory_of(self, node: fx.Node) -> fx.Node:
-        """Whose memory a tensor that is made of parameters looks at."""
-        while is_view(name_of(node)) or written_by(node) is not None:
-            node = node.all_input_nodes[0]
-        return node
 
     def _place_in(self, node: fx.Node, y: Tensor, result: Place, ambiguous: bool) -> Place | None:
         """Where the samples are in an operand; `ambiguous`: also in what may only be as long as the batch."""

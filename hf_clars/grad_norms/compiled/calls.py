@@ -133,8 +133,8 @@ class CompiledCalls:
 
     def keep_rows(self) -> None:
         """A module is called in a trace: let what measures bare uses find the rows there."""
-        if watch_trace(self.uses.name) and self.within and self.measures:
-            keep_rows(*HANDED[self.receiver][:2], self.receiver, list(self.given_axes))
+        if watch_trace(self.uses.name) and self.measures:  # parts of a model serve any number of steps
+            keep_rows(*HANDED[self.receiver][:2], self.receiver, list(self.given_axes) if self.within else [])
 
     def bare_rows(self) -> list[int]:
         """The rows of parameters with bare uses."""

@@ -39,15 +39,9 @@ class Crossings:
         self._without_gradient = WeakTensorKeyDictionary()
 
     def place_of(self, t: Tensor, batch: int, *, proven: bool = False) -> Any:
-        """Where the samples are in what a piece is called with.
+        """Where the samples are in what a piece is called with: a place, None (in no axis), or `LOST`.
 
-        Args:
-            t: A tensor.
-            batch: B.
-            proven: Whether gradients are followed. No code may run while other code is compiled.
-
-        Returns:
-            A place, None (in no axis), or `LOST`.
+        `proven`: gradients are followed. While code is compiled that cannot be: no other code may run then.
         """
         changes, place = self._mark_at(t, t.grad_fn, t.output_nr) or (None, LOST)
         if changes == version(t) or t.grad_fn is None:
@@ -96,12 +90,8 @@ class Crossings:
     ) -> Callable[..., Any]:
         """A piece of compiled code that looks at what it is called with, and marks what it returns.
 
-        Args:
-            compiled: The code.
-            names: Of the parameters that it uses.
-            rows: Which of what it takes are the rows, [K, B].
-            taken: Where the samples seemed to be in some of what it takes, when it was compiled.
-            returned: The same of what it returns.
+        `names` are its parameters', `rows` says which of what it takes is [K, B], and `taken` and `returned` where the
+        samples seemed to be when it was compiled.
         """
 
         def run(*args: Any) -> Any:

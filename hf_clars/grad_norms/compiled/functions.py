@@ -123,7 +123,8 @@ class Linked(torch.autograd.Function):
         ctx.call, ctx.names, ctx.summed, ctx.earlier, ctx.batch = call, names, summed, earlier, row.shape[0]
         kept = tensors[2 * len(names) + earlier :]
         ctx.save_for_backward(*kept)
-        return y.clone(), row.new_zeros(()).expand(*call.link_shape(kept[earlier:], y, row.shape[0]))
+        # With an axis more, so that what is traced cannot take it for what the module returns.
+        return y.clone(), row.new_zeros(()).expand(*call.link_shape(kept[earlier:], y, row.shape[0]), 1)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, at_tokens: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,9 +133,9 @@ class Linked(torch.autograd.Function):
         tokens, saved = ctx.saved_tensors[:earlier], ctx.saved_tensors[earlier:]
         with no_autocast(g.device.type):
             found = call.for_rows(names, ctx.summed, saved, g, ctx.batch)
-            links = [call.rows_at(t, saved, g, ctx.batch).to(found[0].dtype) for t in tokens]
+            links = [call.rows_at(t, saved, g, ctx.batch).to(found[0].dtype).unsqueeze(-1) for t in tokens]
             if call.looks_up:
-                both = (call.row_grads(saved, g, ctx.batch) * at_tokens).flatten(1).sum(1)
+                both = (call.row_grads(saved, g, ctx.batch) * at_tokens.squeeze(-1)).flatten(1).sum(1)
                 found = [found[0] + 2 * both]
         once = (not summed and not (earlier and n == "weight") for n, summed in zip(names, ctx.summed, strict=True))
         counts = [t.new_ones(1) if alone else None for t, alone in zip(found, once, strict=True)]

@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hf_clars.grad_norms.axes.functions import SPREADS
+from hf_clars.grad_norms.axes.functions import SPREADS, is_view
 from hf_clars.grad_norms.axes.place import Place
 from hf_clars.grad_norms.compiled.functions import Beside, Copies
 from hf_clars.grad_norms.compiled.places import name_of
 from hf_clars.grad_norms.torch_traces import OF_ANY_BATCH, attention, value_of
 
 IN_PLACE = {getattr(operator, f"i{n}"): getattr(operator, n) for n in ("add", "sub", "mul", "truediv", "matmul")}
+
+LOST_IN_PART = (
+    "where this compiled part uses it nobody knows which rows belong to which sample. Run one forward and backward "
+    "pass without torch.compile first (with the norms attached), or compile the whole model."
+)
 
 
 class NotOfSamplesError(ValueError):
@@ -165,6 +170,13 @@ def written_by(node: fx.Node) -> fx.Node | None:
     """What an operation writes into."""
     method = node.op == "call_method" and str(node.target).endswith("_")
     return node.all_input_nodes[0] if method or node.target in (*IN_PLACE, operator.setitem) else None
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """Whose memory a tensor that is made of parameters looks at."""
+    while is_view(name_of(node)) or written_by(node) is not None:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def bare_use_refused(names: str, operation: str, why: str) -> str:
