@@ -34,19 +34,20 @@ def at_root_of_trace() -> bool:
     return tracer is not None and bool(tracer.output.is_root_tracer())  # torch 2.8 runs hooks outside of traces too
 
 
-def before_compiling(change: Callable[[Any], None]) -> None:
-    """Let `change(traced)` change what was traced, a graph module, before the compiler gets it."""
+def before_compiling(change: Callable[[Any], Callable[[Any], Any] | None]) -> None:
+    """Let `change(traced)` change what was traced, a graph module, and return what is to be put around its code."""
     output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
     compiler: Callable[..., Any] = output.compiler_fn  # type: ignore[assignment]  # it is None in exports only
 
     @functools.wraps(compiler)
     def changed(traced: Any, inputs: Any, **settings: Any) -> Any:
         try:
-            change(traced)
+            around = change(traced)
         except torch._dynamo.exc.RestartAnalysis:
             output.root_tx.speculation_log.clear()  # it holds where the code went that is traced anew
             raise
-        return compiler(traced, inputs, **settings)
+        compiled = compiler(traced, inputs, **settings)
+        return compiled if around is None else around(compiled)
 
     output.compiler_fn = changed
 

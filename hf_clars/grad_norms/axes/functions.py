@@ -71,7 +71,13 @@ JOINS = ("cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_s
 _OPERATORS = {"truediv": "div", "true_divide": "div", "floordiv": "div", "floor_divide": "div", "mod": "remainder"}
 _OPERATORS |= {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
 _OPERATORS |= {"and_": "bitwise_and", "or_": "bitwise_or"}
-_MADE_OF_SUCH = ("hardswish", "softsign", "logsigmoid", "tanhshrink", "prelu", "copy")
+_MADE_OF_SUCH = (
+    *("hardswish", "softsign", "logsigmoid", "tanhshrink", "prelu", "copy", "complex", "polar", "conj", "real", "imag"),
+    *("multiply", "subtract", "divide", "absolute", "negative", "greater", "less", "greater_equal", "less_equal"),
+    *("not_equal", "arccos", "arcsin", "arctan", "arctan2", "fix", "isclose", "special_expit", "special_erf"),
+)
+#: What functions call what they take first, in its order, where it is given by name.
+BY_NAME = ("input", "tensors", "mat1", "mat", "batch1", "x1", "mat2", "batch2", "vec", "x2", "other", "weight", "pad")
 
 
 @cache

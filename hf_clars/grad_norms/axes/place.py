@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_clars.grad_norms.axes.functions import (
     ALONG,
     ALONG_THE_LAST,
+    BY_NAME,
     IN_ORDER,
     JOINS,
     KEEP_SHAPES,
@@ -130,6 +131,9 @@ class Call:
     counts: Container[int] = ()
 
     def __post_init__(self) -> None:
+        named = [k for k in BY_NAME if k in self.kwargs]
+        self.args = (*self.args, *(self.kwargs[k] for k in named))
+        self.kwargs = {k: v for k, v in self.kwargs.items() if k not in named}
         self.held = [t for t in tensors_among([*self.args, *self.kwargs.values()]) if id(t) in self.places]
         self.x = self.held[0]
         self.at = self.places[id(self.x)]
@@ -206,7 +210,7 @@ class Call:
         if at.axis or y.dim() == 0 or y.shape[0] != x.shape[0]:
             return LOST
         if self.name in KEEP_THE_FIRST:
-            name, first = self.name, self.args[0] if self.args else self.kwargs.get("input")
+            name, first = self.name, next(iter(self.args), None)
             axes = int(name[-2]) + 2 if name[-2:] in ("1d", "2d", "3d") else x.dim()  # else its first are channels
             single = name == "embedding_bag" and not self.alone  # of a table that has samples rows are looked up
             return self._agreed() if x is first and x.dim() == axes and not single else LOST

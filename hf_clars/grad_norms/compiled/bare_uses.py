@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,19 +26,18 @@ from hf_clars.grad_norms.axes.functions import SPREADS, is_view
 from hf_clars.grad_norms.axes.place import LOST, Place
 from hf_clars.grad_norms.compiled.places import name_of, place_after, place_of, place_of_input
 from hf_clars.grad_norms.compiled.sample_use import (
-    IN_PLACE,
     CopiesOf,
     Joined,
+    NotOfSamplesError,
     SampleUse,
     bare_use_refused,
     function_of,
+    functional,
     written_by,
 )
 from hf_clars.grad_norms.compiled.uses import HANDED
 from hf_clars.grad_norms.pytree import is_differentiable, tensors_in
 from hf_clars.grad_norms.torch_traces import (
-    OF_ANY_BATCH,
-    attention,
     compile_anew,
     fake_values,
     held_by,
@@ -52,10 +51,6 @@ if TYPE_CHECKING:
     from hf_clars.grad_norms.compiled.calls import CompiledCalls
 
 MADE, CONSTANT, DATA = range(3)
-
-
-class _NotOfSamplesError(ValueError):
-    """A use whose samples cannot be told apart; its words say why."""
 
 
 class BareUses:
@@ -78,24 +73,21 @@ class BareUses:
         self.refused: list[str] = []
         self.writes: dict[fx.Node, list[fx.Node]] = {}
 
-    def measure(self) -> None:
-        """Do it; where that is not possible, the code will refuse."""
+    def measure(self) -> Any:
+        """Do it; where that is not possible, the code will refuse. What is to be put around the code, if anything."""
         if not self._find_rows():
-            return
+            return None
         held = {n: held_by(n) for n in self.graph.nodes if n.op == "placeholder"}
         rows = {id(p): row for row, p in enumerate(self.calls.params)}
         outside = self.calls.uses.used_outside(self.graph, dict(self.module.named_modules()))
         self._measure_anew({rows[id(p)] for p in outside})
         bare = {id(self.calls.params[row]): row for row in self.calls.bare_rows()}
         self.params = {n: bare[id(t)] for n, t in held.items() if id(t) in bare and is_differentiable(t)}
-        known = {id(t) for t in (*self.calls.model.parameters(), *self.calls.model.buffers(), *tensors_in(HANDED))}
         of_model = [n for n, t in held.items() if id(t) in rows]
-        for node, t in held.items():
-            constant = not isinstance(t, Tensor) or id(t) in known or is_from_model(node, of_model)
-            self.places[node] = None if constant else place_of_input(value_of(node), self.batch)
-            self.kinds[node] = MADE if node in self.params else CONSTANT if self.places[node] is None else DATA
+        taken = self._look_at_inputs(held, of_model)
         for node in list(self.graph.nodes):
             if node.op == "output":
+                returned = [self.places.get(n) for n in node.args[0]]
                 self._end(node)
             elif node.op != "placeholder" and node not in self.done:
                 self._follow(node)
@@ -105,6 +97,23 @@ class BareUses:
         self._measure_anew(folded)
         self.graph.lint()
         self.module.recompile()
+        names = ", ".join(self.calls.name_of_row(rows[id(held[n])]) for n in of_model)
+        at = list(held).index(self.rows) if taken else 0
+        return lambda compiled: self.calls.crossings.around(compiled, names, at, taken, returned)
+
+    def _look_at_inputs(self, held: Mapping[fx.Node, Any], of_model: Sequence[fx.Node]) -> dict[int, Any]:
+        """What the code takes. Where the samples are in what comes from a piece of code before this one, by number."""
+        calls, taken = self.calls, {}
+        known = {id(t) for t in (*calls.model.parameters(), *calls.model.buffers(), *tensors_in(HANDED))}
+        known_rows = {id(t) for t in calls.given}
+        for number, (node, t) in enumerate(held.items()):
+            constant = not isinstance(t, Tensor) or id(t) in known or is_from_model(node, of_model)
+            place = None if constant else place_of_input(value_of(node), self.batch)
+            if place is not None and self.rows in held and id(t) not in known_rows:
+                place = taken[number] = calls.crossings.place_of(t, held[self.rows].shape[1])
+            self.places[node] = place
+            self.kinds[node] = MADE if node in self.params else CONSTANT if place is None else DATA
+        return taken
 
     def _measure_anew(self, rows: set[int]) -> None:
         """Trace the model anew, if there are parameters that no module can measure rightly."""
@@ -154,7 +163,7 @@ class BareUses:
             self.kinds[node] = DATA
             try:
                 self._put_beside(node, made)
-            except _NotOfSamplesError as error:
+            except NotOfSamplesError as error:
                 self._refuse(node, str(error))
         return None
 
@@ -168,9 +177,13 @@ class BareUses:
             self._refuse(node, "what is made of it is written into something else")
             return True
         elif with_data:
-            kept = place_after(node, written, self.places, self.batch) == self.places.get(written)
+            before, after = self.places.get(written), place_after(node, written, self.places, self.batch)
             for n in {written, self._memory_of(written)}:
-                self.kinds[n], self.places[n] = DATA, self.places.get(n) if kept else LOST
+                blank = before is None and n is written
+                self.kinds[n], self.places[n] = (
+                    DATA,
+                    after if blank else self.places.get(n) if after == before else LOST,
+                )
         return False
 
     def _differentiable(self, node: fx.Node) -> list[fx.Node]:
@@ -205,11 +218,11 @@ class BareUses:
     def _put_beside(self, node: fx.Node, made: Sequence[fx.Node]) -> None:
         y, batch = value_of(node), self.batch
         if not isinstance(y, Tensor) or y.dim() == 0:
-            raise _NotOfSamplesError("the operation is a whole function, or has several results")
+            raise NotOfSamplesError("the operation is a whole function, or has several results")
         result = self.places[node] = self._place_of_result(node, y)
         if name_of(node) == "batch_norm" and batch != 1 and (True in node.args[5:6] or node.kwargs.get("training")):
-            raise _NotOfSamplesError("its samples depend on each other there; a module with a rule may do it")
-        target = self._functional(node)
+            raise NotOfSamplesError("its samples depend on each other there; a module with a rule may do it")
+        target = functional(node, batch)
         for wide, alone, ambiguous in itertools.product((True, False), (False, True), (False, True)):
             params, others, chain = self._operands(node, alone)
             places = [self._place_in(n, y, result, ambiguous) for n in others]
@@ -218,7 +231,7 @@ class BareUses:
             if self._fits(use, params, others, y):
                 break
         else:
-            raise _NotOfSamplesError("the operation cannot be done for one sample alone")
+            raise NotOfSamplesError("the operation cannot be done for one sample alone")
         copies = [self._copies(self.params[p]) for p in params]
         self._insert(node, use, [*copies, *params, *others])
 
@@ -229,25 +242,10 @@ class BareUses:
         if place is None and not any(self.kinds[n] == DATA for n in node.all_input_nodes):
             place = Place()  # it is spread over the samples
         if not isinstance(place, Place) or y.shape[place.axis] != place.length(self.batch):
-            raise _NotOfSamplesError(
+            raise NotOfSamplesError(
                 f"in its result {tuple(y.shape)} nobody knows which rows belong to which of the {self.batch} samples"
             )
         return place
-
-    def _functional(self, node: fx.Node) -> Any:
-        """The operation, or the one like it that does not write into its operand."""
-        written = written_by(node)
-        if name_of(node) == "scaled_dot_product_attention":
-            if node.kwargs.get("dropout_p") or any(isinstance(a, float) and a for a in node.args[4:5]):
-                raise _NotOfSamplesError("it draws numbers at random")
-            return attention
-        if name_of(node) in OF_ANY_BATCH and isinstance(self.batch, torch.SymInt):
-            return OF_ANY_BATCH[name_of(node)]
-        if written is None:
-            return node.target
-        if node.target is operator.setitem or any(n is not node and n > node for n in written.users):
-            raise _NotOfSamplesError("the operation writes into what is used later")
-        return str(node.target)[:-1] if node.op == "call_method" else IN_PLACE[node.target]
 
     def _operands(self, node: fx.Node, alone: bool) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
         """The parameters that led to a use; what else it and they were made with; and the operations, in order.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_clars.grad_norms.compiled.bare_uses import BareUses
 from hf_clars.grad_norms.compiled.call import PATIENCE, CompiledCall
+from hf_clars.grad_norms.compiled.crossings import Crossings
 from hf_clars.grad_norms.compiled.functions import Summed
 from hf_clars.grad_norms.compiled.operations import begin_pass, keep_rows
 from hf_clars.grad_norms.compiled.uses import (
@@ -69,6 +70,7 @@ class CompiledCalls:
         self.paused = self.by_tokens = False
         self.modules = [h.module for h in hooked]
         self.calls: dict[str, CompiledCall] = {}
+        self.crossings = Crossings(receiver)
         owners: dict[nn.Parameter, list[HookedModule]] = {}
         for h in hooked:
             for p in h.params.values():
@@ -142,8 +144,8 @@ class CompiledCalls:
         """The same parameters."""
         return {self.params[row] for row in self.bare_rows()}
 
-    def _measure_bare(self, traced: Any) -> None:
-        BareUses(self, traced).measure()
+    def _measure_bare(self, traced: Any) -> Any:
+        return BareUses(self, traced).measure()
 
     def name_of_row(self, row: int) -> str:
         """A parameter's name in the model."""

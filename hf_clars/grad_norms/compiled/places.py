@@ -64,11 +64,13 @@ def _counts_samples(node: fx.Node, batch: Any) -> bool:
 
 
 def place_after(node: fx.Node, written: fx.Node, places: Mapping[fx.Node, Any], batch: Any) -> Any:
-    """Where the samples are in what an operation has written into: where they were, or `LOST`."""
+    """Where the samples are in what an operation has written into: where they were, or come into a blank; or `LOST`."""
     at, y = places.get(written), value_of(written)
     given = [n for n in node.all_input_nodes if n is not written and places.get(n) is not None]
     if not given:
         return at  # what is all samples', as a mean over them in a buffer
+    if at is None and y.dim() and y.shape[0] == batch:
+        at = Place()
     if not isinstance(at, Place):
         return LOST
     if node.target is not operator.setitem:

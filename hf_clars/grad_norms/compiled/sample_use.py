@@ -13,9 +13,13 @@ from hf_clars.grad_norms.axes.functions import SPREADS
 from hf_clars.grad_norms.axes.place import Place
 from hf_clars.grad_norms.compiled.functions import Beside, Copies
 from hf_clars.grad_norms.compiled.places import name_of
-from hf_clars.grad_norms.torch_traces import value_of
+from hf_clars.grad_norms.torch_traces import OF_ANY_BATCH, attention, value_of
 
 IN_PLACE = {getattr(operator, f"i{n}"): getattr(operator, n) for n in ("add", "sub", "mul", "truediv", "matmul")}
+
+
+class NotOfSamplesError(ValueError):
+    """A use whose samples cannot be told apart; its words say why."""
 
 
 class SampleUse(nn.Module):
@@ -139,6 +143,22 @@ def _for_one_sample(old: tuple[Any, ...], args: tuple[Any, ...], batch: Any, res
         return args
     sizes[result.axis] = 1 if value == batch else result.outer * result.inner
     return (args[0], sizes, *args[2:]) if listed else (args[0], *sizes)
+
+
+def functional(node: fx.Node, batch: Any) -> Any:
+    """A use's operation, or the one like it that does not write into its operand."""
+    written = written_by(node)
+    if name_of(node) == "scaled_dot_product_attention":
+        if node.kwargs.get("dropout_p") or any(isinstance(a, float) and a for a in node.args[4:5]):
+            raise NotOfSamplesError("it draws numbers at random")
+        return attention
+    if name_of(node) in OF_ANY_BATCH and isinstance(batch, torch.SymInt):
+        return OF_ANY_BATCH[name_of(node)]
+    if written is None:
+        return node.target
+    if node.target is operator.setitem or any(n is not node and n > node for n in written.users):
+        raise NotOfSamplesError("the operation writes into what is used later")
+    return str(node.target)[:-1] if node.op == "call_method" else IN_PLACE[node.target]
 
 
 def written_by(node: fx.Node) -> fx.Node | None:

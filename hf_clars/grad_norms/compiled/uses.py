@@ -64,7 +64,7 @@ class Uses:
         outside: Parameters that are used without their modules: name and operation.
     """
 
-    def __init__(self, ways: Sequence[int], hooked: Sequence[HookedModule], compiling: Callable[[Any], None]) -> None:
+    def __init__(self, ways: Sequence[int], hooked: Sequence[HookedModule], compiling: Callable[[Any], Any]) -> None:
         self.name = str(next(_numbers))
         _uses[self.name] = self
         self.ways = tuple(ways)

@@ -38,11 +38,10 @@ class BatchNormActRule(BatchNormRule):
         if isinstance(activation, nn.Identity):
             return super().per_sample_grads(module, saved, g, wanted)
         x, mean, rstd = saved
-        with torch.enable_grad():
-            x_hat = (x - mean[..., None, None]) * rstd[..., None, None]
-            before = (x_hat * module.weight[:, None, None] + module.bias[:, None, None]).detach().requires_grad_()
-            after = activation(before.clone())  # a clone: activations may work in place
-        (g,) = torch.autograd.grad(after, before, g)
+        x_hat = (x - mean[..., None, None]) * rstd[..., None, None]
+        before = (x_hat * module.weight[:, None, None] + module.bias[:, None, None]).detach()
+        _, backward = torch.func.vjp(lambda t: activation(t.clone()), before)  # a clone: activations may work in place
+        (g,) = backward(g)
         return super().per_sample_grads(module, saved, g, wanted)
 
     def save(
