@@ -97,13 +97,21 @@ class LayerwiseOptimizer(GroupedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        return loss
+
+    @torch.compiler.disable(
+        reason="hf_clars: a step reads numbers, and cannot be one graph. Compile it without fullgraph=True, or the "
+        "model alone"
+    )
+    def _take_step(self) -> None:
         if not self._holder.in_pieces and self._book.asleep and self._book.wake():
             self._new_partition()
         untouched = self._is_untouched()
         tensors = self._gather()
         if untouched and all_zero(tensors.grads):
             self._make_state(tensors)
-            return loss
+            return
         if self._calls_left == 0:
             self._calls_left = self._calls()
             if tensors.params or self._holder.in_pieces:
@@ -118,7 +126,6 @@ class LayerwiseOptimizer(GroupedOptimizer):
         self._calls_left = max(0, self._calls_left - 1)
         if self._calls_left == 0:
             self._after_step()
-        return loss
 
     def _check_processes(self) -> None:
         """At the first step, where nothing else has been asked: are the gradients shared?"""

@@ -77,7 +77,10 @@ _MADE_OF_SUCH = (
     *("not_equal", "arccos", "arcsin", "arctan", "arctan2", "fix", "isclose", "special_expit", "special_erf"),
 )
 #: What functions call what they take first, in its order, where it is given by name.
-BY_NAME = ("input", "tensors", "mat1", "mat", "batch1", "x1", "mat2", "batch2", "vec", "x2", "other", "weight", "pad")
+BY_NAME = (
+    *("input", "tensors", "mat1", "mat", "batch1", "x1", "mat2", "batch2", "vec", "x2", "other", "weight"),
+    *("pad", "repeats"),
+)
 
 
 @cache

@@ -91,7 +91,7 @@ def _number(n: Any) -> Any:
 def _place_of_label(result: Tensor, label: Tensor, place: Place, part: int) -> Any:
     """Where the samples' axis is now. Of a folded axis there may be less: `part` rows are one batch."""
     if (
-        result.data_ptr() < label.data_ptr()
+        result.data_ptr() < label.data_ptr() * bool(result.numel())
         or result.untyped_storage().data_ptr() != label.untyped_storage().data_ptr()
     ):
         return LOST  # numbers at other places, as an index by a list gives them
@@ -275,6 +275,9 @@ class Call:
         given = tensors_among(keys)
         if any(k.dtype == torch.bool for k in given):
             return LOST
+        if dots := [i for i, k in enumerate(keys) if k is Ellipsis]:
+            left = x.dim() - sum(k is not None for k in keys) + 1
+            keys[dots[0] : dots[0] + 1] = [slice(None)] * left
         # Every sample's own number, beside a step that each has: x[arange(B), steps].
         if given and keys[0] is given[0] and id(given[0]) in self.counts and at == Place():
             flat = all(k.dim() == 1 for k in given) and all(isinstance(k, Tensor) for k in keys[: len(given)])
@@ -329,6 +332,7 @@ def _in_order(x: Tensor, place: Place, y: Tensor, batch: Any) -> Place | None:
         if after * length > run and length > 1:
             inner = run // after
             outer = length // (inner * batch) if inner else 0
+            inner, outer = (1 if n == 1 else n for n in (inner, outer))  # no symbol for what is a number
             return Place(axis, outer, inner) if inner * after == run and outer * inner * batch == length else None
         after = after * length
     return None

@@ -95,6 +95,8 @@ class BareUses:
         self._measure_anew(folded)
         self.graph.lint()
         self.module.recompile()
+        if self.rows in held and not of_model:
+            return None  # as uncompiled code
         names = ", ".join(self.state.name_of_row(rows[id(held[n])]) for n in of_model)
         at = list(held).index(self.rows) if taken else 0
         return lambda compiled: self.state.crossings.around(compiled, names, at, taken, returned)

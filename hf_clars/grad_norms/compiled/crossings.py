@@ -17,10 +17,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hf_clars.grad_norms.axes.place import LOST, Place
 from hf_clars.grad_norms.graph.following import stay
 from hf_clars.grad_norms.graph.layout import Layout, Root
-from hf_clars.grad_norms.torch_internals import version
+from hf_clars.grad_norms.torch_internals import BATCH_NORM_NODES, version
 from hf_clars.grad_norms.undisturbed import quietly
 
-Edge = tuple[Any, int]
+_MOVED = (
+    "is used in compiled code on what uncompiled code has made, where samples were given other places, or mixed: "
+    "nobody knows which rows belong to which. Compile the whole model with fullgraph=True, or run it without "
+    "torch.compile."
+)
 
 
 class Crossings:
@@ -31,57 +35,52 @@ class Crossings:
     """
 
     def __init__(self, receiver: int) -> None:
-        self._receiver = receiver
-        self._key = f"hf_clars {receiver}"
+        self._receiver, self._key = receiver, f"hf_clars {receiver}"
         self._without_gradient = WeakTensorKeyDictionary()
 
-    def place_of(self, t: Tensor, batch: int) -> Any:
-        """Where the samples seem to be in what a piece is called with: a place, None (in no axis), or `LOST`."""
-        before, place = self._mark_of(t)
-        if before == version(t) or t.grad_fn is None:
-            return place if before == version(t) else LOST
-        known = set(self._marks_below(t).values())
-        fit = [
-            p for p in (Place(), *known) if isinstance(p, Place) and t.shape[p.axis : p.axis + 1] == (p.length(batch),)
-        ]
-        return fit[0] if known and fit else LOST
+    def place_of(self, t: Tensor, batch: int, *, proven: bool = False) -> Any:
+        """Where the samples are in what a piece is called with.
 
-    def _stays(self, t: Tensor, place: Place, batch: int) -> bool:
-        """Whether they are there in this pass: each sample's rows are made of its own alone."""
-        before, marked = self._mark_of(t)
-        if before == version(t) or t.grad_fn is None:
-            return bool(before == version(t) and marked == place)
-        known = self._marks_below(t)
-        if self.place_of(t, batch) is LOST or LOST in known.values():
-            return False
-        root = Root(GradientEdge(t.grad_fn, t.output_nr), t.detach(), Layout(place.axis, place.outer))
-        places = [(GradientEdge(*edge), Layout(p.axis, p.outer)) for edge, p in known.items() if p is not None]
+        Args:
+            t: A tensor.
+            batch: B.
+            proven: Whether gradients are followed. No code may run while other code is compiled.
+
+        Returns:
+            A place, None (in no axis), or `LOST`.
+        """
+        changes, place = self._mark_at(t, t.grad_fn, t.output_nr) or (None, LOST)
+        if changes == version(t) or t.grad_fn is None:
+            return place if changes == version(t) else LOST
+        known, couplings = self._made_of((t.grad_fn, t.output_nr))
+        fit = [p for p in (Place(), *known.values()) if p and t.shape[p.axis : p.axis + 1] == (p.length(batch),)]
+        if not known or not fit or not proven:
+            return fit[0] if known and fit else LOST
+        root = Root(GradientEdge(t.grad_fn, t.output_nr), t.detach(), Layout(fit[0].axis, fit[0].outer))
+        places = [(GradientEdge(*edge), Layout(p.axis, p.outer)) for edge, p in known.items() if p]
         try:
             with quietly():
-                return stay([root], places, batch, ())
+                return fit[0] if stay([root], places, batch, couplings) else LOST
         except RuntimeError:  # the graph can be differentiated only once
-            return False
+            return LOST
 
-    def _marks_below(self, t: Tensor) -> dict[Edge, Any]:
-        """What a tensor was made of, where it left compiled code."""
-        found: dict[Edge, Any] = {}
-        todo: list[Edge] = [(t.grad_fn, t.output_nr)]
-        seen = {*todo}
+    def _made_of(self, edge: Any) -> tuple[dict[Any, Any], list[Any]]:
+        """Where what a value is made of left compiled code, with its place; nothing if one is lost; and BatchNorms."""
+        found, couplings, todo, seen = {}, [], [edge], {edge}
         while todo:
-            node, number = todo.pop()
-            mark = node.metadata.get(self._key, {}).get(number)
+            node, number = here = todo.pop()
+            mark = self._mark_at(None, node, number)
             if mark is not None:
-                found[node, number] = mark[1]
+                found[here] = mark[1]
                 continue
-            below = {edge for edge in node.next_functions if edge[0] is not None} - seen
+            couplings += [node] if node.name().startswith(BATCH_NORM_NODES) else []
+            below = {e for e in node.next_functions if e[0] is not None} - seen
             seen |= below
             todo += below
-        return found
+        return {} if LOST in found.values() else found, couplings
 
-    def _mark_of(self, t: Tensor) -> Any:
-        if t.grad_fn is None:
-            return self._without_gradient.get(t, (None, LOST))
-        return t.grad_fn.metadata.get(self._key, {}).get(t.output_nr, (None, LOST))
+    def _mark_at(self, t: Tensor | None, node: Any, number: int) -> Any:
+        return self._without_gradient.get(t) if node is None else node.metadata.get(self._key, {}).get(number)
 
     def _mark(self, t: Tensor, place: Any) -> None:
         if isinstance(place, Place) and not (isinstance(place.outer, int) and isinstance(place.inner, int)):
@@ -89,7 +88,8 @@ class Crossings:
         if t.grad_fn is None:
             self._without_gradient[t] = (version(t), place)
         else:
-            t.grad_fn.metadata.setdefault(self._key, {})[t.output_nr] = (version(t), place)
+            marks: Any = t.grad_fn.metadata
+            marks.setdefault(self._key, {})[t.output_nr] = (version(t), place)
 
     def around(
         self, compiled: Callable[..., Any], names: str, rows: int, taken: Mapping[int, Any], returned: Sequence[Any]
@@ -103,12 +103,11 @@ class Crossings:
             taken: Where the samples seemed to be in some of what it takes, when it was compiled.
             returned: The same of what it returns.
         """
-        words = f"{names}: {_ELSEWHERE}"
 
         def run(*args: Any) -> Any:
             for i, place in taken.items():
-                if isinstance(place, Place) and not self._stays(args[i], place, args[rows].shape[1]):
-                    torch.ops.hf_clars.refuse(args[i], self._receiver, words, True)
+                if place is not LOST and self.place_of(args[i], args[rows].shape[1], proven=True) != place:
+                    torch.ops.hf_clars.refuse(args[i], self._receiver, f"{names}: {_MOVED}", True)
             results = compiled(*args)
             for t, place in zip(results, returned, strict=True):
                 if isinstance(t, Tensor):
@@ -116,10 +115,3 @@ class Crossings:
             return results
 
         return run
-
-
-_ELSEWHERE = (
-    "is used in compiled code on what uncompiled code has made, and that gave samples other places, or mixed them: "
-    "nobody knows which rows belong to which. Let it leave each sample's rows in their place, compile the whole model "
-    "with fullgraph=True, or run it without torch.compile."
-)

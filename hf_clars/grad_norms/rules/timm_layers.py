@@ -40,8 +40,8 @@ class BatchNormActRule(BatchNormRule):
         x, mean, rstd = saved
         x_hat = (x - mean[..., None, None]) * rstd[..., None, None]
         before = (x_hat * module.weight[:, None, None] + module.bias[:, None, None]).detach()
-        _, backward = torch.func.vjp(lambda t: activation(t.clone()), before)  # a clone: activations may work in place
-        (g,) = backward(g)
+        # Of a clone: activations may work in place. A compiler can follow this, and not torch.autograd.grad.
+        (g,) = torch.func.vjp(lambda t: activation(t.clone()), before)[1](g)
         return super().per_sample_grads(module, saved, g, wanted)
 
     def save(
