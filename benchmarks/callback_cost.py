@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,21 +38,27 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {
 Batch = dict[str, Tensor]
 
 
-def gpt2(batch: int) -> tuple[nn.Module, Batch]:
-    """2 layers of width 128, a tied head of 2,048 words, texts of 64 tokens."""
-    sizes: dict[str, Any] = {"vocab_size": 2048, "n_positions": 64, "n_embd": 128, "n_layer": 2, "n_head": 4}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0))
-    ids = torch.randint(0, 2048, (batch, 64))
+def gpt2(batch: int, words: int, tokens: int, **sizes: Any) -> tuple[nn.Module, Batch]:
+    """GPT-2 with a tied head of so many words, on texts of so many tokens."""
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=words, n_positions=tokens, **special, **sizes))
+    ids = torch.randint(0, words, (batch, tokens))
     return model, {"input_ids": ids, "labels": ids}
 
 
-def resnet(batch: int) -> tuple[nn.Module, Batch]:
-    """ResNet-20 on images of 32 x 32."""
-    model = build_model("resnet20", num_labels=10, num_channels=3, image_size=32)
-    return model, {"pixel_values": torch.randn(batch, 3, 32, 32), "labels": torch.randint(0, 10, (batch,))}
+def images(batch: int, name: str, size: int) -> tuple[nn.Module, Batch]:
+    """A network of `build_model` on colour images of so many pixels a side."""
+    model = build_model(name, num_labels=10, num_channels=3, image_size=size)
+    return model, {"pixel_values": torch.randn(batch, 3, size, size), "labels": torch.randint(0, 10, (batch,))}
 
 
-NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Batch]]] = {"resnet20": resnet, "gpt2": gpt2}
+NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Batch]]] = {
+    "resnet20": partial(images, name="resnet20", size=32),
+    "gpt2": partial(gpt2, words=2048, tokens=64, n_embd=128, n_layer=2, n_head=4),
+    "resnet-50": partial(images, name="resnet-50", size=128),
+    "gpt2-small": partial(gpt2, words=50257, tokens=256),
+}
+"""By name, from the samples of a batch: two small ones, and two of real size, for which `--segment 2` is enough."""
 
 
 class Run:
@@ -79,12 +86,13 @@ class Run:
         return time.process_time() - begun
 
 
-def rows_of(network: str, batch: int, rounds: int, ways: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The lines of one network."""
+def rows_of(network: str, batch: int, rounds: int, ways: Sequence[str], segment: int) -> Iterator[tuple[str, ...]]:
+    """The lines of one network; a `segment` of 0 steps leaves to each way how many it has."""
     run = Run(network, batch)
-    run.seconds(None, 5)
+    run.seconds(None, 2)
     for name in ways:
         settings, steps = WAYS[name]
+        steps = segment or steps
         with NormMonitor(run.model, strict=True, **settings) as monitor:
             begins = [_measured(run, monitor) for _ in range(3)]
             watched: list[float] = []
@@ -111,13 +119,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="pairs of segments of each kind (default: 20)")
     parser.add_argument("--batch", type=int, default=64, help="samples a step (default: 64)")
-    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--segment", type=int, default=0, help="steps a segment (default: 10, or 50 for every=50)")
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["resnet20", "gpt2"])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for network in arguments.networks:
-        for row in rows_of(network, arguments.batch, arguments.rounds, arguments.ways):
+        for row in rows_of(network, arguments.batch, arguments.rounds, arguments.ways, arguments.segment):
             print(*row, sep=", ", file=sys.stderr, flush=True)  # a long run that is stopped has shown something
             rows.append(row)
     heads = ("network", "monitor", "plain step, ms", "ratio", "quartiles", "to begin")

@@ -32,14 +32,14 @@ def under_deepspeed(trainer, **config):
 
 
 def test_an_ordinary_run_passes(trainer):
-    check_launch(trainer)
-    check_launch(under_deepspeed(trainer))
+    check_launch(trainer, trainer.args)
+    check_launch(under_deepspeed(trainer), trainer.args)
 
 
 def test_an_optimizer_that_deepspeed_would_drop(trainer):
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
     with pytest.raises(ConfigError, match="dropped under DeepSpeed, and AdamW would train"):
-        check_launch(under_deepspeed(trainer))
+        check_launch(under_deepspeed(trainer), trainer.args)
 
 
 @pytest.mark.parametrize(
@@ -53,19 +53,19 @@ def test_an_optimizer_that_deepspeed_would_drop(trainer):
 )
 def test_deepspeed_settings_that_cannot_work(trainer, config, message):
     with pytest.raises(ConfigError, match=message):
-        check_launch(under_deepspeed(trainer, **config))
+        check_launch(under_deepspeed(trainer, **config), trainer.args)
 
 
 def test_deepspeed_clips_where_nothing_is_said(trainer):
     under_deepspeed(trainer).accelerator.state.deepspeed_plugin.hf_ds_config.config.pop("gradient_clipping")
     with pytest.raises(ConfigError, match=r"leaves gradient_clipping out, .* Set gradient_clipping to 0"):
-        check_launch(trainer)
+        check_launch(trainer, trainer.args)
 
 
 def test_fsdp_asked_for_and_data_parallelism_given(trainer, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="FSDP was asked for"):
-        check_launch(trainer)
+        check_launch(trainer, trainer.args)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +81,13 @@ def test_fsdp_settings_that_cannot_work(trainer, version, changes, message):
     for name, value in changes.items():
         setattr(trainer.args, name, value)
     with pytest.raises(ConfigError, match=message):
-        check_launch(trainer)
+        check_launch(trainer, trainer.args)
 
 
 def test_two_processes_started_that_do_not_know_each_other(trainer, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="add --use_cpu true"):
-        check_launch(trainer)
+        check_launch(trainer, trainer.args)
 
 
 def test_two_processes_asked_for_and_one_started(trainer, monkeypatch):
@@ -96,7 +96,7 @@ def test_two_processes_asked_for_and_one_started(trainer, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ConfigError, match="accelerate has started one"):
-        check_launch(trainer)
+        check_launch(trainer, trainer.args)
 
 
 def test_fp16_on_a_cpu(tmp_path):

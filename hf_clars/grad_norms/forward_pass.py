@@ -6,21 +6,37 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, SecondBackwardError, UncoveredParameterError
+from hf_clars.grad_norms.explanation import CallTimes
+from hf_clars.grad_norms.hooked_modules import CallPlan, HookedModule
 from hf_clars.grad_norms.norm_sums import NormSums
 from hf_clars.grad_norms.pytree import GivenTensors
-from hf_clars.grad_norms.torch_internals import takes_any
+from hf_clars.grad_norms.tied_tables import TiedTable, tied_table
+from hf_clars.grad_norms.torch_internals import operations_recorded, takes_any
 from hf_clars.grad_norms.undisturbed import differentiating, undisturbed
 from hf_clars.grad_norms.uses import Uses
 
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.explanation import CallTimes
-    from hf_clars.grad_norms.graph.known import Trace
+
+class Trace:
+    """How a pass's graph comes about: which modules were called how, after how many operations."""
+
+    def __init__(self) -> None:
+        self._begun_at = operations_recorded()
+        self.marks: list[Any] = []
+
+    def note(self, way: CallPlan | HookedModule) -> None:
+        """A module with a rule was called, and is measured so, or was left to the graph."""
+        self.marks += (way, self.length)
+
+    @property
+    def length(self) -> int:
+        """Operations so far."""
+        return operations_recorded() - self._begun_at
 
 
 @dataclass(eq=False)
@@ -125,6 +141,13 @@ class ForwardPass:
         traceback.clear_frames(error.__traceback__)  # their tensors would live as long as the error
         self.error = self.error or error
         return True
+
+    def table_of(self, param: nn.Parameter) -> TiedTable | None:
+        """What the uses of a parameter with several come to, if it is a table that is looked up; see `tied_table`."""
+        tables = self.sums.tables
+        if param not in tables:
+            tables[param] = tied_table(param, self.uses, self.measured)
+        return tables[param]
 
     def undisturbed(self) -> AbstractContextManager[None]:
         """Around what differentiates the graph for the norms' sake: the model stays as it is."""

@@ -1,21 +1,19 @@
-"""The modules whose parameters are measured, and what is known of the calls of each."""
+"""The modules whose parameters are measured, what is known of the calls of each, and how they are measured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
-from hf_clars.distributed import is_split
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.taint import DataTaint, WorstPlaces
-from hf_clars.grad_norms.registry import LayerRule, find_rule
+from hf_clars.grad_norms.registry import LayerRule, find_rule, is_shipped
 from hf_clars.grad_norms.torch_internals import leaves_below
 
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.rule_call import CallPlan
-
+FIRST_AXIS = Layout()
 
 MOST_PLANS = 512
 """Plans that a module keeps: texts may have any length, and each length is another look."""
@@ -136,60 +134,58 @@ class HookedModule:
         self.plans.clear()
 
 
-class LeavesInUse:
-    """The tensors by which a graph knows the measured parameters: FSDP computes with gathered ones in their places.
+@dataclass(eq=False, slots=True)
+class CallPlan:
+    """How calls of a module that look alike are measured: decided at the first, and kept.
 
-    Args:
-        layer_of: The measured parameters, and the layer of each.
-        model: Where they, and buffers, are.
+    Attributes:
+        hooked: The module.
+        rule: Its rule.
+        wanted: Parameters to measure, by local name.
+        rows_per_sample: Rows of the module's first axis that make up one sample; 1 unless the model folds something
+            into it.
+        key: What their layout is known by.
+        axes: The batch axis of each result.
+        layout: Which rows of the output should be whose.
+        way: How the weight gradient comes from this engine, from a `RuleCall`, the input and the output; None where the
+            ordinary backward pass is watched.
+        x_depends_on_data: Whether the input is known to depend on what the model was called with.
+        proven: Whether rows are known to belong to samples as `rows_per_sample` says.
+        moved: Where rows of the batch are, see `DataTaint`. If they may be anywhere, each pass must prove it anew.
+        lasts: Whether calls that look alike may follow it too.
+        shipped: Whether the rule is this package's.
+        folded: Whether rows of a sample are measured one by one, and their gradients added up.
+        by_squares: Whether the rule has squared norms without the gradients.
+        size: Numbers that `wanted` have.
     """
 
-    def __init__(self, layer_of: Mapping[nn.Parameter, int], model: nn.Module) -> None:
-        self._layer_of = layer_of
-        self._model = model
-        self._params: dict[Tensor, nn.Parameter] = {}
+    hooked: HookedModule
+    rule: LayerRule
+    wanted: dict[str, nn.Parameter]
+    rows_per_sample: int
+    key: tuple[int, ...] = ()
+    axes: Sequence[int] = (0,)
+    layout: Layout = FIRST_AXIS
+    way: Callable[..., Tensor] | None = None
+    x_depends_on_data: bool = False
+    proven: bool = True
+    moved: int = 0
+    lasts: bool = False
+    shipped: bool = field(init=False)
+    folded: bool = field(init=False)
+    by_squares: bool = field(init=False)
+    size: int = field(init=False)
 
-    def begin(self) -> None:
-        """A pass begins: let go of what `functional_call` has put in the place of parameters for the last one."""
-        if self._params:
-            self._params = {leaf: p for leaf, p in self._params.items() if isinstance(leaf, nn.Parameter)}
+    def __post_init__(self) -> None:
+        self.shipped = is_shipped(self.rule)
+        self.folded = self.rows_per_sample > 1 and not self.rule.weight_sharing_axes
+        self.by_squares = not self.folded and self.rule.squares_without_grads
+        self.size = sum(p.numel() for p in self.wanted.values())
 
-    def learn(self, hooked: HookedModule) -> None:
-        """Look at what a module has just computed with."""
-        for name, param in hooked.params.items():
-            used = hooked.in_use(name)
-            if used is not param:
-                self._params[used] = param
-
-    def param_of(self, leaf: Tensor) -> nn.Parameter | None:
-        """The measured parameter that a leaf stands for; None for a parameter that is not measured, and for a buffer.
-
-        Raises:
-            KeyError: For data.
-        """
-        param = self._params.get(leaf, leaf)
-        if param in self._layer_of:
-            return param  # type: ignore[return-value]
-        if isinstance(param, nn.Parameter) or any(leaf is b for b in self._model.buffers()):
-            return None
-        raise KeyError(leaf)
-
-    def leaves(self) -> dict[nn.Parameter, Tensor]:
-        """The leaf of every measured parameter."""
-        used = {param: leaf for leaf, param in self._params.items()}
-        return {param: used.get(param, param) for param in self._layer_of}
-
-    def are_split(self) -> bool:
-        """Whether an engine gathers them for each pass."""
-        return bool(self._params) or any(hasattr(p, "ds_id") or is_split(p) for p in self._layer_of)
-
-    def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
-        """Know parameters by those that an engine has put in their place: {old: new}."""
-        self._params = {leaf: swapped.get(p, p) for leaf, p in self._params.items()}
-
-    def forget(self) -> None:
-        """Other parameters are measured now."""
-        self._params.clear()
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.hooked.module
 
 
 def folded_rows(x: Tensor, output: Tensor, batch_size: int) -> int | None:

@@ -19,9 +19,9 @@ from hf_clars.grad_norms.graph.measured_uses import MeasuredUse, UseArrival, cou
 from hf_clars.grad_norms.graph.places import ContainerCall
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
-from hf_clars.grad_norms.hooked_modules import HookedModule, LeavesInUse, find_hooked_modules
+from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds, PlacedHooks
-from hf_clars.grad_norms.model_parts import ModelParts
+from hf_clars.grad_norms.model_parts import LeavesInUse, ModelParts
 from hf_clars.grad_norms.pytree import tensor_given, tensors_in
 from hf_clars.grad_norms.torch_internals import (
     inside_backward,

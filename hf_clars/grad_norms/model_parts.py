@@ -11,8 +11,9 @@ from itertools import chain, repeat
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from hf_clars.distributed import is_split
 from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.registry import find_rule
@@ -106,3 +107,59 @@ class ModelParts:
         if find_rule(module) is not hooked.rule:
             return "its class, its forward or its parameters were changed after the norms were attached"
         return ""
+
+
+class LeavesInUse:
+    """The tensors by which a graph knows the measured parameters: FSDP computes with gathered ones in their places.
+
+    Args:
+        layer_of: The measured parameters, and the layer of each.
+        model: Where they, and buffers, are.
+    """
+
+    def __init__(self, layer_of: Mapping[nn.Parameter, int], model: nn.Module) -> None:
+        self._layer_of = layer_of
+        self._model = model
+        self._params: dict[Tensor, nn.Parameter] = {}
+
+    def begin(self) -> None:
+        """A pass begins: let go of what `functional_call` has put in the place of parameters for the last one."""
+        if self._params:
+            self._params = {leaf: p for leaf, p in self._params.items() if isinstance(leaf, nn.Parameter)}
+
+    def learn(self, hooked: HookedModule) -> None:
+        """Look at what a module has just computed with."""
+        for name, param in hooked.params.items():
+            used = hooked.in_use(name)
+            if used is not param:
+                self._params[used] = param
+
+    def param_of(self, leaf: Tensor) -> nn.Parameter | None:
+        """The measured parameter that a leaf stands for; None for a parameter that is not measured, and for a buffer.
+
+        Raises:
+            KeyError: For data.
+        """
+        param = self._params.get(leaf, leaf)
+        if param in self._layer_of:
+            return param  # type: ignore[return-value]
+        if isinstance(param, nn.Parameter) or any(leaf is b for b in self._model.buffers()):
+            return None
+        raise KeyError(leaf)
+
+    def leaves(self) -> dict[nn.Parameter, Tensor]:
+        """The leaf of every measured parameter."""
+        used = {param: leaf for leaf, param in self._params.items()}
+        return {param: used.get(param, param) for param in self._layer_of}
+
+    def are_split(self) -> bool:
+        """Whether an engine gathers them for each pass."""
+        return bool(self._params) or any(hasattr(p, "ds_id") or is_split(p) for p in self._layer_of)
+
+    def rebind(self, swapped: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Know parameters by those that an engine has put in their place: {old: new}."""
+        self._params = {leaf: swapped.get(p, p) for leaf, p in self._params.items()}
+
+    def forget(self) -> None:
+        """Other parameters are measured now."""
+        self._params.clear()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.norm_math import SMALL, squared_sum
-
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.sum_check import SumCheck
-    from hf_clars.grad_norms.tied_tables import TiedTable
+from hf_clars.grad_norms.sum_check import SumCheck
+from hf_clars.grad_norms.tied_tables import TiedTable
 
 
 class NormSums:

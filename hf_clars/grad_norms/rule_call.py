@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch import Tensor
 
 from hf_clars.grad_norms.explanation import timed
 from hf_clars.grad_norms.forward_pass import ForwardPass
-from hf_clars.grad_norms.graph.layout import Layout
-from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.norm_math import at_least_float32, slices_of, squared_sum
 from hf_clars.grad_norms.pytree import tensors_in
-from hf_clars.grad_norms.registry import LayerRule, is_shipped
 from hf_clars.grad_norms.rule_results import compare_squares, given_by
-from hf_clars.grad_norms.tied_tables import TiedTable, tied_table
+from hf_clars.grad_norms.tied_tables import TiedTable
 from hf_clars.grad_norms.torch_internals import NOTHING, no_autocast, no_grad
 from hf_clars.grad_norms.undisturbed import differentiating, quietly
+from hf_clars.grad_norms.uses import RuleUse
 
-FIRST_AXIS = Layout()
 _EXACT = (torch.float32, torch.float64)
 
 
@@ -33,145 +29,19 @@ def _each(fn: Callable[[Tensor], Tensor], tensors: Any) -> Any:
 
 
 @dataclass(eq=False, slots=True)
-class CallPlan:
-    """How calls of a module that look alike are measured: decided at the first, and kept.
+class RuleCall(RuleUse):
+    """What to do when the gradient of a module's call comes.
 
     Attributes:
-        hooked: The module.
-        rule: Its rule.
-        wanted: Parameters to measure, by local name.
-        rows_per_sample: Rows of the module's first axis that make up one sample; 1 unless the model folds something
-            into it.
-        key: What their layout is known by.
-        axes: The batch axis of each result.
-        layout: Which rows of the output should be whose.
-        way: How the weight gradient comes from this engine; None where the ordinary backward pass is watched.
-        x_depends_on_data: Whether the input is known to depend on what the model was called with.
-        proven: Whether rows are known to belong to samples as `rows_per_sample` says.
-        moved: Where rows of the batch are, see `DataTaint`. If they may be anywhere, each pass must prove it anew.
-        lasts: Whether calls that look alike may follow it too.
-        shipped: Whether the rule is this package's.
-        folded: Whether rows of a sample are measured one by one, and their gradients added up.
-        by_squares: Whether the rule has squared norms without the gradients.
-        size: Numbers that `wanted` have.
-    """
-
-    hooked: HookedModule
-    rule: LayerRule
-    wanted: dict[str, nn.Parameter]
-    rows_per_sample: int
-    key: tuple[int, ...] = ()
-    axes: Sequence[int] = (0,)
-    layout: Layout = FIRST_AXIS
-    way: Callable[[RuleCall, Tensor, Tensor], Tensor] | None = None
-    x_depends_on_data: bool = False
-    proven: bool = True
-    moved: int = 0
-    lasts: bool = False
-    shipped: bool = field(init=False)
-    folded: bool = field(init=False)
-    by_squares: bool = field(init=False)
-    size: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.shipped = is_shipped(self.rule)
-        self.folded = self.rows_per_sample > 1 and not self.rule.weight_sharing_axes
-        self.by_squares = not self.folded and self.rule.squares_without_grads
-        self.size = sum(p.numel() for p in self.wanted.values())
-
-    @property
-    def module(self) -> nn.Module:
-        """The module."""
-        return self.hooked.module
-
-
-@dataclass(eq=False, slots=True)
-class RuleCall:
-    """What is known when a module has run, and what to do when its gradient comes.
-
-    Attributes:
-        plan: How it is measured.
         forward_pass: The pass that the call belongs to.
-        repeats: Whether activation checkpointing makes a call again that is measured already.
-        tokens: The rows of its weight that an embedding looked up, [B, T].
-        places: Where its results come from in the graph, until the forward pass ends: (operation, which result).
-        input_node: Where its input comes from.
-        fused: Whether its weight gradient comes from this engine.
-        given_rows: Whose rows are whose in its results, if that is known from what the model was called with.
-        proven: Whether its rows are known to belong to samples as the plan says.
-        cancelled: Whether they turned out not to.
-        fired: Whether its gradient has come.
         autocast: The precision of the autocast region that a module with several results ran in: a GRU's products may
             be in bf16, and its output in float32 all the same. Also of one whose rule's error must not end the pass.
         given: What the module was called with, for such a pass; see `plain_backward.py`.
     """
 
-    plan: CallPlan
-    forward_pass: ForwardPass
-    repeats: bool = False
-    tokens: Tensor | None = None
-    places: tuple[tuple[Node, int], ...] = ()
-    input_node: Node | None = None
-    proven: bool = True
-    fused: bool = False
-    given_rows: Layout | None = None
-    cancelled: bool = False
-    fired: bool = False
+    forward_pass: ForwardPass = field(kw_only=True)
     autocast: torch.dtype | None = None
     given: Any = None
-
-    @property
-    def hooked(self) -> HookedModule:
-        """The module, and what is known of it."""
-        return self.plan.hooked
-
-    @property
-    def rule(self) -> LayerRule:
-        """The module's rule."""
-        return self.plan.rule
-
-    @property
-    def wanted(self) -> dict[str, nn.Parameter]:
-        """Parameters to measure, by local name."""
-        return self.plan.wanted
-
-    @property
-    def rows_per_sample(self) -> int:
-        """Rows of the module's first axis that make up one sample."""
-        return self.plan.rows_per_sample
-
-    @property
-    def module(self) -> nn.Module:
-        """The module."""
-        return self.plan.hooked.module
-
-    def place(self, output: Any, x: Tensor) -> None:
-        """Note where its results and its input are in the graph."""
-        if self.places:
-            pass  # it is watched at a place of its own
-        elif isinstance(output, Tensor):
-            self.places = ((output.grad_fn, output.output_nr),) if output.grad_fn is not None else ()
-        else:
-            self.places = tuple((t.grad_fn, t.output_nr) for t in tensors_in(output) if t.grad_fn is not None)
-        self.input_node = x.grad_fn
-
-    @property
-    def edges(self) -> list[GradientEdge]:
-        """Where its results come from in the graph, until the forward pass ends."""
-        return [GradientEdge(*place) for place in self.places]
-
-    def in_words(self) -> str:
-        """How it is measured, for people."""
-        how = "with the weight gradient, from one product" if self.fused else "beside the ordinary backward pass"
-        rows = f", {self.rows_per_sample} rows a sample" if self.rows_per_sample > 1 else ""
-        proof = ""
-        if self.hooked.calls.get(self.plan.key) == "observed":
-            proof = ", proven by following one sample's gradient"
-        return f"{type(self.rule).__name__} of {self.hooked}: {how}{rows}{proof}"
-
-    def leave_graph(self) -> None:
-        """Let go of its places in the graph."""
-        self.places, self.input_node = (), None
 
     def arrived(self) -> bool:
         """Note that the gradient has come; False if it is to be left unmeasured.
@@ -230,7 +100,7 @@ class RuleCall:
 
     def _tables(self) -> dict[str, TiedTable]:
         """Those of the shared parameters that are tables looked up by some of their uses."""
-        found = {n: tied_table(self.forward_pass, self.wanted[n]) for n in self.shared}
+        found = {n: self.forward_pass.table_of(self.wanted[n]) for n in self.shared}
         return {n: table for n, table in found.items() if table is not None}
 
     def _add(self, saved: tuple[Tensor, ...], g: Any, dtype: torch.dtype) -> None:

@@ -9,17 +9,13 @@ squared never exist together. A table that is looked up several times and is no 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms import norm_math
 from hf_clars.grad_norms.rules.linear import positions
-
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.forward_pass import ForwardPass
-    from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.uses import RuleUse, Uses
 
 
 class TiedTable:
@@ -30,14 +26,14 @@ class TiedTable:
         count: Samples that are measured.
     """
 
-    def __init__(self, lookups: Sequence[RuleCall], count: int) -> None:
+    def __init__(self, lookups: Sequence[RuleUse], count: int) -> None:
         self.tokens = [call.tokens[:count] for call in lookups if call.tokens is not None]
         self._lookups = list(lookups)
         self._found: dict[int, Tensor] = {}
         self._dense: list[Tensor] = []
         self._rows: list[list[Tensor]] = []
 
-    def measure(self, call: RuleCall, name: str, saved: tuple[Tensor, ...], g: Tensor) -> None:
+    def measure(self, call: RuleUse, name: str, saved: tuple[Tensor, ...], g: Tensor) -> None:
         """Take the gradient of one call's output.
 
         Args:
@@ -80,19 +76,16 @@ class TiedTable:
         return total + dense + 2 * (rows * e).flatten(1).sum(1)
 
 
-def tied_table(forward_pass: ForwardPass, param: nn.Parameter) -> TiedTable | None:
+def tied_table(param: nn.Parameter, uses: Uses, count: int) -> TiedTable | None:
     """Where a parameter's uses in a pass are lookups and at most one linear layer, what they come to; else None.
 
     Args:
-        forward_pass: The pass.
         param: A parameter with several uses.
+        uses: Those of the pass.
+        count: Samples that are measured.
     """
-    if param not in forward_pass.sums.tables:
-        calls = [
-            (c, n) for c in forward_pass.uses.rule_calls if not c.cancelled for n, p in c.wanted.items() if p is param
-        ]
-        lookups = [c for c, _ in calls if c.tokens is not None and c.rows_per_sample == 1]
-        dense = [c for c, n in calls if c.rule.is_dense_weight and n == "weight" and c.rows_per_sample == 1]
-        known = lookups and len(dense) <= 1 and len(lookups) + len(dense) == forward_pass.uses.times[param]
-        forward_pass.sums.tables[param] = TiedTable(lookups, forward_pass.measured) if known else None
-    return forward_pass.sums.tables[param]
+    calls = [(c, n) for c in uses.rule_calls if not c.cancelled for n, p in c.wanted.items() if p is param]
+    lookups = [c for c, _ in calls if c.tokens is not None and c.rows_per_sample == 1]
+    dense = [c for c, n in calls if c.rule.is_dense_weight and n == "weight" and c.rows_per_sample == 1]
+    known = lookups and len(dense) <= 1 and len(lookups) + len(dense) == uses.times[param]
+    return TiedTable(lookups, count) if known else None

@@ -3,14 +3,109 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
 
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.graph.measured_uses import Arrival, Gate
-    from hf_clars.grad_norms.hooked_modules import HookedModule
-    from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.graph.layout import Layout
+from hf_clars.grad_norms.hooked_modules import CallPlan, HookedModule
+from hf_clars.grad_norms.pytree import tensors_in
+from hf_clars.grad_norms.registry import LayerRule
+
+
+@dataclass(eq=False, slots=True)
+class RuleUse:
+    """A call of a module that a rule measures: what is known of it when the module has run.
+
+    Attributes:
+        plan: How it is measured.
+        repeats: Whether activation checkpointing makes a call again that is measured already.
+        tokens: The rows of its weight that an embedding looked up, [B, T].
+        places: Where its results come from in the graph, until the forward pass ends: (operation, which result).
+        input_node: Where its input comes from.
+        fused: Whether its weight gradient comes from this engine.
+        given_rows: Whose rows are whose in its results, if that is known from what the model was called with.
+        proven: Whether its rows are known to belong to samples as the plan says.
+        cancelled: Whether they turned out not to.
+        fired: Whether its gradient has come.
+    """
+
+    plan: CallPlan
+    repeats: bool = False
+    tokens: Tensor | None = None
+    places: tuple[tuple[Node, int], ...] = ()
+    input_node: Node | None = None
+    proven: bool = True
+    fused: bool = False
+    given_rows: Layout | None = None
+    cancelled: bool = False
+    fired: bool = False
+
+    @property
+    def hooked(self) -> HookedModule:
+        """The module, and what is known of it."""
+        return self.plan.hooked
+
+    @property
+    def rule(self) -> LayerRule:
+        """The module's rule."""
+        return self.plan.rule
+
+    @property
+    def wanted(self) -> dict[str, nn.Parameter]:
+        """Parameters to measure, by local name."""
+        return self.plan.wanted
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of the module's first axis that make up one sample."""
+        return self.plan.rows_per_sample
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.plan.hooked.module
+
+    def place(self, output: Any, x: Tensor) -> None:
+        """Note where its results and its input are in the graph."""
+        if self.places:
+            pass  # it is watched at a place of its own
+        elif isinstance(output, Tensor):
+            self.places = ((output.grad_fn, output.output_nr),) if output.grad_fn is not None else ()
+        else:
+            self.places = tuple((t.grad_fn, t.output_nr) for t in tensors_in(output) if t.grad_fn is not None)
+        self.input_node = x.grad_fn
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where its results come from in the graph, until the forward pass ends."""
+        return [GradientEdge(*place) for place in self.places]
+
+    def in_words(self) -> str:
+        """How it is measured, for people."""
+        how = "with the weight gradient, from one product" if self.fused else "beside the ordinary backward pass"
+        rows = f", {self.rows_per_sample} rows a sample" if self.rows_per_sample > 1 else ""
+        proof = ""
+        if self.hooked.calls.get(self.plan.key) == "observed":
+            proof = ", proven by following one sample's gradient"
+        return f"{type(self.rule).__name__} of {self.hooked}: {how}{rows}{proof}"
+
+    def leave_graph(self) -> None:
+        """Let go of its places in the graph."""
+        self.places, self.input_node = (), None
+
+
+class Waiting(Protocol):
+    """A hook on an operation of the graph, at which uses are measured."""
+
+    @property
+    def waits(self) -> Any:
+        """What is measured when the gradient comes; None from then on."""
+
+    def free_graph(self) -> None:
+        """Let go of the graph."""
 
 
 class Uses:
@@ -21,7 +116,6 @@ class Uses:
         several: Parameters with more than one use.
         rule_calls: Calls of modules that rules measure.
         in_graph: Hooks on the operations that other uses are measured at.
-        gates: Modules around some of them.
         compiled: Parameters that compiled code measures.
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
         moved_without_grad: Those that were called so on rows that were given other places.
@@ -32,9 +126,8 @@ class Uses:
     def __init__(self) -> None:
         self.times: Counter[nn.Parameter] = Counter()
         self.several: set[nn.Parameter] = set()
-        self.rule_calls: list[RuleCall] = []
-        self.in_graph: list[Arrival] = []
-        self.gates: list[Gate] = []
+        self.rule_calls: list[RuleUse] = []
+        self.in_graph: list[Waiting] = []
         self.compiled: set[nn.Parameter] = set()
         self.without_grad: Counter[HookedModule] = Counter()
         self.moved_without_grad: set[HookedModule] = set()
@@ -69,10 +162,7 @@ class Uses:
         waiting = any(arrival.waits for arrival in self.in_graph)
         for arrival in self.in_graph:
             arrival.free_graph()
-        for gate in self.gates:
-            gate.free_graph()
         self.in_graph.clear()
-        self.gates.clear()
         self.leave_graph()
         return waiting
 

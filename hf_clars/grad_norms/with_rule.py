@@ -29,12 +29,13 @@ from hf_clars.grad_norms.functions import (
 )
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
-from hf_clars.grad_norms.hooked_modules import HookedModule, folded_rows
+from hf_clars.grad_norms.hooked_modules import CallPlan, HookedModule, folded_rows
 from hf_clars.grad_norms.plain_backward import note_call
 from hf_clars.grad_norms.pytree import differentiable_in, is_differentiable, map_tensors
-from hf_clars.grad_norms.rule_call import CallPlan, RuleCall
+from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.rule_results import saved_by
 from hf_clars.grad_norms.undisturbed import differentiating
+from hf_clars.grad_norms.uses import RuleUse
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _UNKNOWN: Any = object()
@@ -82,7 +83,7 @@ def capture(
             forward_pass.trace.note(hooked)
         return None
     _check_device(hooked, forward_pass, x)
-    measured = RuleCall(plan, forward_pass, proven=plan.proven or outside or recomputed)
+    measured = RuleCall(plan, forward_pass=forward_pass, proven=plan.proven or outside or recomputed)
     rows = Layout() if x in forward_pass.given else hooked.layout_of(x, taint)
     if rows is not None and plan.moved != MOVED and (rows.axis == 0 or plan.rule.weight_sharing_axes):
         measured.given_rows = rows
@@ -265,15 +266,16 @@ def repeat(hooked: HookedModule, passes: Iterable[ForwardPass], x: Tensor, call:
     if not hooked.trainable() or not results:
         return None
     axis = rule.batch_axes(hooked.module, results)[0]
-    found: list[RuleCall] = []
+    found: list[tuple[RuleUse, ForwardPass]] = []
     for forward_pass in passes:
         rows = _rows(hooked, forward_pass, x, results[0], axis)
         key = _key(x, rows) if rows else None
-        found += [c for c in forward_pass.uses.rule_calls if c.hooked is hooked and c.plan.key == key]
+        calls = forward_pass.uses.rule_calls
+        found += [(c, forward_pass) for c in calls if c.hooked is hooked and c.plan.key == key]
     if not found:
         return None
-    known = next((c for c in found if not c.fired), found[0])
-    return _follow(RuleCall(known.plan, known.forward_pass, repeats=True), x, call, output)
+    known, of = next((each for each in found if not each[0].fired), found[0])
+    return _follow(RuleCall(known.plan, forward_pass=of, repeats=True), x, call, output)
 
 
 def _rows(hooked: HookedModule, forward_pass: ForwardPass, x: Tensor, output: Tensor, axis: int) -> int | None:

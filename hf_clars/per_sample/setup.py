@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,14 +15,22 @@ from hf_clars.errors import ConfigError
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 from hf_clars.per_sample.log import PerSampleLog
 
-if TYPE_CHECKING:
-    from hf_clars.per_sample.monitor import NormMonitor
 
-WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[NormMonitor]] = weakref.WeakKeyDictionary()
+class Watcher(Protocol):
+    """What is asked of the monitor that watches a model already."""
+
+    run: object
+    every: int
+
+    def close(self) -> None:
+        """Stop."""
+
+
+WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
 """Models, and the monitor at work on each."""
 
 
-def watcher_of(model: nn.Module) -> NormMonitor | None:
+def watcher_of(model: nn.Module) -> Watcher | None:
     """The monitor at work on a model."""
     found = WATCHED.get(model)
     return None if found is None else found()

@@ -7,48 +7,48 @@ where two were asked for, plain data parallelism where FSDP was asked for, float
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import DistributedType, str_to_bool
 from torch import nn
+from transformers import Trainer
 
 from hf_clars.errors import ConfigError
 from hf_clars.grad_norms import MicroBatchGradNorms
 from hf_clars.optim import CLARS
 from hf_clars.trainer.optimizers import layerwise
-
-if TYPE_CHECKING:
-    from hf_clars.trainer.trainer import ClarsTrainer
+from hf_clars.trainer.settings import ClarsSettings
 
 DEEPSPEED_CLIPS_AT = 1.0  # where its configuration does not say (DeepSpeed 0.19; 0 in some older versions)
 ONE_BIT = ("onebit", "zerooneadam", "zenflow")
 
 
-def check_launch(trainer: ClarsTrainer) -> None:
+def check_launch(trainer: Trainer, args: ClarsSettings) -> None:
     """Raise where the launcher does something else than it was asked for.
 
     Args:
         trainer: With its accelerator created, before training.
+        args: Its arguments.
 
     Raises:
         ConfigError: In one paragraph, with what to do.
     """
-    if trainer.args.auto_find_batch_size:
+    if args.auto_find_batch_size:
         raise ConfigError(
             "auto_find_batch_size tries smaller batches when memory runs out, but the rate, the samples that are "
             "measured and the steps of a run that resumes all follow from the batch. Leave it out: set "
             "global_batch_size, and lower per_device_train_batch_size until it fits; the passes are accumulated."
         )
-    if trainer.args.gradient_checkpointing and not _can_checkpoint(trainer.model):
+    if args.gradient_checkpointing and not _can_checkpoint(trainer.model):
         raise ConfigError(
             f"gradient_checkpointing: {type(trainer.model).__name__} does not support it. Leave it out; more "
             "accumulated passes of fewer samples save memory too."
         )
-    _check_processes(trainer)
-    _check_precision(trainer)
+    _check_processes(args)
+    _check_precision(trainer, args)
     if trainer.is_deepspeed_enabled:
-        _check_deepspeed(trainer)
-    _check_fsdp(trainer)
+        _check_deepspeed(trainer, args)
+    _check_fsdp(trainer, args)
 
 
 def _can_checkpoint(model: Any) -> bool:
@@ -60,9 +60,9 @@ def _asked_for(variable: str) -> bool:
     return bool(str_to_bool(os.environ.get(variable, "false") or "false"))
 
 
-def _check_processes(trainer: ClarsTrainer) -> None:
+def _check_processes(args: ClarsSettings) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    joined = trainer.args.world_size
+    joined = args.world_size
     if started > 1 and joined == 1:
         raise ConfigError(
             f"{started} processes were started, but this one trains alone: each would train the whole model by itself. "
@@ -79,8 +79,7 @@ def _check_processes(trainer: ClarsTrainer) -> None:
         )
 
 
-def _check_precision(trainer: ClarsTrainer) -> None:
-    args = trainer.args
+def _check_precision(trainer: Trainer, args: ClarsSettings) -> None:
     if args.fp16 and args.device.type == "cpu":
         raise ConfigError(
             "fp16 was asked for, but on a CPU Trainer silently computes in float32: leave --fp16 out, or use "
@@ -93,7 +92,7 @@ def _check_precision(trainer: ClarsTrainer) -> None:
         )
 
 
-def _check_deepspeed(trainer: ClarsTrainer) -> None:
+def _check_deepspeed(trainer: Trainer, args: ClarsSettings) -> None:
     if trainer.optimizer is not None:
         raise ConfigError(
             "optimizers=(optimizer, None) is dropped under DeepSpeed, and AdamW would train instead. Leave it out: "
@@ -106,7 +105,7 @@ def _check_deepspeed(trainer: ClarsTrainer) -> None:
         known = "1-bit optimizers compress gradients, and " if kind.lower().startswith(ONE_BIT) else ""
         raise ConfigError(
             f"The DeepSpeed configuration has an `optimizer` section ({kind}), which would train instead of "
-            f"{trainer.args.method}: {known}layer-wise rates need this project's own optimizer. Remove the section."
+            f"{args.method}: {known}layer-wise rates need this project's own optimizer. Remove the section."
         )
     zero = config.get("zero_optimization", {})
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none")
@@ -117,7 +116,7 @@ def _check_deepspeed(trainer: ClarsTrainer) -> None:
         )
     clipping = config.get("gradient_clipping", DEEPSPEED_CLIPS_AT)
     if clipping == "auto":  # not filled in from max_grad_norm: accelerate will say 1.0
-        clipping = trainer.args.max_grad_norm or DEEPSPEED_CLIPS_AT
+        clipping = args.max_grad_norm or DEEPSPEED_CLIPS_AT
     if isinstance(clipping, int | float) and clipping > 0:
         says = f"clips gradients at {clipping}"
         if "gradient_clipping" not in config:
@@ -126,15 +125,15 @@ def _check_deepspeed(trainer: ClarsTrainer) -> None:
             f"The DeepSpeed configuration {says}, after the norms that the layer rates rest on were measured. Set "
             'gradient_clipping to 0 (where it says "auto", max_grad_norm decides: set that to 0).'
         )
-    if trainer.args.fp16 and int(zero.get("stage", 0)) == 0:
+    if args.fp16 and int(zero.get("stage", 0)) == 0:
         raise ConfigError(
             "DeepSpeed in fp16 without ZeRO keeps its loss scale where layer norms cannot take it out again: use ZeRO "
             "stage 1, or --bf16 true."
         )
 
 
-def _check_fsdp(trainer: ClarsTrainer) -> None:
-    if (trainer.args.fsdp or _asked_for("ACCELERATE_USE_FSDP")) and not trainer.is_fsdp_enabled:
+def _check_fsdp(trainer: Trainer, args: ClarsSettings) -> None:
+    if (args.fsdp or _asked_for("ACCELERATE_USE_FSDP")) and not trainer.is_fsdp_enabled:
         raise ConfigError(
             "FSDP was asked for, but plain data parallelism would be given: accelerate starts FSDP on GPUs only, with "
             "two processes or more. Launch on GPUs, or without FSDP."
@@ -147,7 +146,7 @@ def _check_fsdp(trainer: ClarsTrainer) -> None:
             "FSDP version 1 flattens layers together, so that layer norms are lost: set fsdp_version: 2 in the "
             "accelerate configuration."
         )
-    if trainer.args.estimator == "microbatch" and trainer.args.method == "clars":
+    if args.estimator == "microbatch" and args.method == "clars":
         raise ConfigError(
             "estimator='microbatch' needs the gradients of whole weights, which FSDP does not have: use "
             "estimator='samples'."
@@ -168,11 +167,12 @@ def allow_missing_embeddings(model: nn.Module) -> None:
         model.get_input_embeddings = lambda: None  # type: ignore[assignment]
 
 
-def check_prepared(trainer: ClarsTrainer) -> None:
+def check_prepared(trainer: Trainer, args: ClarsSettings) -> None:
     """Raise if what will train is not what was created; called when the launcher has wrapped everything.
 
     Args:
         trainer: With model and optimizer prepared.
+        args: Its arguments.
 
     Raises:
         ConfigError: If the optimizer was replaced.
@@ -180,7 +180,7 @@ def check_prepared(trainer: ClarsTrainer) -> None:
     inner = layerwise(trainer.optimizer)
     if inner is None and trainer.optimizer_cls_and_kwargs is None and trainer.is_deepspeed_enabled:
         raise ConfigError(
-            f"The launcher has put {type(trainer.optimizer).__name__} in the place of {trainer.args.method}: its "
+            f"The launcher has put {type(trainer.optimizer).__name__} in the place of {args.method}: its "
             "configuration names an optimizer of its own. Remove that section."
         )
     sharded = trainer.accelerator.distributed_type == DistributedType.FSDP

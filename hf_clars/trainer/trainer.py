@@ -122,7 +122,7 @@ class ClarsTrainer(WeightedLosses):
                 if args.label_smoothing_factor and "no attribute 'config'" in str(error):
                     raise ConfigError(_NO_SMOOTHING.format(args.label_smoothing_factor)) from error
                 raise
-            check_launch(self)
+            check_launch(self, args)
         if self.is_fsdp_enabled:
             assert isinstance(self.model, nn.Module)
             allow_missing_embeddings(self.model)
@@ -219,7 +219,7 @@ class ClarsTrainer(WeightedLosses):
         steps_an_epoch = num_training_steps / max(float(self.args.num_train_epochs), 1e-12)
         if self.args.warmup_epochs:
             self.args.warmup_steps = round(self.args.warmup_epochs * steps_an_epoch)
-        check_prepared(self)
+        check_prepared(self, self.args)
         # DeepSpeed's wrapper lacks what schedulers look for; ours, inside all wrappers, is the one whose rate counts.
         inner = layerwise(self.optimizer if optimizer is None else optimizer)
         if inner is not None:

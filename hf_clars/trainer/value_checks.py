@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import str_to_bool
@@ -20,9 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_clars.errors import ConfigError
 from hf_clars.optim.methods import METHODS
-
-if TYPE_CHECKING:
-    from hf_clars.trainer.arguments import ClarsTrainingArguments
+from hf_clars.trainer.settings import ClarsSettings
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +72,7 @@ def _say(args: Any, name: str, must: str) -> ConfigError:
     return ConfigError(f"{name}={getattr(args, name)} {must}.")
 
 
-def check_ranges(args: ClarsTrainingArguments) -> None:
+def check_ranges(args: ClarsSettings) -> None:
     """Refuse numbers that no run can work with.
 
     Args:
@@ -106,7 +104,7 @@ def check_ranges(args: ClarsTrainingArguments) -> None:
     _check_length(args)
 
 
-def _check_length(args: ClarsTrainingArguments) -> None:
+def _check_length(args: ClarsSettings) -> None:
     if args.max_steps == 0 or args.max_steps < -1:
         raise _say(args, "max_steps", "must be above 0, or -1 to count epochs instead")
     if args.max_steps < 0 and args.num_train_epochs <= 0:
@@ -119,7 +117,7 @@ def _check_length(args: ClarsTrainingArguments) -> None:
             raise _say(args, f"{kind}_steps", f"must be above 0 with {kind}_strategy=steps")
 
 
-def check_schedule(args: ClarsTrainingArguments) -> None:
+def check_schedule(args: ClarsSettings) -> None:
     """Make the schedule once for an optimizer of one number, so that what it refuses is said before any work.
 
     Args:
@@ -156,7 +154,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def check_trackers(args: ClarsTrainingArguments) -> None:
+def check_trackers(args: ClarsSettings) -> None:
     """Refuse trackers that there are not, or whose package is missing.
 
     Args:
@@ -188,7 +186,7 @@ def check_trackers(args: ClarsTrainingArguments) -> None:
             ) from error
 
 
-def check_engine_is_there(args: ClarsTrainingArguments) -> None:
+def check_engine_is_there(args: ClarsSettings) -> None:
     """Refuse DeepSpeed where it is not installed, or where nothing has told it its processes.
 
     Args:
@@ -210,7 +208,7 @@ def check_engine_is_there(args: ClarsTrainingArguments) -> None:
         )
 
 
-def check_needs(args: ClarsTrainingArguments) -> None:
+def check_needs(args: ClarsSettings) -> None:
     """Refuse settings that need another one or a package that is not there, and modes that no compiler has.
 
     Args:
@@ -254,7 +252,7 @@ def environment_kept_if_refused() -> Iterator[None]:
         raise
 
 
-def check_effect(args: ClarsTrainingArguments) -> None:
+def check_effect(args: ClarsSettings) -> None:
     """Refuse settings of transformers' optimizers, none of which is made.
 
     Args:
@@ -278,7 +276,7 @@ def _without_effect(name: str, value: Any) -> ConfigError:
     )
 
 
-def check_given(args: ClarsTrainingArguments, in_file: set[str], as_flags: set[str]) -> None:
+def check_given(args: ClarsSettings, in_file: set[str], as_flags: set[str]) -> None:
     """Refuse what was given and would have no effect; see `parse_config`.
 
     A file may serve several methods: what it has for another method than a flag chose is told, not refused.

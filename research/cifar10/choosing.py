@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from research.cifar10.settings import Settings, kind
@@ -86,3 +88,12 @@ def ours(**fixed: Any) -> list[Settings]:
 def rivals(**fixed: Any) -> list[Settings]:
     """LARS with each of the rule's warmups."""
     return [Settings(method="lars", rate=RATES[3], warmup=warmup, **fixed) for warmup in WARMUPS]
+
+
+def json_lines(path: Path) -> Iterable[Row]:
+    """The rows of a file of one JSON a line, without a line that was cut off."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue

@@ -7,7 +7,6 @@ its kept runs at the next.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from research.cifar10.choosing import RATES, SEEDS, Row, Runs, ours, rivals
+from research.cifar10.choosing import RATES, SEEDS, Row, Runs, json_lines, ours, rivals
 from research.cifar10.settings import BASE_BATCH, Settings
+from research.cifar10.verdict import third_clause_settings
 
 Stage = Callable[["Done"], list[Settings]]
 
@@ -41,15 +41,6 @@ class Done:
     def add(self, row: Row) -> None:
         """One more."""
         self.runs.accuracy |= Runs([row]).accuracy
-
-
-def json_lines(path: Path) -> Iterable[Row]:
-    """The rows of a file of one JSON a line, without a line that was cut off."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
 
 
 def _at(rates: Iterable[float], candidates: Iterable[Settings]) -> list[Settings]:
@@ -105,8 +96,6 @@ def _tuned_at(batch: int) -> Stage:
 
 def _seeds_that_decide(done: Done) -> list[Settings]:
     """Those that the rule, applied to what is there, says are missing: see `research.cifar10.verdict`."""
-    from research.cifar10.verdict import third_clause_settings
-
     return [replace(s, seed=seed) for s in third_clause_settings(done.runs) for seed in SEEDS]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 
-from research.cifar10.plan import json_lines
+from research.cifar10.choosing import json_lines
 from research.cifar10.settings import KIND, Settings
 from research.study.parquet import read_parquet, write_parquet
 

@@ -29,6 +29,7 @@ from hf_clars.grad_norms.axes.functions import (
     is_pointwise,
 )
 from hf_clars.grad_norms.axes.letters import letters_of_einsum, letters_of_matmul
+from hf_clars.grad_norms.pytree import tensors_in
 
 #: Samples are somewhere in a tensor, and nobody knows where.
 LOST = "lost"
@@ -134,7 +135,7 @@ class Call:
         named = [k for k in BY_NAME if k in self.kwargs]
         self.args = (*self.args, *(self.kwargs[k] for k in named))
         self.kwargs = {k: v for k, v in self.kwargs.items() if k not in named}
-        self.held = [t for t in tensors_among([*self.args, *self.kwargs.values()]) if id(t) in self.places]
+        self.held = [t for t in tensors_in((self.args, self.kwargs)) if id(t) in self.places]
         self.x = self.held[0]
         self.at = self.places[id(self.x)]
         self.alone = all(t is self.x for t in self.held)
@@ -150,7 +151,7 @@ class Call:
             self.name == "getitem" and isinstance(args[1], tuple | list) and any(isinstance(k, list) for k in args[1])
         )
         view = self.name in NAMES_AXES or (self.name == "unfold" and isinstance(self.function, str))
-        if view and self.x is args[0] and not listed and not tensors_among(args[1:]):
+        if view and self.x is args[0] and not listed and next(tensors_in(args[1:]), None) is None:
             return place_in_view(self.function, args, self.kwargs, self.at, self.batch)
         if isinstance(results, tuple | list):
             return tuple(self._place(t) if isinstance(t, Tensor) else None for t in results)
@@ -170,7 +171,7 @@ class Call:
             return self._joined(y)
         if (products := self._as_product()) is not None:
             return self._after_product(y, *products)
-        if name in REDUCTIONS and not (name in ("max", "min") and len(tensors_among(self.args)) > 1):
+        if name in REDUCTIONS and not (name in ("max", "min") and len(list(tensors_in(self.args))) > 1):
             return self._reduced(y)
         if name in ALONG:
             along = self._axes(ALONG[name], ALONG_THE_LAST.get(name))
@@ -222,7 +223,7 @@ class Call:
         return the_one([Place(place.axis - t.dim() + y.dim(), place.outer, place.inner) for place, t in of])
 
     def _joined(self, y: Tensor) -> Any:
-        at, given = self.at, tensors_among(self.args) + tensors_among([*self.kwargs.values()])
+        at, given = self.at, list(tensors_in((self.args, self.kwargs)))
         if self.name not in ("cat", "concat", "concatenate", "stack") or self._agreed() is LOST:
             return LOST
         along = self.kwargs.get("dim", self.kwargs.get("axis", self.args[1] if len(self.args) > 1 else 0)) % y.dim()
@@ -272,7 +273,7 @@ class Call:
         keys = list(key) if isinstance(key, tuple | list) else [key]
         if x is not self.args[0]:
             return LOST
-        given = tensors_among(keys)
+        given = list(tensors_in(keys))
         if any(k.dtype == torch.bool for k in given):
             return LOST
         if dots := [i for i, k in enumerate(keys) if k is Ellipsis]:
@@ -295,7 +296,7 @@ class Call:
         """The operands of a product, and a letter for each axis: of each operand, and of the result."""
         name, args = self.name, self.args
         if name == "einsum" and isinstance(args[0], str):
-            operands = tensors_among(args[1:])
+            operands = list(tensors_in(args[1:]))
             return (operands, *letters_of_einsum(args[0], [t.dim() for t in operands]))
         plus = name in ("addmm", "baddbmm", "addmv")
         if plus or name in ("matmul", "bmm", "mm", "mv", "dot", "imatmul"):
@@ -313,14 +314,6 @@ class Call:
         several = len({letters[at.axis] for letters, at in of}) > 1 or len(of) < len(self.held)
         one = LOST if several else the_one(found)
         return None if isinstance(one, Place) and one.axis < 0 else one
-
-
-def tensors_among(args: Sequence[Any]) -> list[Tensor]:
-    """Tensors that are arguments, or in their lists and tuples."""
-    found: list[Tensor] = []
-    for a in args:
-        found += tensors_among(a) if isinstance(a, tuple | list) else [a] if isinstance(a, Tensor) else []
-    return found
 
 
 def _in_order(x: Tensor, place: Place, y: Tensor, batch: Any) -> Place | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,6 +37,7 @@ from hf_clars.grad_norms.compiled.sample_use import (
     memory_of,
     written_by,
 )
+from hf_clars.grad_norms.compiled.state import PassState
 from hf_clars.grad_norms.compiled.uses import HANDED
 from hf_clars.grad_norms.pytree import is_differentiable, tensors_in
 from hf_clars.grad_norms.torch_traces import (
@@ -50,9 +51,6 @@ from hf_clars.grad_norms.torch_traces import (
     value_of,
 )
 
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.compiled.calls import CompiledCalls
-
 MADE, CONSTANT, DATA = range(3)
 
 
@@ -60,12 +58,12 @@ class BareUses:
     """Finds the bare uses in what was traced, and puts what measures them beside each.
 
     Args:
-        calls: The tracker's state.
+        state: The tracker's.
         traced: The graph module; it is changed.
     """
 
-    def __init__(self, calls: CompiledCalls, traced: fx.GraphModule) -> None:
-        self.calls = calls
+    def __init__(self, state: PassState, traced: fx.GraphModule) -> None:
+        self.state = state
         self.module = traced
         self.graph: fx.Graph = traced.graph
         self.params: dict[fx.Node, int] = {}
@@ -81,13 +79,13 @@ class BareUses:
         if not self._find_rows():
             return None
         held = {n: held_by(n) for n in self.graph.nodes if n.op == "placeholder"}
-        rows = {id(p): row for row, p in enumerate(self.calls.params)}
+        rows = {id(p): row for row, p in enumerate(self.state.params)}
         later = self.rows in held
-        part = later and not self.calls.within
+        part = later and not self.state.within
         if not part:
-            outside = self.calls.uses.used_outside(self.graph, dict(self.module.named_modules()))
+            outside = self.state.uses.used_outside(self.graph, dict(self.module.named_modules()))
             self._measure_anew({rows[id(p)] for p in outside})
-        bare = {id(self.calls.params[row]): row for row in self.calls.bare_rows()}
+        bare = {id(self.state.params[row]): row for row in self.state.bare_rows()}
         self.params = {n: bare[id(t)] for n, t in held.items() if id(t) in bare and is_differentiable(t)}
         of_model = [n for n, t in held.items() if id(t) in rows]
         taken = self._look_at_inputs(held, of_model, later and (not part or resumes()))
@@ -97,10 +95,10 @@ class BareUses:
             elif node.op != "placeholder" and node not in self.done:
                 self._follow(node)
         by_module = {n: rows[id(t)] for n, t in held.items() if id(t) in rows and n not in self.params}
-        seen = {row for call in self.calls.calls.values() if call.hooked.was_seen for row in call.row_numbers}
+        seen = self.state.seen_rows()
         folded = {row for n, row in by_module.items() if any(self._is_folded(u, row in seen) for u in n.users)}
         if part:
-            self.refused += [f"{self.calls.name_of_row(row)}: {LOST_IN_PART}" for row in sorted(folded)[:1]]
+            self.refused += [f"{self.state.name_of_row(row)}: {LOST_IN_PART}" for row in sorted(folded)[:1]]
         else:
             self._measure_anew(folded)
         self._end(self.graph.output_node())
@@ -108,29 +106,29 @@ class BareUses:
         self.module.recompile()
         if later and not of_model:
             return None  # as uncompiled code
-        names = ", ".join(self.calls.name_of_row(rows[id(held[n])]) for n in of_model)
+        names = ", ".join(self.state.name_of_row(rows[id(held[n])]) for n in of_model)
         at = list(held).index(self.rows) if taken else 0
-        return lambda compiled: self.calls.crossings.around(compiled, names, at, taken, returned)
+        return lambda compiled: self.state.crossings.around(compiled, names, at, taken, returned)
 
     def _look_at_inputs(self, held: Mapping[fx.Node, Any], of_model: Sequence[fx.Node], later: bool) -> dict[int, Any]:
         """What the code takes. Where the samples are in what comes from a piece of code before this one, by number."""
-        calls, taken = self.calls, {}
-        known = {id(t) for t in (*calls.model.parameters(), *calls.model.buffers(), *tensors_in(HANDED))}
-        known_rows = {id(t) for t in calls.given}
+        state, taken = self.state, {}
+        known = {id(t) for t in (*state.model.parameters(), *state.model.buffers(), *tensors_in(HANDED))}
+        known_rows = {id(t) for t in state.given}
         for number, (node, t) in enumerate(held.items()):
             constant = not isinstance(t, Tensor) or id(t) in known or is_from_model(node, of_model)
             place = None if constant else place_of_input(value_of(node), self.batch)
             if place is not None and later and id(t) not in known_rows:
-                place = taken[number] = calls.crossings.place_of(t, held[self.rows].shape[1])
+                place = taken[number] = state.crossings.place_of(t, held[self.rows].shape[1])
             self.places[node] = place
             self.kinds[node] = MADE if node in self.params else CONSTANT if place is None else DATA
         return taken
 
     def _measure_anew(self, rows: set[int]) -> None:
         """Trace the model anew, if there are parameters that no module can measure rightly."""
-        rows -= set(self.calls.bare_rows())
+        rows -= set(self.state.bare_rows())
         if rows:
-            self.calls.uses.measure_bare(rows)
+            self.state.uses.measure_bare(rows)
             compile_anew("hf_clars: a parameter is measured where it is used")
 
     def _is_folded(self, node: fx.Node, seen: bool) -> bool:
@@ -147,7 +145,7 @@ class BareUses:
 
     def _find_rows(self) -> bool:
         kept = [n for n in self.graph.nodes if n.target is torch.ops.hf_clars.keep_rows.default]
-        kept = [n for n in kept if n.args[2] == self.calls.receiver]
+        kept = [n for n in kept if n.args[2] == self.state.receiver]
         if kept:
             self.rows, self.counts, _, axes = kept[0].args
             self.axes = [value_of(a) if isinstance(a, fx.Node) else a for a in axes]
@@ -191,10 +189,8 @@ class BareUses:
             before, after = self.places.get(written), place_after(node, written, self.places, self.batch)
             for n in {written, memory_of(written)}:
                 blank = before is None and n is written
-                self.kinds[n], self.places[n] = (
-                    DATA,
-                    after if blank else self.places.get(n) if after == before else LOST,
-                )
+                self.kinds[n] = DATA
+                self.places[n] = after if blank else self.places.get(n) if after == before else LOST
         return False
 
     def _differentiable(self, node: fx.Node) -> list[fx.Node]:
@@ -291,7 +287,7 @@ class BareUses:
     def _fits(self, use: SampleUse, params: Sequence[fx.Node], others: Sequence[fx.Node], y: Tensor) -> bool:
         with fake_values(y):
             copies = [
-                value_of(p).new_zeros((use.batch, *value_of(p).shape), dtype=self.calls.leaf.dtype) for p in params
+                value_of(p).new_zeros((use.batch, *value_of(p).shape), dtype=self.state.leaf.dtype) for p in params
             ]
             try:
                 z = use(*copies, *(value_of(n) for n in (*params, *others)))
@@ -301,9 +297,9 @@ class BareUses:
 
     def _copies(self, row: int) -> fx.Node:
         if row not in self.copies:
-            calls, param = self.calls, self.calls.params[row]
-            calls.beside.add(row)
-            module = CopiesOf(row, tuple(param.shape), calls.receiver, checked=calls.checked, dtype=param.dtype)
+            state, param = self.state, self.state.params[row]
+            state.beside.add(row)
+            module = CopiesOf(row, tuple(param.shape), state.receiver, checked=state.checked, dtype=param.dtype)
             after = max(self.rows, self.counts)
             while after.next.op == "placeholder":
                 after = after.next
@@ -323,13 +319,13 @@ class BareUses:
         self.kinds[joined], self.places[joined] = DATA, self.places.get(node)
 
     def _call(self, module: nn.Module, name: str, args: Sequence[fx.Node]) -> fx.Node:
-        name = f"hf_clars_{self.calls.receiver}_{name}"  # another tracker has its own
+        name = f"hf_clars_{self.state.receiver}_{name}"  # another tracker has its own
         self.module.add_submodule(name, module)
         return self.graph.call_module(name, tuple(args))
 
     def _refuse(self, node: fx.Node, why: str) -> None:
         """Note a use that cannot be measured."""
-        names = ", ".join(self.calls.name_of_row(row) for row in sorted(self._rows_in(node)))
+        names = ", ".join(self.state.name_of_row(row) for row in sorted(self._rows_in(node)))
         self.refused.append(bare_use_refused(names, name_of(node), why))
 
     def _end(self, output: fx.Node) -> None:
@@ -338,7 +334,7 @@ class BareUses:
             self._refuse(made, "it leaves the compiled code without having met a sample")
         returned = [n for n in output.all_input_nodes if isinstance(value_of(n), Tensor)]
         if self.refused and returned:
-            args = (returned[0], self.calls.receiver, self.refused[0], False)
+            args = (returned[0], self.state.receiver, self.refused[0], False)
             with self.graph.inserting_before(output):
                 said = self.graph.call_function(torch.ops.hf_clars.refuse.default, args)
             output.replace_input_with(returned[0], said)

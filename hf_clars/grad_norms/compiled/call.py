@@ -1,4 +1,4 @@
-"""One module in compiled code: what its hook does there, and the arithmetic of its backward pass.
+"""One module in compiled code: what its hook does there. What comes in the backward pass is in `arithmetic.py`.
 
 Everything here that is called while a compiler looks on must be what it understands: tensors, plain attributes, loops
 over fixed things.
@@ -6,23 +6,20 @@ over fixed things.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_clars.distributed import is_split
+from hf_clars.grad_norms.compiled.arithmetic import Arithmetic
 from hf_clars.grad_norms.compiled.functions import Linked, OneProduct, Watched, Way
-from hf_clars.grad_norms.compiled.operations import check_sum, refuse
-from hf_clars.grad_norms.compiled.uses import BARE, HANDED, kind_of_use, looks_up, note_bare, note_uses
+from hf_clars.grad_norms.compiled.operations import refuse
+from hf_clars.grad_norms.compiled.state import PATIENCE, PassState
+from hf_clars.grad_norms.compiled.uses import BARE, HANDED, kind_of_use, note_bare, note_uses
 from hf_clars.grad_norms.hooked_modules import HookedModule
-from hf_clars.grad_norms.norm_math import at_least_float32, linear_weight_rows, slices_of, squared_sum
 from hf_clars.grad_norms.pytree import tensor_given
 from hf_clars.grad_norms.registry import LayerRule, is_shipped
-from hf_clars.grad_norms.rules.linear import positions
-
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.compiled.calls import CompiledCalls
 
 _LEARN = (
     "Run one forward and backward pass on a batch without torch.compile first (with the norms attached): the layout of "
@@ -31,11 +28,8 @@ _LEARN = (
 )
 _LEFT_OUT = "Passes without torch.compile have shown no way to tell: compile only parts of the model without it."
 
-#: A model may be compiled in parts after some passes that were not: code that finds no rows must be left.
-PATIENCE = 3
 
-
-class CompiledCall:
+class CompiledCall(Arithmetic):
     """One module in compiled code; a hook.
 
     Args:
@@ -44,27 +38,20 @@ class CompiledCall:
         row_numbers: The row of each of its parameters.
 
     Attributes:
-        names: Of its parameters.
-        kinds: What it does with each, see `uses.py`.
-        looks_up: Whether it looks rows of a table up.
+        kinds: What it does with each of its parameters, see `uses.py`.
         links: What the uses of its table share, if it has one that is looked up.
-        places: The row of each of its parameters.
-        where: The same, on the rows' device.
+        where: The row of each of its parameters, on the rows' device.
         ran: Whether compiled code has called it.
     """
 
-    def __init__(self, state: CompiledCalls, hooked: HookedModule, row_numbers: list[int]) -> None:
-        assert hooked.rule is not None
-        self.state = state
-        self.hooked = hooked
-        self.module = hooked.module
-        self.rule = hooked.rule
+    state: PassState
+
+    def __init__(self, state: PassState, hooked: HookedModule, row_numbers: list[int]) -> None:
+        super().__init__(state, hooked, row_numbers)
         self.name = str(hooked)
         self.row_numbers = row_numbers
-        self.places = self.where = torch.tensor(row_numbers)  # numbers would make different code of equal blocks
-        self.names = tuple(hooked.params)
+        self.where = self.places
         self.kinds = [kind_of_use(self.rule, n) for n in self.names]
-        self.looks_up = looks_up(self.rule)
         of_tables = zip(row_numbers, self.kinds, strict=True)
         self.links = next((state.links.get(i) for i, kind in of_tables if kind != "other"), None)
         self.ran = False
@@ -125,7 +112,7 @@ class CompiledCall:
         links = self.links
         assert links is not None
         y, link = Linked.apply(y, self, names, summed, len(links.zeros), *rows, *links.zeros, *links.tokens, *saved)
-        if (tokens := self._tokens(saved, rows[0].shape[0])) is not None:
+        if (tokens := self.tokens_of(saved, rows[0].shape[0])) is not None:
             links.tokens, links.zeros = (*links.tokens, tokens), (*links.zeros, link)
         return y
 
@@ -204,92 +191,6 @@ class CompiledCall:
             f"{self.name} is called on {tuple(x.shape)} in compiled code, and the batch has {batch} samples: which "
             f"rows are whose is not known. {_LEFT_OUT if self.hooked.was_seen else _LEARN}"
         )
-
-    # ---- arithmetic of the backward pass ---------------------------------------------------------------------
-
-    def for_rows(
-        self, names: tuple[str, ...], summed: tuple[bool, ...], saved: tuple[Tensor, ...], g: Tensor, batch: int
-    ) -> list[Tensor]:
-        """What each row gets: squared norms [B] of the parameter named, or gradients [B, *shape] where it is summed."""
-        rule, module, dtype = self.rule, self.module, g.dtype
-        saved, g, rows = self._wide(saved, g, batch)
-        grads: dict[str, Tensor] = {}
-        if any(summed) or rows > 1 or not rule.squares_without_grads:
-            grads = rule.per_sample_grads(module, saved, g, set(names))
-            grads = {n: t.unflatten(0, (batch, rows)).sum(1) if rows > 1 else t for n, t in grads.items()}
-            found = {n: grads[n] if whole else squared_sum(grads[n]) for n, whole in zip(names, summed, strict=True)}
-        else:
-            found = rule.squared_norms(module, saved, g, set(names))
-        if self.state.checked:
-            for n in names:
-                if n in grads:
-                    total = grads[n].sum(0)
-                else:
-                    total = rule.summed_grad(module, saved, g, n, elements=getattr(module, n).numel())
-                found[n] = self._checked(n, found[n], total, dtype)
-        wide = self.state.leaf.dtype
-        return [found[n] if found[n].dtype == wide else found[n].to(wide) for n in names]
-
-    def _wide(self, saved: tuple[Tensor, ...], g: Tensor, batch: int) -> tuple[tuple[Tensor, ...], Tensor, int]:
-        """In float32, [B, rows, ...] where positions share the weights; and how many rows a sample has else."""
-        rows = g.shape[0] // batch
-        saved, g = tuple([at_least_float32(t) for t in saved]), at_least_float32(g)
-        if rows > 1 and self.rule.weight_sharing_axes:
-            return tuple(t.unflatten(0, (batch, rows)) for t in saved), g.unflatten(0, (batch, rows)), 1
-        return saved, g, rows
-
-    def _tokens(self, saved: tuple[Tensor, ...], batch: int) -> Tensor | None:
-        """What it has looked up, [B, T]."""
-        tokens = self.rule.lookup_tokens(saved)
-        return None if tokens is None else tokens.reshape(batch, -1)
-
-    def link_shape(self, saved: tuple[Tensor, ...], y: Tensor, batch: int) -> tuple[int, ...]:
-        """Of the link that it hands out: [B, T, width]; of nothing, if it looks nothing up."""
-        tokens = self._tokens(saved, batch)
-        return (0,) if tokens is None else (*tokens.shape, y.shape[-1])
-
-    def row_grads(self, saved: tuple[Tensor, ...], g: Tensor, batch: int) -> Tensor:
-        """What a look-up adds to the rows that it has looked up, [B, T, width]."""
-        saved, g, _ = self._wide(saved, g, batch)
-        return self.rule.row_grads(self.module, saved, g)
-
-    def rows_at(self, tokens: Tensor, saved: tuple[Tensor, ...], g: Tensor, batch: int) -> Tensor:
-        """What it adds to the rows that others have looked up: tokens [B, T] -> [B, T, width]."""
-        mine = self._tokens(saved, batch)
-        if mine is not None:
-            rows = self.row_grads(saved, g, batch)
-            return (tokens.unsqueeze(2) == mine.unsqueeze(1)).to(rows.dtype) @ rows
-        (x,), g, _ = self._wide(saved, g, batch)
-        return linear_weight_rows(positions(x), positions(g), tokens)
-
-    def whole_backward(
-        self, names: tuple[str, ...], x: Tensor, weight: Tensor, g: Tensor, *, input_wanted: bool
-    ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-        """By kernels: the input's gradient, each named parameter's, and every sample's squared norms [B] of these."""
-        done = self.rule.whole_backward(self.module, (x,), weight, g, input_wanted=input_wanted)
-        sums, squares = done.grads, done.squares
-        if self.state.checked:
-            squares = {n: self._checked(n, squares[n], sums[n], g.dtype) for n in names}
-        return done.input_grad, [sums[n] for n in names], [squares[n].to(self.state.leaf.dtype) for n in names]
-
-    def sums_and_squares(self, names: tuple[str, ...], x: Tensor, g: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The gradient of each parameter named, and every sample's squared norms [B] of it."""
-        size = sum(getattr(self.module, n).numel() for n in names)
-        sums: dict[str, Tensor] = {}
-        parts: dict[str, list[Tensor]] = {n: [] for n in names}
-        for x_part, g_part in slices_of(x, g, elements_per_sample=size):
-            grads = self.rule.per_sample_grads(self.module, (x_part,), g_part, set(names))
-            for n in names:
-                t = at_least_float32(grads[n])
-                sums[n] = sums[n] + t.sum(0) if n in sums else t.sum(0)
-                parts[n].append(squared_sum(t))
-        squares = {n: part[0] if len(part) == 1 else torch.cat(part) for n, part in parts.items()}
-        if self.state.checked:
-            squares = {n: self._checked(n, t, sums[n], g.dtype) for n, t in squares.items()}
-        return [sums[n] for n in names], [squares[n].to(self.state.leaf.dtype) for n in names]
-
-    def _checked(self, name: str, found: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
-        return check_sum(found, total, self.places, self.names.index(name), self.state.receiver, dtype)
 
 
 def used_outside(names: str) -> str:

@@ -7,17 +7,15 @@ part of the graph: nothing can be lost, or counted twice. Of parameters that are
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from hf_clars.grad_norms.compiled.arithmetic import Arithmetic
 from hf_clars.grad_norms.compiled.operations import check_sum
 from hf_clars.grad_norms.norm_math import squared_sum
 from hf_clars.grad_norms.torch_internals import no_autocast
-
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.compiled.calls import CompiledCall
 
 Way = Literal["torch", "kernels"]
 
@@ -27,7 +25,7 @@ class Watched(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, call: CompiledCall, names: tuple[str, ...], summed: tuple[bool, ...], *tensors: Tensor
+        ctx: Any, y: Tensor, call: Arithmetic, names: tuple[str, ...], summed: tuple[bool, ...], *tensors: Tensor
     ) -> Tensor:
         """The forward pass; `tensors` are rows, counts, and what the rule saved."""
         ctx.call, ctx.names, ctx.summed, ctx.batch = call, names, summed, tensors[0].shape[0]
@@ -112,7 +110,7 @@ class Linked(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,
-        call: CompiledCall,
+        call: Arithmetic,
         names: tuple[str, ...],
         summed: tuple[bool, ...],
         earlier: int,
@@ -147,7 +145,7 @@ class OneProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, call: CompiledCall, names: tuple[str, ...], way: Way, x: Tensor, *rows_and_params: Tensor
+        ctx: Any, y: Tensor, call: Arithmetic, names: tuple[str, ...], way: Way, x: Tensor, *rows_and_params: Tensor
     ) -> Tensor:
         """The forward pass; see the class."""
         params = rows_and_params[2 * len(names) :]

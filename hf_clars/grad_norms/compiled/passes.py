@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,32 @@ from hf_clars.grad_norms.compiled.calls import CompiledCalls
 from hf_clars.grad_norms.compiled.containers import CompiledBystander, CompiledContainer, CompiledModel
 from hf_clars.grad_norms.compiled.operations import enlist
 from hf_clars.grad_norms.errors import BatchAxisError, SecondBackwardError, UncoveredParameterError
+from hf_clars.grad_norms.explanation import LearnedWays
 from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.hooks import BoundHook
+from hf_clars.grad_norms.model_parts import ModelParts
 from hf_clars.grad_norms.undisturbed import differentiating
 
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.hooked_modules import HookedModule
-    from hf_clars.grad_norms.tracker import PerSampleGradNorms
+
+class Tracker(Protocol):
+    """What compiled code needs of a tracker; `HookedNorms` and `PerSampleGradNorms` say what each is."""
+
+    model: nn.Module
+    meets_compiler: bool
+    take_error: Callable[[Exception], None] | None
+    _layer_of: dict[nn.Parameter, int]
+    _ever_captured: set[nn.Parameter]
+    _ways: LearnedWays
+    _parts: ModelParts
+
+    def _open(self, batch_size: int) -> ForwardPass: ...
+
+    def _choose_check(self, forward_pass: ForwardPass) -> None: ...
+
+    def _stop_check(self) -> None: ...
+
+    def _add_compiled_sum(self, param: nn.Parameter, total: Tensor, size: Tensor, dtype: torch.dtype) -> None: ...
 
 
 class CompiledPasses:
@@ -36,7 +55,7 @@ class CompiledPasses:
         calls: What compiled code sees.
     """
 
-    def __init__(self, norms: PerSampleGradNorms, hooked: list[HookedModule]) -> None:
+    def __init__(self, norms: Tracker, hooked: list[HookedModule]) -> None:
         self._norms = weakref.proxy(norms)
         self._open: weakref.WeakValueDictionary[int, ForwardPass] = weakref.WeakValueDictionary()
         self._number = 0

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from hf_clars.grad_norms.axes.place import LOST, Call, Place, place_in_view, tensors_among, the_one
+from hf_clars.grad_norms.axes.place import LOST, Call, Place, place_in_view, the_one
+from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_traces import fake_values, is_whole_function, value_of
 
 
@@ -79,7 +80,7 @@ def place_after(node: fx.Node, written: fx.Node, places: Mapping[fx.Node, Any], 
     if new not in given:  # a number, where a mask says so
         return the_one([places[n] for n in given])
     key = fx.map_arg(key, value_of)
-    if len(given) > 1 or tensors_among(key if isinstance(key, tuple) else [key]):
+    if len(given) > 1 or next(tensors_in(key), None) is not None:
         return LOST
     with fake_values(y):
         dims = y[key].dim()

@@ -20,11 +20,12 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.registry import LayerRule
 from hf_clars.grad_norms.torch_traces import (
     at_root_of_trace,
@@ -34,9 +35,6 @@ from hf_clars.grad_norms.torch_traces import (
     uses_in_trace,
     when_traced,
 )
-
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.hooked_modules import HookedModule
 
 ONCE, LINKED, SUMMED, BARE = range(4)
 

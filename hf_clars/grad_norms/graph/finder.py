@@ -20,8 +20,8 @@ from hf_clars.grad_norms.graph.rows import GivenRows
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
 from hf_clars.grad_norms.hooked_modules import HookedModule
-from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import is_jagged, shape_at
+from hf_clars.grad_norms.uses import RuleUse
 
 _BY_INDEX = ("IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0")
 """Operations that take numbers of rows, which no graph shows."""
@@ -213,7 +213,7 @@ class GraphFinder:
         forward_pass: ForwardPass,
         outputs: Sequence[Tensor],
         walk: GraphWalk,
-        unproven: Sequence[RuleCall],
+        unproven: Sequence[RuleUse],
         unknown: Sequence[Use],
     ) -> bool:
         """Follow one sample's gradient. Returns whether anything was cancelled, so that the graph looks different."""
@@ -293,7 +293,7 @@ class GraphFinder:
         lasts = use.moved != MOVED and not any(f.is_open for f, _ in told)
         return (bool(use.moved) or any(layouts)) and self._layouts.keep(use, layouts, lasts=lasts)
 
-    def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
+    def _take_as_they_look(self, unproven: Sequence[RuleUse], forward_pass: ForwardPass) -> None:
         meta = forward_pass.device is not None and forward_pass.device.type == "meta"  # tensors without values
         for call in unproven:
             if (call.rows_per_sample != 1 or call.plan.moved == MOVED) and not meta:

@@ -12,19 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from hf_clars.grad_norms.forward_pass import ForwardPass
+from hf_clars.grad_norms.forward_pass import ForwardPass, Trace
 from hf_clars.grad_norms.graph.measured_uses import MeasuredUse
 from hf_clars.grad_norms.graph.walk import Use
-from hf_clars.grad_norms.torch_internals import leaves_below, operations_recorded
-
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.hooked_modules import HookedModule
-    from hf_clars.grad_norms.rule_call import CallPlan
+from hf_clars.grad_norms.torch_internals import leaves_below
 
 Mark = tuple[Any, ...]
 Way = tuple[tuple[str, int], ...]
@@ -69,23 +65,6 @@ class _Place:
         if use.result_shapes != self.shapes:
             return None
         return MeasuredUse(use, self.measured.layouts, self.measured.name)
-
-
-class Trace:
-    """How a pass's graph comes about: which modules were called how, after how many operations."""
-
-    def __init__(self) -> None:
-        self._begun_at = operations_recorded()
-        self.marks: list[Any] = []
-
-    def note(self, way: CallPlan | HookedModule) -> None:
-        """A module with a rule was called, and is measured so, or was left to the graph."""
-        self.marks += (way, self.length)
-
-    @property
-    def length(self) -> int:
-        """Operations so far."""
-        return operations_recorded() - self._begun_at
 
 
 class KnownGraphs:

@@ -117,18 +117,12 @@ class Gate:
 
     def watch(self, forward_pass: ForwardPass) -> None:
         """Measure the uses when gradients of the module's results come: each result adds its part."""
-        forward_pass.uses.gates.append(self)
         for edge in self.edges:
             GateArrival(forward_pass, edge, self).wait(edge.node)
 
     def in_words(self) -> str:
         """How it is measured, for people."""
         return f"one backward pass a sample of {self.name}"
-
-    def free_graph(self) -> None:
-        """Drop the graph."""
-        self.edges.clear()
-        self.uses.clear()
 
     def parts(self, edge: GradientEdge, g: Tensor, batch: int, measured: int) -> list[tuple[Use, Tensor]]:
         """What one result's gradient adds to each use, [measured, *shape of the operand]."""
@@ -177,8 +171,7 @@ class Arrival:
         """
         again, self.came = self.came, True
         self.forward_pass.gradient_comes(what, again=again)
-        waited = self.waits
-        self.free_graph()
+        waited, self.waits = self.waits, None
         return waited
 
     def free_graph(self) -> None:
@@ -211,6 +204,12 @@ class GateArrival(Arrival):
         super().__init__(forward_pass, edge)
         self.gate = gate
         self.output = edge.output_nr
+
+    def free_graph(self) -> None:
+        """Let go of the graph."""
+        super().free_graph()
+        self.gate.edges.clear()
+        self.gate.uses.clear()
 
     def __call__(self, grads: Sequence[Tensor | None]) -> None:
         """See `Arrival`."""
@@ -330,7 +329,7 @@ def batched_grads(
 def count_repeated(forward_pass: ForwardPass) -> None:
     """A module's graph was made in the backward pass. Its call was counted once, whatever uses there are."""
     found = forward_pass.uses
-    behind = [use for gate in found.gates for use in gate.uses for _ in gate.edges]
+    behind = [use for arrival in found.in_graph if isinstance(arrival, GateArrival) for use in arrival.gate.uses]
     times = Counter(p for use in (*(m.use for m in waiting(forward_pass)), *behind) for p in use.leaves.values())
     times.update(p for c in found.rule_calls if not (c.cancelled or c.fired) for p in c.wanted.values())
     found.several.update(p for p, n in times.items() if n > 1)

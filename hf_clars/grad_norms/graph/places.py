@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from hf_clars.grad_norms.graph.taint import MOVED, DataTaint
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import dtype_at, shape_at
-
-if TYPE_CHECKING:
-    from hf_clars.grad_norms.rule_call import RuleCall
+from hf_clars.grad_norms.uses import RuleUse
 
 
 @dataclass(eq=False)
@@ -111,7 +109,7 @@ def announce(container: ContainerCall, names: Sequence[str]) -> None:
     )
 
 
-def no_proof(call: RuleCall, batch: int) -> BatchAxisError:
+def no_proof(call: RuleUse, batch: int) -> BatchAxisError:
     """The error for rows that cannot be proven to be a sample's."""
     return BatchAxisError(
         f"{call.hooked} is called on {batch * call.rows_per_sample} rows or more, and this model's graph does not tell "
