@@ -76,7 +76,7 @@ _SIZES_LEFT_OPEN = {
     "vocab_size": VOCAB,
 }
 # What configurations take without a field of that name.
-_TAKEN_ANYWAY = ("num_labels", "out_indices", "rope_theta", "yes_token_index", "no_token_index")
+_TAKEN_ANYWAY = ("num_labels", "out_indices", "rope_theta", "yes_token_index", "no_token_index", "max_length")
 
 
 def narrow(value: int, wide: int) -> int:
@@ -129,7 +129,8 @@ def tiny_config(config_class: type[PretrainedConfig], keep_widths: bool = False,
     Args:
         config_class: The class.
         keep_widths: Shrink only what repeats (layers, experts, words); for models whose widths depend on each other.
-        **settings: Fields set by hand; those that the class does not have are left out.
+        **settings: Fields set by hand; those that the class does not have are left out. A configuration inside takes
+            them too, and those under its own name.
 
     Returns:
         The configuration.
@@ -155,9 +156,10 @@ def tiny_config(config_class: type[PretrainedConfig], keep_widths: bool = False,
         if not dataclasses.is_dataclass(sub):  # any configuration will do: take what is there by default
             sub = type(getattr(config_class(), name, None))
         if dataclasses.is_dataclass(sub) and sub is not PretrainedConfig:
-            inner = tiny_config(cast(Any, sub), keep_widths, **{k: v for k, v in settings.items() if k != "num_labels"})
+            own = {k: v for k, v in settings.items() if k != "num_labels"} | settings.get(name, {})
+            inner = tiny_config(cast(Any, sub), keep_widths, **own)
             found[name] = inner.to_dict()
-    found.update({k: v for k, v in settings.items() if k in fields or k in _TAKEN_ANYWAY})
+    found.update({k: v for k, v in settings.items() if (k in fields and k not in subs) or k in _TAKEN_ANYWAY})
     return config_class(**found)
 
 

@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import OWN_NODES
-from hf_clars.grad_norms.graph.known_layouts import LayoutsOfUses
+from hf_clars.grad_norms.graph.known_layouts import FOLLOWED, LayoutsOfUses
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, many_of, two_of
 from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
 from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, no_proof, place_of
@@ -25,9 +25,6 @@ from hf_clars.grad_norms.torch_internals import is_jagged, shape_at
 
 _BY_INDEX = ("IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0")
 """Operations that take numbers of rows, which no graph shows."""
-
-FOLLOWED = 3
-"""Passes in which the data are followed where rows are given other places: then the operations on them are known."""
 
 
 @dataclass(eq=False)
@@ -291,7 +288,8 @@ class GraphFinder:
         if use.moved == MOVED:
             self._believed[use.look] = layouts
         lasts = use.moved != MOVED and not any(f.is_open for f, _ in told)
-        return (bool(use.moved) or any(layouts)) and self._layouts.keep(use, layouts, lasts=lasts)
+        coupled = all(f is None or f.coupled for f in found) and all(layouts)
+        return (bool(use.moved) or any(layouts)) and self._layouts.keep(use, layouts, lasts=lasts, coupled=coupled)
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
         meta = forward_pass.device is not None and forward_pass.device.type == "meta"  # tensors without values

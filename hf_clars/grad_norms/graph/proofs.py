@@ -51,10 +51,10 @@ class _Question:
     couplings: Sequence[Node]
     elsewhere: bool = False
 
-    def ask(self, roots: Sequence[Root]) -> tuple[list[Arrival | None], bool | None]:
-        """Where gradients arrive at the places; whether at what was given only in own rows (None: nowhere)."""
+    def ask(self, roots: Sequence[Root], most: int | None = None) -> tuple[list[Arrival | None], bool | None]:
+        """Where gradients of so many samples arrive; whether at what was given only in own rows (None: nowhere)."""
         asked = [*self.places, *(place for place, _ in self.given)]
-        found = prove(roots, asked, self.batch, self.samples, self.couplings)
+        found = prove(roots, asked, self.batch, self.samples[:most], self.couplings)
         pairs = [(f, la) for f, (_, la) in zip(found[len(self.places) :], self.given, strict=True) if f is not None]
         own = [layout in f.layouts for f, layout in pairs]
         self.elsewhere = any(f.is_elsewhere(layout) for f, layout in pairs)
@@ -212,6 +212,7 @@ def _apart(
         returned: Whether these were what the model returned.
     """
     settled: dict[int, Arrival] = {}
+    mixing: set[int] = set()
     elsewhere = False
     wanted = {i for i, f in enumerate(together) if f is not None} | set(missed)
     queue = deque((t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None)
@@ -225,12 +226,15 @@ def _apart(
         own: bool | None = False
         for layout in sorted(_likely(shape, question.batch), key=lambda la: la != known.get((node.name(), len(shape)))):
             tries += 1
-            found, own = question.ask([root_at(node, output, outputs[0].device, layout)])
+            root = root_at(node, output, outputs[0].device, layout)
+            found, own = question.ask([root], 2)  # which tell what mixes
             if own is not False:
+                found, own = question.ask([root]) if len(question.samples) > 2 else (found, own)
                 break
         if own and (node, output) in ends:
             known[node.name(), len(shape)] = layout
         elsewhere |= question.elsewhere and (node, output) in ends
+        mixing |= {i for i, f in enumerate(found) if f is not None and own is False}
         if own or (own is None and (node, output) in ends):
             guess = own is None and shape[:1] != (question.batch,) and (node.name(), len(shape)) not in known
             here = ((i, f) for i, f in enumerate(found) if f is not None and (own or not f.is_anyones()))
@@ -244,8 +248,9 @@ def _apart(
             queue += below
     asked = ((i, f) for i, f in enumerate(together) if f is not None and returned)
     mixed = {i: replace(f, mixed=f.is_anyones(), elsewhere=elsewhere) for i, f in asked}
-    unsettled = {i: _nothing_told(question.samples) for i in wanted}
-    return [(unsettled | mixed | settled).get(i) for i in range(len(together))]
+    unsettled = {i: _nothing_told(question.samples) for i in wanted} | mixed
+    coupled = {i: replace(f, coupled=f.mixed and i in mixing) for i, f in unsettled.items()}
+    return [(coupled | settled).get(i) for i in range(len(together))]
 
 
 def _below_zeros(question: _Question, outputs: Sequence[Tensor]) -> list[Arrival | None] | None:
