@@ -42,6 +42,7 @@ _RULES: list[tuple[str, _Shrink]] = [
         lambda v: min(v, 2),
     ),
     (r".*(image_size|input_size|img_size|crop_size)", lambda v: IMAGE),
+    (r".*num_queries|num_denoising", lambda v: min(v, 6)),
     (r"hidden_size_global", lambda v: WIDTH),
     (r".*patch_size", lambda v: min(v, PATCH)),
     (
@@ -130,7 +131,7 @@ def tiny_config(config_class: type[PretrainedConfig], keep_widths: bool = False,
         config_class: The class.
         keep_widths: Shrink only what repeats (layers, experts, words); for models whose widths depend on each other.
         **settings: Fields set by hand; those that the class does not have are left out. A configuration inside takes
-            them too, and those under its own name.
+            them too, and those under its own name; where these name its type, they are all of it.
 
     Returns:
         The configuration.
@@ -153,6 +154,9 @@ def tiny_config(config_class: type[PretrainedConfig], keep_widths: bool = False,
     if heads is not None and heads == fields.get("num_key_value_heads") and not keep_widths:
         found["num_key_value_heads"] = found.get("num_attention_heads", heads)
     for name, sub in subs.items():
+        if "model_type" in settings.get(name, {}):
+            found[name] = settings[name]
+            continue
         if not dataclasses.is_dataclass(sub):  # any configuration will do: take what is there by default
             sub = type(getattr(config_class(), name, None))
         if dataclasses.is_dataclass(sub) and sub is not PretrainedConfig:

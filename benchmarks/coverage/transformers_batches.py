@@ -1,4 +1,4 @@
-"""Batches that a class of transformers may take, by the names of its forward's arguments; nothing here knows a model."""
+"""Batches that a class of transformers may take, by the names of its forward's arguments."""
 
 from __future__ import annotations
 
@@ -161,7 +161,15 @@ class Batches:
             mels = find(self.config, "num_mel_bins", None) or find(self.config, "feature_projection_input_dim", 80)
             mask = next((k for k in ("input_features_mask", "feature_attention_mask") if k in self.takes), None)
             for length in (2 * find(self.config, "max_source_positions", 32), 64, 3000):
-                for shape in ((mels, length), (length, mels), (80, length), (length, 80), (128, length), (length, 128)):
+                for shape in (
+                    (mels, length),
+                    (length, mels),
+                    (80, length),
+                    (length, 80),
+                    (128, length),
+                    (length, 128),
+                    (1, length, mels),
+                ):
                     more = {mask: torch.ones(B, length, dtype=torch.long)} if mask else {}
                     yield {"input_features": self.random(*shape)} | more
                     yield {"input_features": self.random(*shape)}

@@ -30,6 +30,23 @@ _VISION_LANGUAGE = {
         "deepstack_visual_indexes": [0],
     },
 }
+_BACKBONE = {
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+    "use_timm_backbone": False,
+    "encoder_in_channels": [8, 16, 16],
+    "encoder_hidden_dim": 32,
+    "decoder_in_channels": [32, 32, 32],
+    "num_denoising": 0,
+    "image_size": 64,
+}
+_DETR = _BACKBONE | {"backbone_config": _BACKBONE["backbone_config"] | {"out_features": ["stage4"]}}
 _SERIES = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 BY_HAND: dict[str, dict[str, Any]] = {
@@ -41,6 +58,20 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "Cvt": {"depth": [1, 1, 3], "drop_path_rate": [0.0, 0.0, 0.0]},
     "DPT": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
     "Data2VecVisionForSem": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "ConditionalDetr": _DETR,
+    "DabDetr": _DETR,
+    "DetrFor": _DETR,
+    "TableTransformer": _DETR,
+    "DeformableDetr": _BACKBONE,
+    "DFine": _BACKBONE,
+    "Deimv2": _BACKBONE,
+    "RTDetr": _BACKBONE,
+    "GroundingDino": _BACKBONE,
+    "MMGroundingDino": _BACKBONE,
+    "PPDocLayoutV2": _BACKBONE,
+    "PPDocLayoutV3": _BACKBONE,
+    "PPDocLayoutV4": _BACKBONE,
+    "OmDetTurbo": _BACKBONE,
     "Dbrx": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "DonutSwin": _WINDOWS,
     "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},

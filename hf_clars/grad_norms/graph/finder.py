@@ -12,13 +12,13 @@ from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import OWN_NODES
 from hf_clars.grad_norms.graph.known_layouts import FOLLOWED, LayoutsOfUses
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, many_of, two_of
-from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
+from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse
 from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, no_proof, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
 from hf_clars.grad_norms.graph.row_check import Kinds, check_rows
 from hf_clars.grad_norms.graph.rows import GivenRows
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, WorstPlaces
-from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
+from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use, refuse
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.rule_call import RuleCall
 from hf_clars.grad_norms.torch_internals import is_jagged, shape_at
@@ -288,8 +288,8 @@ class GraphFinder:
         if use.moved == MOVED:
             self._believed[use.look] = layouts
         lasts = use.moved != MOVED and not any(f.is_open for f, _ in told)
-        coupled = all(f is None or f.coupled for f in found) and all(layouts)
-        return (bool(use.moved) or any(layouts)) and self._layouts.keep(use, layouts, lasts=lasts, coupled=coupled)
+        mixed = all(layouts) and all(f is None or f.coupled for f in found)
+        return (bool(use.moved) or any(layouts)) and self._layouts.keep(use, layouts, lasts=lasts, mixed=mixed)
 
     def _take_as_they_look(self, unproven: Sequence[RuleCall], forward_pass: ForwardPass) -> None:
         meta = forward_pass.device is not None and forward_pass.device.type == "meta"  # tensors without values

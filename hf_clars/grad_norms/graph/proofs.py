@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.errors import TIME_FIRST
 from hf_clars.grad_norms.forward_pass import ForwardPass
-from hf_clars.grad_norms.graph.following import prove, stay
+from hf_clars.grad_norms.graph.following import above_some, prove, stay
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root, candidates
 from hf_clars.grad_norms.graph.places import inner_roots, place_of, root_at
 from hf_clars.grad_norms.graph.taint import DataTaint
@@ -103,6 +103,10 @@ class Proofs:
         roots = [Root(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
         given = [(place_of(c.edges[0]), c.given_rows) for c in forward_pass.uses.rule_calls if c.edges and c.given_rows]
         question = _Question(places, given, batch, samples, walk.couplings)
+        known = {edge.node for (edge, _), _ in given}
+        above = above_some(known, [root.edge.node for root in roots])
+        # Features of one image look as the batch does, if they are as many: what is known to tell goes before.
+        roots = [root for root in roots if root.edge.node in known or above[root.edge.node]] or roots
         if not roots and question.given:
             roots = inner_roots(outputs, batch)
         if not roots:
@@ -140,7 +144,8 @@ class Proofs:
         self._own_rows = own if returned else None
         if own is False or (own is None and (not returned or any(f and f.is_anyones() for f in found))):
             return _apart(question, outputs, found, missed, self._returned, returned=returned)
-        others = [t for t in outputs if t.shape[:1] != (batch,)]
+        ends = {(root.edge.node, root.edge.output_nr) for root in roots}
+        others = [t for t in outputs if (t.grad_fn, t.output_nr) not in ends]
         asked = missed | {i for i, f in enumerate(found) if f is not None and f.is_open and others}
         if asked:
             nothing = [None for _ in found]
