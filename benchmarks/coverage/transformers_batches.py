@@ -150,26 +150,16 @@ class Batches:
 
     def _sounds(self) -> Iterator[dict[str, Any]]:
         if "input_values" in self.takes:
-            for shape in (
-                (2000,),
-                (1, 2000),
-                (1, 8000),
-                (find(self.config, "max_length", 64), find(self.config, "num_mel_bins", 16)),
-            ):
+            spectrum = (find(self.config, "max_length", 64), find(self.config, "num_mel_bins", 16))
+            waves: list[tuple[int, ...]] = [(2000,), (1, 2000), (1, 8000), spectrum]
+            for shape in waves:
                 yield {"input_values": self.random(*shape)}
         if "input_features" in self.takes:
             mels = find(self.config, "num_mel_bins", None) or find(self.config, "feature_projection_input_dim", 80)
             mask = next((k for k in ("input_features_mask", "feature_attention_mask") if k in self.takes), None)
             for length in (2 * find(self.config, "max_source_positions", 32), 64, 3000):
-                for shape in (
-                    (mels, length),
-                    (length, mels),
-                    (80, length),
-                    (length, 80),
-                    (128, length),
-                    (length, 128),
-                    (1, length, mels),
-                ):
+                spectra = [shape for m in (mels, 80, 128) for shape in ((m, length), (length, m))]
+                for shape in (*spectra, (1, length, mels)):
                     more = {mask: torch.ones(B, length, dtype=torch.long)} if mask else {}
                     yield {"input_features": self.random(*shape)} | more
                     yield {"input_features": self.random(*shape)}

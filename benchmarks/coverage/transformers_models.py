@@ -14,13 +14,16 @@ from benchmarks.coverage.tiny_config import VOCAB, tiny_config
 from benchmarks.coverage.transformers_batches import Batches, run
 
 HEADS = ("ForImageClassification", "ForSequenceClassification", "ForCausalLM", "ForSemanticSegmentation")
+_BASES = [
+    f"MODEL_{k}MAPPING_NAMES" for k in ("", "FOR_PRETRAINING_", "FOR_TEXT_ENCODING_", "FOR_BACKBONE_", "FOR_IMAGE_")
+]
 MOST = 40_000_000  # parameters
 # What a model returns that couples the samples, or is an input of another output that is here too.
 _NO_OUTPUTS = ("loss", "hidden_states", "attentions", "past_key_values", "logits_per", "similarity", "pred_logits_per")
 
 # What the names of fields do not tell: settings that depend on each other. The key begins the class's name.
 _WINDOWS = {"image_size": 64, "window_size": 4, "depths": [1, 1], "num_heads": [2, 2]}
-_VISION_LANGUAGE = {
+_VISION_LANGUAGE: dict[str, Any] = {
     "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     "vision_config": {
         "embed_dim": 32,
@@ -30,7 +33,7 @@ _VISION_LANGUAGE = {
         "deepstack_visual_indexes": [0],
     },
 }
-_BACKBONE = {
+_BACKBONE: dict[str, Any] = {
     "backbone_config": {
         "model_type": "resnet",
         "embedding_size": 8,
@@ -125,12 +128,10 @@ def names() -> list[str]:
     found = {n for n in dir(transformers) if n.endswith(HEADS) and not n.startswith(("Auto", "TF", "Flax"))}
     bases = set()
     for name, mapping in vars(modeling_auto).items():
-        if not name.endswith("MAPPING_NAMES") or name.startswith("CONFIG"):
-            continue
-        classes = {c for value in mapping.values() for c in ([value] if isinstance(value, str) else value)}
-        old_names = name == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"  # heads all the same
-        found.update(c for c in classes if old_names or "For" in c)
-        bases |= classes
+        if name.endswith("MAPPING_NAMES") and not name.startswith("CONFIG"):
+            classes = {c for value in mapping.values() for c in ([value] if isinstance(value, str) else value)}
+            found.update(c for c in classes if "For" in c or name not in _BASES)
+            bases |= classes
     found, bases = ({n for n in classes if hasattr(transformers, n)} for classes in (found, bases))
     with_head = {_family(n) for n in found}
     return sorted(found | {n for n in bases if _family(n) not in with_head})

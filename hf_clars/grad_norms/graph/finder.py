@@ -236,13 +236,14 @@ class GraphFinder:
                 continue
             plan, alone = call.plan, call.rows_per_sample == 1 and call.plan.x_depends_on_data
             shape = place_of(call.edges[0])[1]
-            hidden = alone and call.rule.weight_sharing_axes and found.is_hidden(shape, batch)
+            looks = alone and call.rule.weight_sharing_axes and found.is_hidden(shape, batch)
+            hidden = looks and walk.saw(call.edges[0].node)  # else it is what nothing is made of, and left to the graph
             folded = plan.moved != MOVED and not found.layouts and call.rows_per_sample > 1  # rows of which samples?
             if hidden or (folded and found.is_shared(shape, batch)) or (plan.moved and found.elsewhere):
                 raise no_proof(call, batch)
             right = plan.layout in found.layouts
             if alone and not found.layouts:
-                right = not found.samples or are_coupled(found, plan.moved, batch, plan.layout.axis)
+                right = not looks and (not found.samples or are_coupled(found, plan.moved, batch, plan.layout.axis))
             if not right:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():

@@ -154,6 +154,10 @@ class GraphWalk:
                 if leaves:
                     self.bare.append((root, list(leaves.values())))
 
+    def saw(self, node: Node) -> bool:
+        """Whether anything that the model returned is made of what an operation gave."""
+        return node in self._own
+
     def _visit(self, root: Node) -> None:
         """Depth first, children before parents, without recursion."""
         stack: list[tuple[Node, bool]] = [(root, False)]
