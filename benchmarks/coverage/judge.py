@@ -106,13 +106,21 @@ def truth(subject: Subject, precision: str, coupled: bool, prove: bool = True) -
 
 
 def expected(subject: Subject, precisions: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What is right in each precision, how far off may be, and what the oracle has to say about itself.
+    """What is right in each precision and pass, how far off may be, and what the oracle has to say about itself.
 
     Raises:
         NotRunnable: If the plain model does not run.
         OracleFails: If nothing can judge it.
     """
     coupled = is_coupled(subject)
+    found: dict[str, dict[str, Any]] = {p: {"coupled": coupled, "note": "", "passes": []} for p in precisions}
+    for number in range(1, PASSES + 1):
+        _expect(subject.in_pass(number), coupled, found)
+    return found
+
+
+def _expect(subject: Subject, coupled: bool, found: dict[str, dict[str, Any]]) -> None:
+    """Add what is right in one pass."""
     best: Norms = {}
     note = ""
     try:
@@ -121,15 +129,14 @@ def expected(subject: Subject, precisions: Sequence[str]) -> dict[str, dict[str,
         best = exact
     except Exception as error:
         note = f"float64 fails ({_short(error)[:100]}), so it is judged in its own precision"
-    found: dict[str, dict[str, Any]] = {}
-    for precision in precisions:
+    for precision, right in found.items():
         try:
             own = truth(subject, precision, coupled, prove=not best) if precision != "float64" or not best else best
             _check_finite(own)
         except Exception as error:  # some cannot run in one precision; that is no reason to leave out the other
-            if len(precisions) == 1:
+            if len(found) == 1:
                 raise
-            found[precision] = {"unjudged": f"{type(error).__name__}: {_short(error)}"}
+            right["unjudged"] = f"{type(error).__name__}: {_short(error)}"
             continue
         want = {n: w.double() for n, w in (best or own).items()}
         largest = torch.stack(list(want.values())).amax(0)
@@ -137,8 +144,8 @@ def expected(subject: Subject, precisions: Sequence[str]) -> dict[str, dict[str,
             n: RTOL[precision] * w + 2 * (own[n].double() - w).abs() + FLOOR[precision] * largest + 1e-12
             for n, w in want.items()
         }
-        found[precision] = {"want": want, "allowed": allowed, "coupled": coupled, "note": note}
-    return found
+        right["passes"].append({"want": want, "allowed": allowed})
+        right["note"] = right["note"] or note
 
 
 def _check_finite(norms: Norms) -> None:
@@ -163,14 +170,13 @@ def judge(subject: Subject, precision: str, right: dict[str, Any], enough: float
         return {"verdict": "unjudged", "why": right["unjudged"]}
     plain = _Plain(subject, precision)
     model = copy.deepcopy(subject.model)
-    batch = subject.batch
     if precision == "float64":
-        model, batch = model.double(), to_float64(batch)
+        model = model.double()
     before = trainable(model)
     row: dict[str, Any] = {"coupled": right["coupled"], "note": right["note"]}
     seconds: list[float] = []
 
-    def measured(norms: PerSampleGradNorms) -> Norms:
+    def measured(norms: PerSampleGradNorms, batch: Any) -> Norms:
         start = time.process_time()
         model.zero_grad()
         with autocast(precision):
@@ -185,11 +191,14 @@ def judge(subject: Subject, precision: str, right: dict[str, Any], enough: float
         norms: PerSampleGradNorms | None = None
         for number in range(1, PASSES + TIMED + 1):
             row["pass"] = number
-            plain.step()
+            turn = (number - 1) % PASSES
+            batch = subject.in_pass(turn + 1).batch
+            batch = to_float64(batch) if precision == "float64" else batch
+            plain.step(batch)
             try:
                 if norms is None:
                     norms = PerSampleGradNorms(model, layers="tensor")
-                got = measured(norms)
+                got = measured(norms, batch)
             except HfClarsError as error:
                 return row | {"verdict": "refused", "why": f"{type(error).__name__}: {error}"}
             except Exception as error:
@@ -198,14 +207,14 @@ def judge(subject: Subject, precision: str, right: dict[str, Any], enough: float
                     "why": f"{type(error).__name__}: {_short(error)}",
                     "at": _place(error),
                 }
-            fault = _fault(got, right) or _changed(model, before, plain.grads, precision)
+            fault = _fault(got, right["passes"][turn]) or _changed(model, before, plain.grads, precision)
             if fault:
                 return row | {"verdict": "wrong", "why": fault}
         assert norms is not None
         row |= {"verdict": "exact", "ways": ways_of(norms, [str(w.message) for w in seen])}
         while sum(plain.seconds[PASSES:]) < enough and len(seconds) < MOST:
-            plain.step()
-            measured(norms)
+            plain.step(batch)
+            measured(norms, batch)
         norms.remove()
     del row["pass"]
     plain_seconds = max(statistics.fmean(plain.seconds[PASSES:]), 1e-6)
@@ -218,18 +227,18 @@ class _Plain:
     """The model without norms; its passes take turns with those that have them."""
 
     def __init__(self, subject: Subject, precision: str) -> None:
-        self.model, self.batch = copy.deepcopy(subject.model), subject.batch
+        self.model = copy.deepcopy(subject.model)
         if precision == "float64":
-            self.model, self.batch = self.model.double(), to_float64(self.batch)
+            self.model = self.model.double()
         self.subject, self.precision = subject, precision
         self.seconds: list[float] = []
 
-    def step(self) -> None:
+    def step(self, batch: Any) -> None:
         """One pass."""
         start = time.process_time()
         self.model.zero_grad()
         with autocast(self.precision):
-            loss = self.subject.loss(self.model, self.batch)
+            loss = self.subject.loss(self.model, batch)
         loss.backward()
         self.seconds.append(time.process_time() - start)
 
@@ -267,7 +276,7 @@ def _changed(model: nn.Module, before: dict[str, nn.Parameter], plain: dict[str,
         want = plain[name]
         if (want is None) != (p.grad is None):
             return f"{name}: p.grad is {'there' if want is None else 'missing'}, unlike without norms"
-        if want is None or p.grad is None:
+        if want is None or p.grad is None or not want.numel():
             continue
         atol = FLOOR[precision] * (largest + 20 * float(want.abs().max())) + 1e-7
         if not torch.allclose(p.grad, want, rtol=RTOL[precision], atol=atol):

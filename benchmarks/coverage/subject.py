@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ class Subject:
     outputs: Callable[[Any], list[Tensor]] = field(default=lambda out: tensors_of(out))
     note: str = ""
     samples: int = B
+
+    def in_pass(self, number: int) -> Subject:
+        """The same with the batch of a pass; that of the first is its own."""
+        return replace(self, batch=moved_on(self.batch, self.samples, number - 1))
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
         """One forward pass; random numbers are the same in each."""
@@ -91,6 +95,17 @@ def to_float64(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: to_float64(v) for k, v in value.items()}
     return type(value)(to_float64(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def moved_on(value: Any, samples: int, places: int) -> Any:
+    """The batch of another pass: each sample some places further, and its numbers smaller."""
+    if isinstance(value, Tensor):
+        rows = value.shape[0] // samples if value.dim() and value.shape[0] % samples == 0 else 0
+        moved = value.roll(rows * places, 0) if rows else value
+        return moved * 0.9**places if value.is_floating_point() else moved
+    if isinstance(value, dict):
+        return {k: moved_on(v, samples, places) for k, v in value.items()}
+    return type(value)(moved_on(v, samples, places) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def other_sample(value: Any, samples: int) -> Any:

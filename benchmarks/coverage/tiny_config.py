@@ -42,6 +42,7 @@ _RULES: list[tuple[str, _Shrink]] = [
         lambda v: min(v, 2),
     ),
     (r".*(image_size|input_size|img_size|crop_size)", lambda v: IMAGE),
+    (r".*num_queries|num_denoising", lambda v: min(v, 6)),
     (r"hidden_size_global", lambda v: WIDTH),
     (r".*patch_size", lambda v: min(v, PATCH)),
     (
@@ -76,7 +77,7 @@ _SIZES_LEFT_OPEN = {
     "vocab_size": VOCAB,
 }
 # What configurations take without a field of that name.
-_TAKEN_ANYWAY = ("num_labels", "out_indices", "rope_theta", "yes_token_index", "no_token_index")
+_TAKEN_ANYWAY = ("num_labels", "out_indices", "rope_theta", "yes_token_index", "no_token_index", "max_length")
 
 
 def narrow(value: int, wide: int) -> int:
@@ -129,7 +130,8 @@ def tiny_config(config_class: type[PretrainedConfig], keep_widths: bool = False,
     Args:
         config_class: The class.
         keep_widths: Shrink only what repeats (layers, experts, words); for models whose widths depend on each other.
-        **settings: Fields set by hand; those that the class does not have are left out.
+        **settings: Fields set by hand; those that the class does not have are left out. A configuration inside takes
+            them too, and those under its own name; where these name its type, they are all of it.
 
     Returns:
         The configuration.
@@ -152,12 +154,16 @@ def tiny_config(config_class: type[PretrainedConfig], keep_widths: bool = False,
     if heads is not None and heads == fields.get("num_key_value_heads") and not keep_widths:
         found["num_key_value_heads"] = found.get("num_attention_heads", heads)
     for name, sub in subs.items():
+        if "model_type" in settings.get(name, {}):
+            found[name] = settings[name]
+            continue
         if not dataclasses.is_dataclass(sub):  # any configuration will do: take what is there by default
             sub = type(getattr(config_class(), name, None))
         if dataclasses.is_dataclass(sub) and sub is not PretrainedConfig:
-            inner = tiny_config(cast(Any, sub), keep_widths, **{k: v for k, v in settings.items() if k != "num_labels"})
+            own = {k: v for k, v in settings.items() if k != "num_labels"} | settings.get(name, {})
+            inner = tiny_config(cast(Any, sub), keep_widths, **own)
             found[name] = inner.to_dict()
-    found.update({k: v for k, v in settings.items() if k in fields or k in _TAKEN_ANYWAY})
+    found.update({k: v for k, v in settings.items() if (k in fields and k not in subs) or k in _TAKEN_ANYWAY})
     return config_class(**found)
 
 

@@ -10,24 +10,21 @@ from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.functions import OWN_NODES
-from hf_clars.grad_norms.graph.known_layouts import LayoutsOfUses
+from hf_clars.grad_norms.graph.known_layouts import FOLLOWED, LayoutsOfUses
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, is_open, many_of, two_of
-from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse, refuse
+from hf_clars.grad_norms.graph.measured_uses import Gate, MeasuredUse
 from hf_clars.grad_norms.graph.places import ContainerCall, announce, are_coupled, inner_roots, no_proof, place_of
 from hf_clars.grad_norms.graph.proofs import Proofs
 from hf_clars.grad_norms.graph.row_check import Kinds, check_rows
 from hf_clars.grad_norms.graph.rows import GivenRows
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, WorstPlaces
-from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use
+from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use, refuse
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.torch_internals import is_jagged, shape_at
 from hf_clars.grad_norms.uses import RuleUse
 
 _BY_INDEX = ("IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0")
 """Operations that take numbers of rows, which no graph shows."""
-
-FOLLOWED = 3
-"""Passes in which the data are followed where rows are given other places: then the operations on them are known."""
 
 
 @dataclass(eq=False)
@@ -239,13 +236,14 @@ class GraphFinder:
                 continue
             plan, alone = call.plan, call.rows_per_sample == 1 and call.plan.x_depends_on_data
             shape = place_of(call.edges[0])[1]
-            hidden = alone and call.rule.weight_sharing_axes and found.is_hidden(shape, batch)
+            looks = alone and call.rule.weight_sharing_axes and found.is_hidden(shape, batch)
+            hidden = looks and walk.saw(call.edges[0].node)  # else it is what nothing is made of, and left to the graph
             folded = plan.moved != MOVED and not found.layouts and call.rows_per_sample > 1  # rows of which samples?
             if hidden or (folded and found.is_shared(shape, batch)) or (plan.moved and found.elsewhere):
                 raise no_proof(call, batch)
             right = plan.layout in found.layouts
             if alone and not found.layouts:
-                right = not found.samples or are_coupled(found, plan.moved, batch, plan.layout.axis)
+                right = not looks and (not found.samples or are_coupled(found, plan.moved, batch, plan.layout.axis))
             if not right:
                 call.cancelled, again = True, True
                 for param in call.wanted.values():
@@ -291,7 +289,8 @@ class GraphFinder:
         if use.moved == MOVED:
             self._believed[use.look] = layouts
         lasts = use.moved != MOVED and not any(f.is_open for f, _ in told)
-        return (bool(use.moved) or any(layouts)) and self._layouts.keep(use, layouts, lasts=lasts)
+        mixed = all(layouts) and all(f is None or f.coupled for f in found)
+        return (bool(use.moved) or any(layouts)) and self._layouts.keep(use, layouts, lasts=lasts, mixed=mixed)
 
     def _take_as_they_look(self, unproven: Sequence[RuleUse], forward_pass: ForwardPass) -> None:
         meta = forward_pass.device is not None and forward_pass.device.type == "meta"  # tensors without values

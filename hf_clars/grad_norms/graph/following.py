@@ -89,8 +89,14 @@ def _look_on_the_way(
 
 def _deepest(nodes: set[Node]) -> set[Node]:
     """Those from which none of the others can be reached."""
+    above = above_some(nodes, nodes)
+    return {node for node in nodes if not above[node]}
+
+
+def above_some(nodes: set[Node], starts: Iterable[Node]) -> dict[Node, bool]:
+    """Whether one of some operations can be reached, from each that can be reached from the starts."""
     above: dict[Node, bool] = {}
-    stack = [(node, False) for node in nodes]
+    stack = [(node, False) for node in starts]
     while stack:
         node, children_done = stack.pop()
         children = [child for child, _ in node.next_functions if child is not None]
@@ -100,7 +106,7 @@ def _deepest(nodes: set[Node]) -> set[Node]:
             above[node] = False
             stack.append((node, True))
             stack += [(child, False) for child in children if child not in above]
-    return {node for node in nodes if not above[node]}
+    return above
 
 
 def stay(

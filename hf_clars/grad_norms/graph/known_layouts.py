@@ -14,6 +14,9 @@ from hf_clars.grad_norms.graph.walk import Use
 Layouts = list[Layout | None]
 Look = tuple[object, ...]
 
+FOLLOWED = 3
+"""Passes in which the data are followed where rows are given other places: then the operations on them are known."""
+
 
 class LayoutsOfUses:
     """The layouts of uses, by what they look like. Where some that look alike have others, each is asked every time."""
@@ -27,6 +30,7 @@ class LayoutsOfUses:
         self._alike: Counter[Look] = Counter()
         self._agreed: Counter[Look] = Counter()
         self._doubted: set[Look] = set()
+        self._mixed: Counter[Look] = Counter()
 
     def look(self, uses: Iterable[Use], batch: int) -> None:
         """These were found in a pass of B samples; where more look alike than ever did, all of them are asked."""
@@ -38,14 +42,20 @@ class LayoutsOfUses:
         """Of a use's results, or None. Two views of one token lie as two tokens do: other lengths tell."""
         look, rows = self._look_of(use)
         seen = self._rows[look]
+        if self._mixed[look] >= FOLLOWED:
+            return [Layout() for _ in use.result_shapes]
         doubted = use.moved == MOVED or look in self._several or look in self._doubted
         known = None if doubted or (rows not in seen and len(seen) < 2) else self._known.get(look)
         return self._now.get(use.node) or known
 
-    def keep(self, use: Use, layouts: Layouts, *, lasts: bool = True) -> bool:
-        """Remember what was found; for this pass alone, if it does not last. Returns whether its likes have others."""
+    def keep(self, use: Use, layouts: Layouts, *, lasts: bool = True, mixed: bool = False) -> bool:
+        """Remember what was found; for this pass alone, if it does not last. Returns whether its likes have others.
+
+        What came of mixed samples has no rows of its own to be given other places: after some passes it is not asked.
+        """
         self._now[use.node] = layouts
         look, rows = self._look_of(use)
+        self._mixed[look] += mixed
         if not lasts:
             return False
         self._rows[look].add(rows)

@@ -96,6 +96,7 @@ class Arrival:
         missed: Axes of which it left rows out. Where there are none, samples are coupled, or the rows belong to none.
         samples: Of how many samples it arrived: what belongs to one alone, as `x[i]`, is coupled to no other.
         mixed: Whether all that it could be followed from mixes samples: it arrives everywhere, and that tells nothing.
+        coupled: Whether it did arrive, and from nothing but what mixes samples.
         touched: How many rows of the first axis it reached, of each sample, added up.
         elsewhere: Whether what it could be followed from is other samples' rows.
         guessed: Whether it was followed from what has more rows than samples, of which nothing tells whose they are.
@@ -106,6 +107,7 @@ class Arrival:
     missed: set[int] = field(default_factory=set)
     samples: int = 0
     mixed: bool = False
+    coupled: bool = False
     touched: int = 0
     elsewhere: bool = False
     guessed: bool = False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,7 +14,6 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.distributed import whole_shape
-from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.explanation import timed
 from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.graph.layout import Layout
@@ -82,18 +82,23 @@ def _grads_by_engine(use: Use, stacks: Sequence[Tensor | None]) -> Tensor:
     edges = [GradientEdge(use.node, i) for i, t in enumerate(stacks) if t is not None]
     given = [t for t in stacks if t is not None]
     # Nothing goes on through the other operands: what the operand was used for before them is another use.
-    others = {child for child, _ in use.node.next_functions if child is not None and child is not use.child[0]}
-    stops = [child.register_prehook(_zeros) for child in others]
-    try:
+    children = ((child, k) for child, k in use.node.next_functions if child not in (None, use.child[0]))
+    others = {GradientEdge(child, k) for child, k in children if child is not None}
+    with _stopped(others):
         (found,) = batched_grads(edges, [GradientEdge(*use.child)], given, apart=True)
-    finally:
-        for stop in stops:
-            stop.remove()
     return given[0].new_zeros(len(given[0]), *use.shape) if found is None else found
 
 
-def _zeros(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    return tuple(None if g is None else torch.zeros_like(g) for g in grads)
+def _stopped(edges: Iterable[GradientEdge]) -> ExitStack:
+    """No gradient goes on from these places."""
+    stack = ExitStack()
+    for edge in edges:
+
+        def stop(grads: Sequence[Tensor | None], number: int = edge.output_nr) -> tuple[Tensor | None, ...]:
+            return tuple(torch.zeros_like(g) if g is not None and i == number else g for i, g in enumerate(grads))
+
+        stack.enter_context(edge.node.register_prehook(stop))
+    return stack
 
 
 @dataclass(eq=False)
@@ -125,13 +130,17 @@ class Gate:
         return f"one backward pass a sample of {self.name}"
 
     def parts(self, edge: GradientEdge, g: Tensor, batch: int, measured: int) -> list[tuple[Use, Tensor]]:
-        """What one result's gradient adds to each use, [measured, *shape of the operand]."""
+        """What one result's gradient adds to each use, [measured, *shape of the operand].
+
+        It ends at the other results: theirs holds it already.
+        """
         places = [GradientEdge(use.node, i) for use in self.uses for i in range(results_of(use.node))]
         step = max(1, MAX_ELEMENTS // max(1, g.numel()))
         parts: list[list[Tensor]] = [[] for _ in self.uses]
         for start in range(0, measured, step):
             stack = Layout().one_sample_each(g, batch, slice(start, min(start + step, measured)))
-            found = iter(batched_grads([edge], places, [stack], apart=self.careful))
+            with _stopped(other for other in self.edges if other != edge):
+                found = iter(batched_grads([edge], places, [stack], apart=self.careful))
             for use, part in zip(self.uses, parts, strict=True):
                 of_use = [next(found) for _ in range(results_of(use.node))]
                 if all(t is None for t in of_use):
@@ -333,16 +342,3 @@ def count_repeated(forward_pass: ForwardPass) -> None:
     times = Counter(p for use in (*(m.use for m in waiting(forward_pass)), *behind) for p in use.leaves.values())
     times.update(p for c in found.rule_calls if not (c.cancelled or c.fired) for p in c.wanted.values())
     found.several.update(p for p, n in times.items() if n > 1)
-
-
-def refuse(use: Use, names: str, batch: int) -> BatchAxisError:
-    """The error for a use whose operation shows no samples, and that no module around could be asked for."""
-    shapes = ", ".join(str(s) for s in use.result_shapes)
-    return BatchAxisError(
-        f"{names}: used by {use.node.name()} with results of shape {shapes}, in which the {batch} samples of the batch "
-        "have no rows of their own, and no module around it returns the batch. Return the batch from a module around "
-        f"it, freeze the parameter, register a rule for its module, or {WITHOUT_SAMPLES}. Samples are the rows of the "
-        "first tensor that the model is called with. If that holds the parts of all samples together, as the nodes of "
-        "all graphs, or a single sample, as the first of a list of images, call the model with a tensor of one row a "
-        "sample before it, as each graph's number of nodes, or each image's place in the list."
-    )

@@ -44,7 +44,8 @@ class ContainerCall:
         if hooked.path:
             results = [t for i, t in enumerate(results) if i not in hooked.moved_results]
         inputs = {t.grad_fn for t in tensors_in(given) if t.grad_fn is not None}
-        return cls(hooked, [torch.autograd.graph.get_gradient_edge(t) for t in results], inputs)
+        edges = dict.fromkeys(torch.autograd.graph.get_gradient_edge(t) for t in results)  # some are returned twice
+        return cls(hooked, list(edges), inputs)
 
     def batch_first(self, batch: int) -> list[GradientEdge]:
         """Results that are [B, ...]."""

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from hf_clars.grad_norms.errors import TIME_FIRST
 from hf_clars.grad_norms.forward_pass import ForwardPass
-from hf_clars.grad_norms.graph.following import prove, stay
+from hf_clars.grad_norms.graph.following import above_some, prove, stay
 from hf_clars.grad_norms.graph.layout import Arrival, Layout, Root, candidates
 from hf_clars.grad_norms.graph.places import inner_roots, place_of, root_at
 from hf_clars.grad_norms.graph.taint import DataTaint
@@ -51,10 +51,10 @@ class _Question:
     couplings: Sequence[Node]
     elsewhere: bool = False
 
-    def ask(self, roots: Sequence[Root]) -> tuple[list[Arrival | None], bool | None]:
-        """Where gradients arrive at the places; whether at what was given only in own rows (None: nowhere)."""
+    def ask(self, roots: Sequence[Root], most: int | None = None) -> tuple[list[Arrival | None], bool | None]:
+        """Where gradients of so many samples arrive; whether at what was given only in own rows (None: nowhere)."""
         asked = [*self.places, *(place for place, _ in self.given)]
-        found = prove(roots, asked, self.batch, self.samples, self.couplings)
+        found = prove(roots, asked, self.batch, self.samples[:most], self.couplings)
         pairs = [(f, la) for f, (_, la) in zip(found[len(self.places) :], self.given, strict=True) if f is not None]
         own = [layout in f.layouts for f, layout in pairs]
         self.elsewhere = any(f.is_elsewhere(layout) for f, layout in pairs)
@@ -103,6 +103,10 @@ class Proofs:
         roots = [Root(torch.autograd.graph.get_gradient_edge(t), t.detach()) for t in whole]
         given = [(place_of(c.edges[0]), c.given_rows) for c in forward_pass.uses.rule_calls if c.edges and c.given_rows]
         question = _Question(places, given, batch, samples, walk.couplings)
+        known = {edge.node for (edge, _), _ in given}
+        above = above_some(known, [root.edge.node for root in roots])
+        # Features of one image look as the batch does, if they are as many: what is known to tell goes before.
+        roots = [root for root in roots if root.edge.node in known or above[root.edge.node]] or roots
         if not roots and question.given:
             roots = inner_roots(outputs, batch)
         if not roots:
@@ -140,7 +144,8 @@ class Proofs:
         self._own_rows = own if returned else None
         if own is False or (own is None and (not returned or any(f and f.is_anyones() for f in found))):
             return _apart(question, outputs, found, missed, self._returned, returned=returned)
-        others = [t for t in outputs if t.shape[:1] != (batch,)]
+        ends = {(root.edge.node, root.edge.output_nr) for root in roots}
+        others = [t for t in outputs if (t.grad_fn, t.output_nr) not in ends]
         asked = missed | {i for i, f in enumerate(found) if f is not None and f.is_open and others}
         if asked:
             nothing = [None for _ in found]
@@ -212,6 +217,7 @@ def _apart(
         returned: Whether these were what the model returned.
     """
     settled: dict[int, Arrival] = {}
+    mixing: set[int] = set()
     elsewhere = False
     wanted = {i for i, f in enumerate(together) if f is not None} | set(missed)
     queue = deque((t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None)
@@ -225,12 +231,15 @@ def _apart(
         own: bool | None = False
         for layout in sorted(_likely(shape, question.batch), key=lambda la: la != known.get((node.name(), len(shape)))):
             tries += 1
-            found, own = question.ask([root_at(node, output, outputs[0].device, layout)])
+            root = root_at(node, output, outputs[0].device, layout)
+            found, own = question.ask([root], 2)  # which tell what mixes
             if own is not False:
+                found, own = question.ask([root]) if len(question.samples) > 2 else (found, own)
                 break
         if own and (node, output) in ends:
             known[node.name(), len(shape)] = layout
         elsewhere |= question.elsewhere and (node, output) in ends
+        mixing |= {i for i, f in enumerate(found) if f is not None and own is False}
         if own or (own is None and (node, output) in ends):
             guess = own is None and shape[:1] != (question.batch,) and (node.name(), len(shape)) not in known
             here = ((i, f) for i, f in enumerate(found) if f is not None and (own or not f.is_anyones()))
@@ -244,8 +253,9 @@ def _apart(
             queue += below
     asked = ((i, f) for i, f in enumerate(together) if f is not None and returned)
     mixed = {i: replace(f, mixed=f.is_anyones(), elsewhere=elsewhere) for i, f in asked}
-    unsettled = {i: _nothing_told(question.samples) for i in wanted}
-    return [(unsettled | mixed | settled).get(i) for i in range(len(together))]
+    unsettled = {i: _nothing_told(question.samples) for i in wanted} | mixed
+    coupled = {i: replace(f, coupled=f.mixed and i in mixing) for i, f in unsettled.items()}
+    return [(coupled | settled).get(i) for i in range(len(together))]
 
 
 def _below_zeros(question: _Question, outputs: Sequence[Tensor]) -> list[Arrival | None] | None:

@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 
 from hf_clars.distributed import whole_shape
 from hf_clars.grad_norms.compiled.functions import NODES
+from hf_clars.grad_norms.errors import WITHOUT_SAMPLES, BatchAxisError
 from hf_clars.grad_norms.torch_internals import (
     BATCH_NORM_NODES,
     COMPILED,
@@ -153,6 +154,10 @@ class GraphWalk:
                 if leaves:
                     self.bare.append((root, list(leaves.values())))
 
+    def saw(self, node: Node) -> bool:
+        """Whether anything that the model returned is made of what an operation gave."""
+        return node in self._own
+
     def _visit(self, root: Node) -> None:
         """Depth first, children before parents, without recursion."""
         stack: list[tuple[Node, bool]] = [(root, False)]
@@ -242,3 +247,16 @@ class GraphWalk:
         if not shape or shape[0] != self.batch:
             return False
         return (len(before) < len(shape) or before[0] == 1) and not self.is_whole(signature)
+
+
+def refuse(use: Use, names: str, batch: int) -> BatchAxisError:
+    """The error for a use whose operation shows no samples, and that no module around could be asked for."""
+    shapes = ", ".join(str(s) for s in use.result_shapes)
+    return BatchAxisError(
+        f"{names}: used by {use.node.name()} with results of shape {shapes}, in which the {batch} samples of the batch "
+        "have no rows of their own, and no module around it returns the batch. Return the batch from a module around "
+        f"it, freeze the parameter, register a rule for its module, or {WITHOUT_SAMPLES}. Samples are the rows of the "
+        "first tensor that the model is called with. If that holds the parts of all samples together, as the nodes of "
+        "all graphs, or a single sample, as the first of a list of images, call the model with a tensor of one row a "
+        "sample before it, as each graph's number of nodes, or each image's place in the list."
+    )
