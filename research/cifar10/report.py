@@ -253,8 +253,8 @@ def _verdict(rows: Sequence[Row]) -> str:
         return words(decide(rows))
     return (
         f"**{HEADLINES['open']}** No run of the rule's setting has been made with the product's classes: it takes a "
-        "GPU. Runs on a CPU, below, are in float32 and of one to three seeds, and most of them are of a network half as "
-        "wide and a third as long. On a GPU,\n\n"
+        "GPU. Runs on a CPU, below, are in float32 and of one to three seeds, and most of them are of a network half "
+        "as wide and a third as long. On a GPU,\n\n"
         "```bash\npython -m research.cifar10.run --data train.parquet --out runs.jsonl --parts verdict one-setting\n"
         "python -m research.cifar10.rows --runs runs.jsonl && python -m research.cifar10.report\n```\n\n"
         "makes them, the most important first; a file that one session has begun is gone on with at the next."
