@@ -20,24 +20,6 @@ def test_a_running_backward_pass_is_seen():
     assert not internals.inside_backward()
 
 
-def test_what_the_running_operation_takes_is_seen():
-    seen, given, other = [], torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-
-    class Doubles(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return 2 * x
-
-        @staticmethod
-        def backward(ctx, g):
-            seen.extend(internals.takes_any([p]) for p in (given, other))
-            return 2 * g
-
-    (Doubles.apply(given) * other).sum().backward()
-    assert seen == [True, False]
-    assert not internals.takes_any([given])
-
-
 def test_hooks_that_are_taken_out_do_not_run_and_those_put_back_do():
     seen, w = [], torch.ones(2, requires_grad=True)
     w.register_hook(lambda g: seen.append("comes"))

@@ -17,7 +17,7 @@ from hf_clars.grad_norms.hooked_modules import CallPlan, HookedModule
 from hf_clars.grad_norms.norm_sums import NormSums
 from hf_clars.grad_norms.pytree import GivenTensors
 from hf_clars.grad_norms.tied_tables import TiedTable, tied_table
-from hf_clars.grad_norms.torch_internals import operations_recorded, takes_any
+from hf_clars.grad_norms.torch_internals import operations_recorded
 from hf_clars.grad_norms.undisturbed import differentiating, undisturbed
 from hf_clars.grad_norms.uses import Uses
 
@@ -183,21 +183,20 @@ class _Guarded:
 
 
 def asked_inside(passes: Iterable[ForwardPass], params: Collection[nn.Parameter]) -> bool:
-    """Whether an operation of somebody's own runs backward and takes some parameters itself, as a reversible network's.
+    """Whether an operation of somebody's own runs backward and returns some parameters' gradients, as an adjoint does.
 
-    It calls their module, asks for their gradients, and returns them, so that it is measured as a whole. Hooks on the
-    parameters see these gradients twice: no sums are checked.
+    It calls their module and asks for their gradients. It takes them as they are, or all as one vector, and is measured
+    as a whole. Hooks on the parameters see these gradients twice: no sums are checked.
 
     Args:
         passes: The passes under way.
         params: The module's parameters.
     """
-    if not takes_any(params) or not any(p in each.uses.returned for each in passes for p in params):
-        return False
-    for forward_pass in passes:
+    inside = [each for each in passes if not each.uses.returns.isdisjoint(params)]
+    for forward_pass in inside:
         if forward_pass.sums.check is not None:
             forward_pass.sums.check.leave_out(params)
-    return True
+    return bool(inside)
 
 
 def _came_too_late() -> UncoveredParameterError:

@@ -168,7 +168,7 @@ class HookedNorms(NormAccumulator):
     def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
         """Reentrant checkpointing makes the graph of a module only now."""
         forward_pass = next((p for p in self._under_way() if p.uses.recomputed[hooked]), None)
-        if forward_pass is not None:
+        if forward_pass is not None and not asked_inside(self._passes, list(hooked.module.parameters())):
             forward_pass.uses.recomputed[hooked] -= 1
             self._watch_uses(forward_pass, [t for t in tensors_in(output) if t.requires_grad], None, [], again=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,13 +34,6 @@ def inside_backward() -> bool:
 def backward_number() -> int:
     """Tells one backward pass in this thread from another; `NO_BACKWARD` outside of them."""
     return torch._C._current_graph_task_id()
-
-
-def takes_any(params: Iterable[Tensor]) -> bool:
-    """Whether the operation whose backward function runs now in this thread has one of these as an operand."""
-    node = torch._C._current_autograd_node()
-    taken = () if node is None else [getattr(child, "variable", None) for child, _ in node.next_functions]
-    return any(p is t for p in params for t in taken)
 
 
 def operations_recorded() -> int:
@@ -78,6 +71,11 @@ def hooks_on_gradients(tensor: Tensor) -> list[dict[int, Any]]:
 def saved_tensors_are_packed() -> bool:
     """Whether saved tensors go through hooks now (checkpointing, offload): then a graph's tensors must not be read."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def saves_packed(function: torch.autograd.function.BackwardCFunction) -> bool:
+    """Whether what a function of somebody's own saved went through such hooks: it can be read once a backward pass."""
+    return any(saved.unpack_hook is not None for saved in function._raw_saved_tensors)
 
 
 def ends_recomputation(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from hf_clars.grad_norms.axes.functions import is_view
+from hf_clars.grad_norms.axes.functions import TURNS_INSIDE, is_view
 from hf_clars.grad_norms.axes.place import LOST, Call, Place
 from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.graph.layout import Layout
@@ -67,8 +67,14 @@ class DataTaint(TorchFunctionMode):
         # The references keep the keys from being given to other memory; they do not keep the memory.
         self._marked: dict[int, StorageReference] = {}
 
-    def mark(self, tensors: Iterable[Tensor], moved: int = 0) -> None:
-        """Say that these depend on the data, and where their rows are: 0, `BROUGHT_BACK` or `MOVED`."""
+    def mark(self, tensors: Iterable[Tensor], moved: int = 0, inside: int = 0) -> None:
+        """Say that these depend on the data, and where their rows are: 0, `BROUGHT_BACK` or `MOVED`.
+
+        Args:
+            tensors: Results of a function.
+            moved: Where their rows are.
+            inside: Where rows are at best in what the function made on its way to them.
+        """
         for t in tensors:
             storage = storage_of(t)
             if storage is not None:
@@ -78,7 +84,7 @@ class DataTaint(TorchFunctionMode):
                     self._moved[storage.key] = moved
             node = node_of(t)
             if node is not None:
-                self._mark_nodes(node, self.moved(t))
+                self._mark_nodes(node, self.moved(t), inside)
 
     def moved(self, t: Tensor) -> int:
         """Where a tensor's rows are: 0 (surely where they were), `BROUGHT_BACK` (one look tells) or `MOVED`."""
@@ -122,7 +128,7 @@ class DataTaint(TorchFunctionMode):
         storage = storage_of(t) if self._blank else None
         return storage is not None and storage.key in self._blank
 
-    def _mark_nodes(self, node: Node, moved: int) -> None:
+    def _mark_nodes(self, node: Node, moved: int, inside: int) -> None:
         """The node of a result, and those inside the same function that took something without a gradient."""
         self.nodes.add(node)
         self._visited.discard(node)
@@ -132,8 +138,8 @@ class DataTaint(TorchFunctionMode):
             if inner in self._visited:
                 continue
             self._visited.add(inner)
-            if moved:
-                self.moved_nodes[inner] = moved
+            if worst := moved if inner is node else max(moved, inside):
+                self.moved_nodes[inner] = worst
             children = [child for child, _ in inner.next_functions]
             if None in children and len(children) > 1:
                 self.nodes.add(inner)
@@ -167,7 +173,8 @@ class DataTaint(TorchFunctionMode):
             after = self._places_after(name, func, operands, named, held, places, result)
             for i, t in enumerate(results):
                 self.note_place(t, after[i] if i < len(after) else LOST)
-            self.mark(results, self._met(held, results) if place == LOOSE else place)
+            inside = BROUGHT_BACK * (name in TURNS_INSIDE and self.batch > 1)
+            self.mark(results, self._met(held, results) if place == LOOSE else place, inside)
             if blank or name in _BLANK:
                 self._blank.update(storage.key for t in results if (storage := storage_of(t)) is not None)
         return result
