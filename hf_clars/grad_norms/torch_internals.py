@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,6 +34,26 @@ def inside_backward() -> bool:
 def backward_number() -> int:
     """Tells one backward pass in this thread from another; `NO_BACKWARD` outside of them."""
     return torch._C._current_graph_task_id()
+
+
+def is_asked_for(leaf: Tensor) -> bool:
+    """Whether the backward pass that runs in this thread gives a leaf its gradient."""
+    return _is_run(torch.autograd.graph.get_gradient_edge(leaf).node)
+
+
+def gives_none(leaves: Iterable[Tensor]) -> bool:
+    """Whether the operation that runs backward in this thread takes some leaves, and none is given its gradient."""
+    node, wanted = torch._C._current_autograd_node(), set(map(id, leaves))
+    children = () if node is None else (child for child, _ in node.next_functions if child is not None)
+    taken = [child for child in children if id(getattr(child, "variable", None)) in wanted]
+    return bool(taken) and not any(map(_is_run, taken))
+
+
+def _is_run(node: torch.autograd.graph.Node) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch.autograd.grad was asked for this leaf, and does not say so
+        return True
 
 
 def operations_recorded() -> int:

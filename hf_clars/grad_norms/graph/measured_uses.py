@@ -175,11 +175,14 @@ class Arrival:
         node.register_prehook(self.forward_pass.guarded(self))
 
     def take(self, what: str) -> Any:
-        """The gradient has come: what is measured; None if it was let go of before.
+        """The gradient has come: what is measured; None if it was let go of before, or nobody asked for it.
 
         Raises:
             SecondBackwardError: If one had come already, or the norms of the pass were taken.
         """
+        if not self.forward_pass.asked():
+            self.came |= torch.is_grad_enabled()  # else it is differentiated again, and that shows no samples
+            return None
         again, self.came = self.came, True
         self.forward_pass.gradient_comes(what, again=again)
         waited, self.waits = self.waits, None

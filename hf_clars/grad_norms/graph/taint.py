@@ -24,6 +24,7 @@ from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.rows import Taken, has_batch_axis, is_write, moves_rows, operands_first, taken_rows
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unseen_by_modes, unwrapped
+from hf_clars.grad_norms.undisturbed import left_out_of_looks
 
 _FILLED = ("empty", "zeros", "ones", "full")
 
@@ -51,6 +52,7 @@ class DataTaint(TorchFunctionMode):
         nodes: Operations of the graph that took marked tensors.
         moved_nodes: Those whose rows were given other places: `BROUGHT_BACK` or `MOVED`.
         moves: Whether there were any.
+        sees_hooks: Whether the model puts hooks on tensors.
     """
 
     def __init__(self, batch: int) -> None:
@@ -58,7 +60,7 @@ class DataTaint(TorchFunctionMode):
         self.batch = batch
         self.nodes: set[Node] = set()
         self.moved_nodes: dict[Node, int] = {}
-        self.moves = False
+        self.moves = self.sees_hooks = False
         self._moved: dict[int, int] = {}
         self._blank: set[int] = set()
         self._places: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Place] = {}
@@ -70,10 +72,7 @@ class DataTaint(TorchFunctionMode):
     def mark(self, tensors: Iterable[Tensor], moved: int = 0, inside: int = 0) -> None:
         """Say that these depend on the data, and where their rows are: 0, `BROUGHT_BACK` or `MOVED`.
 
-        Args:
-            tensors: Results of a function.
-            moved: Where their rows are.
-            inside: Where rows are at best in what the function made on its way to them.
+        `inside` is where rows are at best in what a function made on its way to them.
         """
         for t in tensors:
             storage = storage_of(t)
@@ -150,6 +149,9 @@ class DataTaint(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if torch.compiler.is_compiling() or name in _GIVES_NO_TENSOR:
             return func(*args, **(kwargs or {}))
+        if name == "register_hook":
+            self.sees_hooks = True
+            return func(args[0], left_out_of_looks(args[1]))
         if name == "__get__":  # an attribute, as `shape` or `mT`
             found = func(*args, **(kwargs or {}))
             if not isinstance(found, Tensor):
@@ -198,11 +200,7 @@ class DataTaint(TorchFunctionMode):
     def _rows_after(self, name: str, args: Any, kwargs: Any, held: list[Tensor]) -> int:
         """Where the rows of a function's results are; looked at before, as it may change its argument.
 
-        Args:
-            name: The function's.
-            args: What it is called with.
-            kwargs: The same.
-            held: What of it depends on the data.
+        `held` is what depends on the data of what it is called with.
         """
         if self.batch < 2:
             return 0
