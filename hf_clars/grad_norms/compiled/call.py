@@ -209,8 +209,8 @@ def traced_apart(name: str) -> str:
     """What is wrong with a module whose rows only what is traced could tell, where its hook is traced without it."""
     return (
         f"{name} is called where torch.compile traces one call at a time, as in a loop with a branch that the data "
-        "decide, and nothing tells there which rows belong to which sample. Compile the parts of the model that can be, "
-        "one by one (as model.layers[0].compile()), or run the model without torch.compile."
+        "decide, and nothing tells there which rows belong to which sample. Compile the parts of the model that can be "
+        "compiled, one by one (as model.layers[0].compile()), or run the model without torch.compile."
     )
 
 
