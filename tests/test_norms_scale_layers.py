@@ -87,3 +87,29 @@ def test_a_trial_tells_them_from_others(module, known):
 def test_classes_of_libraries_are_known(library, path, settings):
     module = getattr(pytest.importorskip(library), path)(*settings)
     assert find_rule(module) is not None
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+@pytest.mark.parametrize(
+    ("path", "settings"),
+    [
+        ("llama.modeling_llama.LlamaRMSNorm", (4,)),
+        ("gemma.modeling_gemma.GemmaRMSNorm", (4,)),
+        ("cohere.modeling_cohere.CohereLayerNorm", (4,)),
+        ("gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding", (8, 4, 0, 2.0)),
+    ],
+)
+def test_classes_are_known_whatever_torch_s_default_type_and_device_are(path, settings, default):
+    module_path, _, name = path.rpartition(".")
+    module = getattr(pytest.importorskip(f"transformers.models.{module_path}"), name)(*settings)
+    before = torch.get_default_dtype()
+    try:
+        if default == "meta":
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        known = find_rule(module)
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert known is not None

@@ -174,7 +174,7 @@ class Root:
 
 def _numbers(like: Tensor) -> Tensor:
     """Numbers that are not drawn: the run's own random numbers must not change."""
-    numbers = torch.arange(1, like.numel() + 1, device=like.device).mul(1.7).cos().add(1.5)
+    numbers = torch.arange(1, like.numel() + 1, dtype=torch.float32, device=like.device).mul(1.7).cos().add(1.5)
     return numbers.view(like.shape).to(like.dtype)
 
 

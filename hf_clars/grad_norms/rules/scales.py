@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.registry import LayerRule, register_rule
 from hf_clars.grad_norms.rules.linear import positions
+from hf_clars.grad_norms.rules.trials import are_close, trial_numbers
 
 
 @register_rule("*LayerScale")
@@ -27,9 +28,7 @@ class ScaleRule(LayerRule):
         ((name, weight), *others) = [*module.named_parameters(recurse=False), ("", None)]
         if weight is None or len(others) > 1 or weight.is_meta or is_split(weight) or not weight.numel():
             return False
-        generator = torch.Generator().manual_seed(0)
-        w = torch.randn(weight.shape, generator=generator).to(weight.device)
-        x = torch.randn(2, *self.trial_shape(weight.numel()), generator=generator).to(weight.device)
+        w, x = trial_numbers(weight.device, weight.shape, (2, *self.trial_shape(weight.numel())))
         before, trial = x.clone(), copy.copy(module)
         trial.__dict__["_parameters"] = {name: nn.Parameter(w)}
         try:
@@ -38,7 +37,7 @@ class ScaleRule(LayerRule):
         except Exception:
             return False
         right = before * w.flatten().view(self.trial_shape(weight.numel(), 1))
-        return isinstance(y, Tensor) and torch.equal(x, before) and y.shape == x.shape and torch.allclose(y, right)
+        return torch.equal(x, before) and are_close(y, right)
 
     @staticmethod
     def trial_shape(width: int, other: int = 3) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_clars.distributed import is_split
 from hf_clars.grad_norms.registry import LayerRule, register_rule
 from hf_clars.grad_norms.rules.embedding import EmbeddingRule
+from hf_clars.grad_norms.rules.trials import are_close, trial_numbers
 
 
 @register_rule("*ScaledWordEmbedding")
@@ -30,7 +31,7 @@ class ScaledEmbeddingRule(EmbeddingRule):
             return False
         if weight is None or weight.is_meta or is_split(weight):
             return False
-        table = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+        (table,) = trial_numbers(weight.device, (4, weight.shape[1]))
         tokens = torch.tensor([[0, 3, 1], [2, 3, 3]], device=weight.device)
         trial = copy.copy(module)
         trial.__dict__.update(_parameters={"weight": nn.Parameter(table)}, padding_idx=None, num_embeddings=4)
@@ -39,7 +40,7 @@ class ScaledEmbeddingRule(EmbeddingRule):
                 y = type(module).forward(trial, tokens)
         except Exception:
             return False
-        return isinstance(y, Tensor) and y.shape == (2, 3, table.shape[1]) and torch.allclose(y, table[tokens] * scale)
+        return are_close(y, table[tokens] * scale)
 
     def row_grads(self, module: nn.Module, saved: tuple[Tensor, ...], g: Tensor) -> Tensor:
         """See `LayerRule`."""

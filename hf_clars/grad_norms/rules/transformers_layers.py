@@ -21,6 +21,7 @@ from hf_clars.grad_norms.pytree import first_tensor
 from hf_clars.grad_norms.registry import LayerRule, WholeBackward, register_rule
 from hf_clars.grad_norms.rules.linear import LinearRule, positions
 from hf_clars.grad_norms.rules.normalization import LayerNormRule, weighted_rows
+from hf_clars.grad_norms.rules.trials import are_close, trial_numbers
 from hf_clars.grad_norms.torch_internals import weight_of
 
 
@@ -82,9 +83,7 @@ class RootMeanSquareRule(LayerRule):
         eps = _epsilon(module)
         if weight is None or eps is None or weight.dim() != 1 or weight.is_meta or is_split(weight) or not len(weight):
             return False
-        generator = torch.Generator().manual_seed(0)
-        w = torch.randn(len(weight), generator=generator).to(weight.device)
-        x = torch.randn(2, 3, len(weight), generator=generator).to(weight.device)
+        w, x = trial_numbers(weight.device, (len(weight),), (2, 3, len(weight)))
         trial = copy.copy(module)
         trial.__dict__["_parameters"] = {"weight": nn.Parameter(w)}
         *mean, scale = self.statistics(x, eps)
@@ -94,7 +93,7 @@ class RootMeanSquareRule(LayerRule):
                 y = type(module).forward(trial, x)
         except Exception:
             return False
-        return isinstance(y, Tensor) and any(_close(y, x_hat * factor) for factor in (w, 1 + w))
+        return any(are_close(y, x_hat * factor, rtol=1e-4, atol=1e-5) for factor in (w, 1 + w))
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
         """See `LayerRule`."""
@@ -136,7 +135,3 @@ class ShiftedLayerNormRule(LayerNormRule):
 def _epsilon(module: nn.Module) -> float | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return eps if isinstance(eps, float) else None
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(torch.allclose(a.float(), b, rtol=1e-4, atol=1e-5))
