@@ -257,7 +257,7 @@ class HookedNorms(NormAccumulator):
                 self._hook_uses(forward_pass, [m.use for m in known], known)
             else:
                 found = self._watch_uses(forward_pass, outputs, taint, containers)
-                if mark is not None and found is not None:
+                if mark is not None and found is not None and not forward_pass.packed:
                     self._graphs.add(mark, forward_pass, outputs, found)
         finally:
             forward_pass.uses.leave_graph()

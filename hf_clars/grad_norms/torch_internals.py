@@ -93,9 +93,11 @@ def saved_tensors_are_packed() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def saves_packed(function: torch.autograd.function.BackwardCFunction) -> bool:
-    """Whether what a function of somebody's own saved went through such hooks: it can be read once a backward pass."""
-    return any(saved.unpack_hook is not None for saved in function._raw_saved_tensors)
+def saves_packed(node: torch.autograd.graph.Node) -> bool:
+    """Whether what an operation saved went through such hooks: it can be read but once a backward pass."""
+    found = (getattr(node, name) for name in dir(type(node)) if name.startswith("_raw_saved_"))
+    each = (saved for t in found for saved in (t if isinstance(t, tuple | list) else (t,)))
+    return any(getattr(saved, "unpack_hook", None) is not None for saved in each)
 
 
 def ends_recomputation(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from hf_clars.grad_norms.graph.rows import GivenRows
 from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, WorstPlaces
 from hf_clars.grad_norms.graph.walk import SPREADS, GraphWalk, Region, Signature, Use, refuse
 from hf_clars.grad_norms.hooked_modules import HookedModule
-from hf_clars.grad_norms.torch_internals import is_jagged, shape_at
+from hf_clars.grad_norms.torch_internals import is_jagged, saves_packed, shape_at
 from hf_clars.grad_norms.uses import RuleUse
 
 _BY_INDEX = ("IndexBackward0", "IndexSelectBackward0", "GatherBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0")
@@ -102,8 +102,7 @@ class GraphFinder:
         Raises:
             BatchAxisError: If rows cannot be told apart by sample.
         """
-        self._follows = taint is not None
-        self._sees_hooks = taint.sees_hooks if taint is not None else self._sees_hooks
+        self._follows, self._sees_hooks = taint is not None, self._sees_hooks if taint is None else taint.sees_hooks
         if taint is not None and taint.batch > 1:
             self.moves_rows, self._followed = self.moves_rows or taint.moves, self._followed + 1
         for _ in range(6):
@@ -112,6 +111,9 @@ class GraphFinder:
                 # What is not known to take the data must have taken it before: these belong to samples.
                 inner = inner_roots(outputs, forward_pass.batch_size) if self.unknown else []
                 walk = self._walk(forward_pass, outputs, taint, walk.lost | {root.edge.node for root in inner})
+            forward_pass.packed |= any(
+                saves_packed(use.node) for use in walk.uses
+            )  # as where no module is checkpointed
             self._layouts.look(walk.uses, forward_pass.batch_size)
             unproven = [c for c in forward_pass.uses.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]

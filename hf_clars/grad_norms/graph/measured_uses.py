@@ -52,9 +52,8 @@ class MeasuredUse:
     def grads(self, grads: Sequence[Tensor | None], batch: int, measured: int) -> Tensor:
         """Each sample's gradient of the operand, [measured, *shape]."""
         use, of = self.use, self._operand(grads, batch, measured)
-        own = isinstance(use.node, BackwardCFunction) and not saves_packed(
-            use.node
-        )  # the engine may go on to much else
+        # The engine might go on to other uses of its parameters; it has to where what was saved can be read but once.
+        own = isinstance(use.node, BackwardCFunction) and not saves_packed(use.node)
         if self.careful and not own and not use.node.name().startswith(("Expand", "Add", "Sub")):
             return of.one_by_one(lambda stacks: _grads_by_engine(use, stacks))
         return operand_grads(of)

@@ -1,0 +1,67 @@
+"""Promise: a parameter that a checkpointed function takes, with no module called inside, is measured in every pass."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from hf_clars.grad_norms import PerSampleGradNorms
+from tests.three_passes import on_one_thread
+
+one_thread = pytest.fixture(autouse=True)(on_one_thread)
+
+
+def again(x, weight):
+    return torch.tanh(x @ weight)
+
+
+def made_inside(x, weight):
+    return torch.tanh(x @ torch.tanh(weight * weight.exp()))
+
+
+def offloaded(x, weight):
+    with save_on_cpu():
+        return again(x, weight)
+
+
+WAYS = {
+    "once": lambda x, w: checkpoint(again, x, w, use_reentrant=False),
+    "reentrant": lambda x, w: checkpoint(again, x, w, use_reentrant=True),
+    "made of it inside": lambda x, w: checkpoint(made_inside, x, w, use_reentrant=False),
+    "several times": lambda x, w: checkpoint(
+        again, checkpoint(again, x, w, use_reentrant=False), w, use_reentrant=False
+    ),
+    "inside and outside": lambda x, w: checkpoint(again, x @ w, w, use_reentrant=False),
+    "offloaded": offloaded,
+}
+
+
+class Model(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.way, self.first, self.head = way, nn.Linear(4, 4), nn.Linear(4, 2)
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):  # [B, T, 4]
+        return self.head(self.way(self.first(x), self.weight))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_exact(way):
+    model = Model(WAYS[way]).double()
+    plain = copy.deepcopy(model)
+    with PerSampleGradNorms(model, layers="tensor") as norms:
+        for size, tokens in ((3, 5), (3, 5), (5, 2), (2, 4), (3, 5)):
+            model.zero_grad()
+            x = torch.randn(size, tokens, 4, dtype=torch.float64)
+            model(x).flatten(1).sin().sum(1).mean().backward()
+            found = norms.per_sample
+            for i in range(size):
+                plain.zero_grad()
+                plain(x[i : i + 1]).sin().sum().backward()
+                for name, p in plain.named_parameters():
+                    torch.testing.assert_close(found[name][i], p.grad.norm(), rtol=1e-9, atol=1e-12, msg=name)
