@@ -151,7 +151,8 @@ class HookedNorms(NormAccumulator):
         if not self._passes or self.paused or differentiating() or inside_function_transform():
             return
         if not torch.is_grad_enabled():
-            self._passes[-1].uses.without_grad[hooked] += bool(hooked.params) and not self._following.elsewhere
+            if not (self._following.elsewhere or self._passes[-1].returned):
+                self._passes[-1].uses.note_without_grad(hooked, self._hooked)
             return
         if inside_backward():
             self._on_repeated_container_call(hooked, output)

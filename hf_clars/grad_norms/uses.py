@@ -122,6 +122,8 @@ class Uses:
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
         moved_without_grad: Those that were called so on rows that were given other places.
         recomputed: How often a module is still to be called again. Its parameters are counted already.
+        runs: How often a module without a rule has returned without gradients.
+        uncalled: The modules inside such a one that it did not call.
         returns: Parameters whose gradient an operation of somebody's own will return, which runs backward now.
     """
 
@@ -135,6 +137,8 @@ class Uses:
         self.moved_without_grad: set[HookedModule] = set()
         self.recomputed: Counter[HookedModule] = Counter()
         self.returns: set[nn.Parameter] = set()
+        self.runs: Counter[HookedModule] = Counter()
+        self.uncalled: dict[HookedModule, set[HookedModule]] = {}
 
     def add(self, param: nn.Parameter) -> None:
         """Count a use of a parameter."""
@@ -148,11 +152,25 @@ class Uses:
         if self.times[param] < 2:
             self.several.discard(param)
 
+    def note_without_grad(self, hooked: HookedModule, among: Iterable[HookedModule]) -> None:
+        """A module without a rule returns, called without gradients. It may use others' parameters without calling these.
+
+        Args:
+            hooked: The module.
+            among: All that are measured.
+        """
+        self.runs[hooked] += 1
+        inside = f"{hooked.path}." if hooked.path else ""
+        others = (h for h in among if h.params and h is not hooked and h.path.startswith(inside))
+        left = {h for h in others if self.without_grad[h] < self.runs[hooked]}
+        self.uncalled.setdefault(hooked, set()).update(left)
+        self.without_grad[hooked] += bool(hooked.params or left)
+
     def note_recomputation(self) -> None:
         """The forward pass ends: what was called without gradients will be called again, and is counted now."""
         for hooked, times in self.without_grad.items():
             self.recomputed[hooked] += times
-            for param in list(hooked.trainable().values()) * times:
+            for param in [p for h in (hooked, *self.uncalled.get(hooked, ())) for p in h.trainable().values()] * times:
                 self.add(param)
 
     def returning(self, node: Node, params: Iterable[nn.Parameter]) -> None:
