@@ -153,7 +153,7 @@ class Uses:
             self.several.discard(param)
 
     def note_without_grad(self, hooked: HookedModule, among: Iterable[HookedModule]) -> None:
-        """A module without a rule returns, called without gradients. It may use others' parameters without calling these.
+        """A module without a rule returns, called without gradients. It may use parameters of others as they are.
 
         Args:
             hooked: The module.
@@ -174,7 +174,7 @@ class Uses:
                 self.add(param)
 
     def returning(self, node: Node, params: Iterable[nn.Parameter]) -> None:
-        """An operation of somebody's own is about to run backward, and will return the gradients of some parameters."""
+        """An operation of somebody's own is about to run backward, and will return gradients of some parameters."""
         mine = set(params) - self.returns
         self.returns |= mine
 
