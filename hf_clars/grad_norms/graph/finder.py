@@ -119,8 +119,8 @@ class GraphFinder:
         self._layouts.trust()
         self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
         self.moves_rows |= any(c.plan.moved == MOVED and not c.cancelled for c in forward_pass.uses.rule_calls)
-        if self._kinds.is_new(forward_pass) and self.checks_rows:
-            check_rows(self._proofs, forward_pass, outputs, walk, self._known, self.name_of)
+        if self._kinds.is_new(forward_pass, walk) and self.checks_rows:
+            self._layouts.part(check_rows(self._proofs, forward_pass, outputs, walk, self._known, self.name_of))
         found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
         gated = [use for use, at_node in found if at_node is None]
         if gated:

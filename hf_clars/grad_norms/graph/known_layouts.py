@@ -31,6 +31,7 @@ class LayoutsOfUses:
         self._agreed: Counter[Look] = Counter()
         self._doubted: set[Look] = set()
         self._mixed: Counter[Look] = Counter()
+        self._parted: set[Look] = set()
 
     def look(self, uses: Iterable[Use], batch: int) -> None:
         """These were found in a pass of B samples; where more look alike than ever did, all of them are asked."""
@@ -41,6 +42,8 @@ class LayoutsOfUses:
     def of(self, use: Use) -> Layouts | None:
         """Of a use's results, or None. Two views of one token lie as two tokens do: other lengths tell."""
         look, rows = self._look_of(use)
+        if look in self._parted:
+            return [None for _ in use.result_shapes]
         seen = self._rows[look]
         if self._mixed[look] >= FOLLOWED:
             return [Layout() for _ in use.result_shapes]
@@ -62,6 +65,10 @@ class LayoutsOfUses:
         other = self._known.setdefault(look, layouts) != layouts
         self._several |= {look} if other else set()
         return other
+
+    def part(self, uses: Iterable[Use]) -> None:
+        """Rows of these, and of all that look like them, are other samples' too: they belong to none from now on."""
+        self._parted |= {self._look_of(use)[0] for use in uses}
 
     def trust(self) -> None:
         """All uses of a pass were asked."""
