@@ -151,7 +151,7 @@ class Batches:
     def _sounds(self) -> Iterator[dict[str, Any]]:
         if "input_values" in self.takes:
             spectrum = (find(self.config, "max_length", 64), find(self.config, "num_mel_bins", 16))
-            waves: list[tuple[int, ...]] = [(2000,), (1, 2000), (1, 8000), spectrum]
+            waves: list[tuple[int, ...]] = [(2000,), (8000,), (1, 2000), (1, 8000), spectrum]
             for shape in waves:
                 yield {"input_values": self.random(*shape)}
         if "input_features" in self.takes:

@@ -42,6 +42,7 @@ class GraphFinder:
         moves_rows: Whether the model gives rows other places.
         given: What is known of the tensors that it is called with.
         gated: Modules whose results are kept as gates from now on.
+        gates_may_be_needed: Whether those of all modules are: a use was heard in part, and may not be heard again.
         bare: What the model returned last that is made of parameters alone, and of which.
         checks_rows: Whether the second pass looks again at all that was sure, see `check_rows`.
     """
@@ -51,6 +52,7 @@ class GraphFinder:
     is_split: Callable[[], bool]
     unknown: bool = False
     gated: set[HookedModule] = field(default_factory=set)
+    gates_may_be_needed: bool = False
     bare: Sequence[tuple[Tensor, list[nn.Parameter]]] = ()
     checks_rows: bool = True
 
@@ -131,7 +133,7 @@ class GraphFinder:
             edges = container.batch_first(forward_pass.batch_size)
             gates.setdefault(container, Gate(edges, str(container.hooked), forward_pass.packed)).uses.append(use)
         self.gated = {*self._gate_of.values(), *filter(None, self._unheard.values())}
-        self._layouts.end()
+        self.gates_may_be_needed = self._layouts.end()
         self.bare = () if taint is None else walk.bare
         if taint is not None and self._followed == 1:
             self._proofs.look_at_the_second_axis(forward_pass, outputs, walk, taint)
@@ -302,10 +304,8 @@ class GraphFinder:
     # ---- gates -----------------------------------------------------------------------------------------------
 
     def _at_node(self, use: Use, forward_pass: ForwardPass) -> MeasuredUse | None:
-        shapes = use.result_shapes
-        name = self.name_of(next(iter(use.leaves.values())))
-        layouts = self._known(use, forward_pass.batch_size)
-        if layouts is not None:
+        shapes, name = use.result_shapes, self.name_of(next(iter(use.leaves.values())))
+        if (layouts := self._known(use, forward_pass.batch_size)) is not None:
             known = any(la is not None for la in layouts)
             return MeasuredUse(use, layouts, name, careful=forward_pass.packed) if known else None
         if shapes[0] and shapes[0][0] == forward_pass.batch_size and use.moved != MOVED:

@@ -32,6 +32,8 @@ class LayoutsOfUses:
         self._doubted: set[Look] = set()
         self._mixed: Counter[Look] = Counter()
         self._parted: set[Look] = set()
+        self._asked: set[Look] = set()
+        self._lasting: set[Look] = set()
 
     def look(self, uses: Iterable[Use], batch: int) -> None:
         """These were found in a pass of B samples; where more look alike than ever did, all of them are asked."""
@@ -59,6 +61,8 @@ class LayoutsOfUses:
         self._now[use.node] = layouts
         look, rows = self._look_of(use)
         self._mixed[look] += mixed
+        self._asked |= {look} if use.moved != MOVED else set()
+        self._lasting |= {look} if lasts else set()
         if not lasts:
             return False
         self._rows[look].add(rows)
@@ -75,9 +79,10 @@ class LayoutsOfUses:
         self._agreed |= self._alike if self._batch > 1 else Counter()
         self._doubted.clear()
 
-    def end(self) -> None:
-        """The pass ends."""
+    def end(self) -> bool:
+        """The pass ends. Returns whether uses are left of which it has told too little to be remembered."""
         self._now.clear()
+        return not self._asked <= self._lasting
 
     def _look_of(self, use: Use) -> tuple[Look, tuple[int, ...]]:
         """And rows a sample: one alone tells nothing of how several lie."""
