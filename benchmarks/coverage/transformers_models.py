@@ -122,6 +122,8 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "Lilt": {"hidden_size": 48},
     "Lfm2Moe": {"layer_types": ["conv", "full_attention"]},
     "Mamba2": {"num_heads": 8, "head_dim": 8},
+    "Molmo2For": {"adapter_config": {"vision_feature_layer": [0, 1]}},
+    "MoonshineStreaming": {"num_key_value_heads": 4},
     "Musicgen": {"num_codebooks": 1},
     "Qwen2VL": _VISION_LANGUAGE | {"vision_config": {"embed_dim": 32, "num_heads": 2, "hidden_size": 32}},
     "Qwen2_5_VL": _VISION_LANGUAGE,
