@@ -20,22 +20,31 @@ def test_a_running_backward_pass_is_seen():
     assert not internals.inside_backward()
 
 
-def test_what_the_running_operation_takes_is_seen():
-    seen, given, other = [], torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_backward_pass_that_leaves_parameters_out_is_seen(inside):
+    """By their places in the graph, and from inside an operation, where autograd is off."""
+    seen, x, w = [], torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
 
-    class Doubles(torch.autograd.Function):
+    class Times(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
-            return 2 * x
+        def forward(ctx, x, w):
+            return x * w
 
         @staticmethod
         def backward(ctx, g):
-            seen.extend(internals.takes_any([p]) for p in (given, other))
-            return 2 * g
+            seen.append(not internals.gives_none([w]) if inside else internals.is_asked_for(w))
+            return g, g
 
-    (Doubles.apply(given) * other).sum().backward()
-    assert seen == [True, False]
-    assert not internals.takes_any([given])
+    def loss():
+        return Times.apply(x, w).sum()
+
+    loss().backward()
+    torch.autograd.grad(loss(), [x, w])
+    torch.autograd.grad(loss(), w)
+    loss().backward(inputs=[w])
+    torch.autograd.grad(loss(), x)
+    loss().backward(inputs=[x])
+    assert seen == [True, True, True, True, False, False]
 
 
 def test_hooks_that_are_taken_out_do_not_run_and_those_put_back_do():

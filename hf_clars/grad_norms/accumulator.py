@@ -14,6 +14,7 @@ from hf_clars.grad_norms.errors import BatchAxisError, MixedDevicesError
 from hf_clars.grad_norms.forward_pass import ForwardPass, NormTotals
 from hf_clars.grad_norms.gradient_watch import GradientWatch
 from hf_clars.grad_norms.hooks import ModelReturns, PassBegins, PlacedHooks
+from hf_clars.grad_norms.model_parts import LeavesInUse
 from hf_clars.grad_norms.pytree import of_the_batch, tensors_within
 from hf_clars.grad_norms.torch_internals import NO_BACKWARD, backward_number, inside_backward, inside_function_transform
 from hf_clars.grad_norms.undisturbed import differentiating, note_caller
@@ -61,6 +62,7 @@ class NormAccumulator:
         self.samples = samples
         self.paused = False
         self._layer_of = {p: k for k, layer in enumerate(self.layers) for p in layer.params}
+        self._in_use = LeavesInUse(self._layer_of, model)
         self._keep = keep_per_sample
         self.engine_dropped_a_batch: Callable[[], bool] = lambda: False
         self._passes: list[ForwardPass] = []
@@ -122,7 +124,9 @@ class NormAccumulator:
         if forward_pass.implicit:
             return  # the model was called without a tensor, and its modules opened the pass, as where it runs in parts
         outputs = [t for t in tensors_within(output) if t.requires_grad]
-        mark = forward_pass.guarded(lambda _, p=forward_pass: None if differentiating() else self._mark(p))
+        mark = forward_pass.guarded(
+            lambda _, p=forward_pass: self._mark(p) if not differentiating() and p.asked() else None
+        )
         forward_pass.graph = weakref.ref(mark)
         self._check_result(forward_pass, outputs)
         forward_pass.returned = True
@@ -153,7 +157,8 @@ class NormAccumulator:
             held = sum(p.measured for p in self._passes if may_count(p))
             measured = max(0, min(batch_size, self.samples - held))
         keeps_errors = self.take_error is not None
-        opened = ForwardPass(batch_size, measured, self._layer_of, implicit, self._mark, self.model, keeps_errors)
+        given = (batch_size, measured, self._layer_of, implicit, self._mark, self.model, keeps_errors)
+        opened = ForwardPass(*given, is_split=self._in_use.are_split)
         self._passes.append(opened)
         return opened
 

@@ -17,7 +17,7 @@ from hf_clars.grad_norms.hooked_modules import CallPlan, HookedModule
 from hf_clars.grad_norms.norm_sums import NormSums
 from hf_clars.grad_norms.pytree import GivenTensors
 from hf_clars.grad_norms.tied_tables import TiedTable, tied_table
-from hf_clars.grad_norms.torch_internals import operations_recorded, takes_any
+from hf_clars.grad_norms.torch_internals import NO_BACKWARD, backward_number, is_asked_for, operations_recorded
 from hf_clars.grad_norms.undisturbed import differentiating, undisturbed
 from hf_clars.grad_norms.uses import Uses
 
@@ -72,6 +72,7 @@ class ForwardPass:
         ours: How many of these are no operations of the model, but came with how its calls are measured.
         earlier: Those of the model's calls before, to which the same backward pass may come.
         times: Takes the time of each call's norms, if they are timed.
+        is_split: Whether the graph knows parameters by others than themselves, as where an engine gathers them.
     """
 
     batch_size: int
@@ -99,6 +100,7 @@ class ForwardPass:
     ours: int = 0
     earlier: Sequence[range] = ()
     times: CallTimes | None = None
+    is_split: Callable[[], bool] = lambda: False
     uses: Uses = field(init=False)
     sums: NormSums = field(init=False)
     given: GivenTensors = field(init=False)
@@ -107,6 +109,18 @@ class ForwardPass:
         self.uses = Uses()
         self.sums = NormSums(self.layer_of, self.uses.several)
         self.given = GivenTensors(self.batch_size)
+        self._asked: tuple[int, bool] = (NO_BACKWARD, True)
+
+    def asked(self) -> bool:
+        """Whether the backward pass under way gives any measured parameter its gradient.
+
+        Another one adds nothing to the batch: as for the gradient of an image, `torch.autograd.grad(loss, x)`.
+        """
+        number = backward_number()
+        if number != self._asked[0]:
+            trained = [p for p in self.layer_of if p.requires_grad]
+            self._asked = (number, self.is_split() or any(map(is_asked_for, trained)))
+        return self._asked[1]
 
     def free_graph(self) -> None:
         """Drop what no gradient came through; see `Uses.free_graph`."""
@@ -183,21 +197,20 @@ class _Guarded:
 
 
 def asked_inside(passes: Iterable[ForwardPass], params: Collection[nn.Parameter]) -> bool:
-    """Whether an operation of somebody's own runs backward and takes some parameters itself, as a reversible network's.
+    """Whether an operation of somebody's own runs backward and returns some parameters' gradients, as an adjoint does.
 
-    It calls their module, asks for their gradients, and returns them, so that it is measured as a whole. Hooks on the
-    parameters see these gradients twice: no sums are checked.
+    It calls their module and asks for their gradients. It takes them as they are, or all as one vector, and is measured
+    as a whole. Hooks on the parameters see these gradients twice: no sums are checked.
 
     Args:
         passes: The passes under way.
         params: The module's parameters.
     """
-    if not takes_any(params) or not any(p in each.uses.returned for each in passes for p in params):
-        return False
-    for forward_pass in passes:
+    inside = [each for each in passes if not each.uses.returns.isdisjoint(params)]
+    for forward_pass in inside:
         if forward_pass.sums.check is not None:
             forward_pass.sums.check.leave_out(params)
-    return True
+    return bool(inside)
 
 
 def _came_too_late() -> UncoveredParameterError:

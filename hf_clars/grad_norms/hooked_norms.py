@@ -21,7 +21,7 @@ from hf_clars.grad_norms.graph.taint import MOVED, DataTaint, Following
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.hooked_modules import HookedModule, find_hooked_modules
 from hf_clars.grad_norms.hooks import BoundHook, PassEnds, PlacedHooks
-from hf_clars.grad_norms.model_parts import LeavesInUse, ModelParts
+from hf_clars.grad_norms.model_parts import ModelParts
 from hf_clars.grad_norms.pytree import tensor_given, tensors_in
 from hf_clars.grad_norms.torch_internals import (
     inside_backward,
@@ -49,7 +49,6 @@ class HookedNorms(NormAccumulator):
     ) -> None:
         super().__init__(model, layers, samples=samples, keep_per_sample=keep_per_sample)
         self._ever_captured: set[nn.Parameter] = set()
-        self._in_use = LeavesInUse(self._layer_of, self.model)
         self._finder = GraphFinder(self._in_use.param_of, self._name_of, self._in_use.are_split)
         self._following = Following()
         self._graphs = KnownGraphs()
@@ -169,7 +168,7 @@ class HookedNorms(NormAccumulator):
     def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:
         """Reentrant checkpointing makes the graph of a module only now."""
         forward_pass = next((p for p in self._under_way() if p.uses.recomputed[hooked]), None)
-        if forward_pass is not None:
+        if forward_pass is not None and not asked_inside(self._passes, list(hooked.module.parameters())):
             forward_pass.uses.recomputed[hooked] -= 1
             self._watch_uses(forward_pass, [t for t in tensors_in(output) if t.requires_grad], None, [], again=True)
 

@@ -51,6 +51,9 @@ class RuleCall(RuleUse):
         """
         if self.repeats or self.cancelled or differentiating():
             return False
+        if not self.forward_pass.asked():
+            self.fired |= torch.is_grad_enabled()  # else it is differentiated again, and that shows no samples
+            return False
         again, self.fired = self.fired, True
         self.forward_pass.gradient_comes(self.hooked, again=again)
         self.leave_graph()

@@ -36,11 +36,24 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
-def takes_any(params: Iterable[Tensor]) -> bool:
-    """Whether the operation whose backward function runs now in this thread has one of these as an operand."""
-    node = torch._C._current_autograd_node()
-    taken = () if node is None else [getattr(child, "variable", None) for child, _ in node.next_functions]
-    return any(p is t for p in params for t in taken)
+def is_asked_for(leaf: Tensor) -> bool:
+    """Whether the backward pass that runs in this thread gives a leaf its gradient."""
+    return _is_run(torch.autograd.graph.get_gradient_edge(leaf).node)
+
+
+def gives_none(leaves: Iterable[Tensor]) -> bool:
+    """Whether the operation that runs backward in this thread takes some leaves, and none is given its gradient."""
+    node, wanted = torch._C._current_autograd_node(), set(map(id, leaves))
+    children = () if node is None else (child for child, _ in node.next_functions if child is not None)
+    taken = [child for child in children if id(getattr(child, "variable", None)) in wanted]
+    return bool(taken) and not any(map(_is_run, taken))
+
+
+def _is_run(node: torch.autograd.graph.Node) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch.autograd.grad was asked for this leaf, and does not say so
+        return True
 
 
 def operations_recorded() -> int:
@@ -78,6 +91,11 @@ def hooks_on_gradients(tensor: Tensor) -> list[dict[int, Any]]:
 def saved_tensors_are_packed() -> bool:
     """Whether saved tensors go through hooks now (checkpointing, offload): then a graph's tensors must not be read."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def saves_packed(function: torch.autograd.function.BackwardCFunction) -> bool:
+    """Whether what a function of somebody's own saved went through such hooks: it can be read once a backward pass."""
+    return any(saved.unpack_hook is not None for saved in function._raw_saved_tensors)
 
 
 def ends_recomputation(error: BaseException) -> bool:

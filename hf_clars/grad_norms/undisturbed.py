@@ -8,8 +8,9 @@ running statistics move on. That must happen in the user's backward pass alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +18,9 @@ from hf_clars.grad_norms.torch_internals import hooks_on_gradients, inside_backw
 
 _under_way: set[quietly] = set()
 """Our own differentiations, in all threads: hooks of all trackers must do nothing in these."""
+
+_looks: set[quietly] = set()
+"""Those of them that only look where gradients go."""
 
 
 class _Thread(threading.local):
@@ -58,6 +62,29 @@ class quietly:
     def __exit__(self, *_: object) -> None:
         _thread.differentiations -= 1
         _under_way.discard(self)
+
+
+class looking(quietly):
+    """The same, where only the way of gradients is looked at: hooks of the model's own on tensors are left out too."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        _looks.add(self)
+        super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        _looks.discard(self)
+
+
+def left_out_of_looks(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """A hook on a tensor that runs in the user's backward pass alone: it may take itself off, or keep what it sees."""
+
+    def run(g: Tensor) -> Any:
+        return None if _looks and differentiating() else hook(g)
+
+    return run
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.hooked_modules import CallPlan, HookedModule
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.registry import LayerRule
+from hf_clars.grad_norms.undisturbed import differentiating
 
 
 @dataclass(eq=False, slots=True)
@@ -120,7 +122,7 @@ class Uses:
         without_grad: How often a module was called without gradients: reentrant checkpointing will call it again.
         moved_without_grad: Those that were called so on rows that were given other places.
         recomputed: How often a module is still to be called again. Its parameters are counted already.
-        returned: Parameters whose gradient an operation of somebody's own returned, where modules will be called again.
+        returns: Parameters whose gradient an operation of somebody's own will return, which runs backward now.
     """
 
     def __init__(self) -> None:
@@ -132,7 +134,7 @@ class Uses:
         self.without_grad: Counter[HookedModule] = Counter()
         self.moved_without_grad: set[HookedModule] = set()
         self.recomputed: Counter[HookedModule] = Counter()
-        self.returned: set[nn.Parameter] = set()
+        self.returns: set[nn.Parameter] = set()
 
     def add(self, param: nn.Parameter) -> None:
         """Count a use of a parameter."""
@@ -152,6 +154,17 @@ class Uses:
             self.recomputed[hooked] += times
             for param in list(hooked.trainable().values()) * times:
                 self.add(param)
+
+    def returning(self, node: Node, params: Iterable[nn.Parameter]) -> None:
+        """An operation of somebody's own is about to run backward, and will return the gradients of some parameters."""
+        mine = set(params) - self.returns
+        self.returns |= mine
+
+        def done(*_: object) -> None:
+            if not differentiating():
+                self.returns -= mine
+
+        node.register_hook(done)
 
     def free_graph(self) -> bool:
         """Drop what no gradient came through, so that the graph and its hooks do not keep each other.

@@ -64,6 +64,8 @@ ALONG_THE_LAST = {
     **dict.fromkeys(("sort", "argsort", "topk"), -1),
     **{name: (-2, -1) if name.endswith("2") else -1 for name in ALONG if name.startswith("fft") and name[-1] != "n"},
 }
+#: Bring axes that the operands share to the front on the way to their result: heads or experts, and not the samples.
+TURNS_INSIDE = ("einsum",)
 JOINS = ("cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack")
 
 

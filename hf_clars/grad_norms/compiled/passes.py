@@ -21,6 +21,7 @@ from hf_clars.grad_norms.forward_pass import ForwardPass
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.model_parts import ModelParts
+from hf_clars.grad_norms.torch_internals import gives_none
 from hf_clars.grad_norms.undisturbed import differentiating
 
 
@@ -166,9 +167,13 @@ class CompiledPasses:
         with self._guarded():
             self._take_norms(number, squares, uses)
 
+    def _is_unasked(self) -> bool:
+        """See `ForwardPass.asked`: this is inside an operation of our own, from where torch shows less of the graph."""
+        return gives_none([*self.calls.params, self.calls.leaf])
+
     def _take_norms(self, number: int, squares: Tensor, uses: Tensor) -> None:
         forward_pass = self._open.get(number)
-        if forward_pass is None or differentiating():
+        if forward_pass is None or differentiating() or self._is_unasked():
             return
         try:
             forward_pass.gradient_comes("the compiled model", again=number in self._arrived)
@@ -216,4 +221,5 @@ class CompiledPasses:
     def compiled_sum_arrives(self, row: int, total: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         """See `operations.Receiver`."""
         with self._guarded():
-            self._norms._add_compiled_sum(self.calls.params[row], total, size, dtype)
+            if not self._is_unasked():
+                self._norms._add_compiled_sum(self.calls.params[row], total, size, dtype)

@@ -64,7 +64,7 @@ class GraphFinder:
         self._tables: set[Signature] = set()
         self._layouts = LayoutsOfUses()
         self.moves_rows, self._moved, self.given = False, WorstPlaces(), GivenRows()
-        self._followed, self._follows, self._kinds = 0, False, Kinds()
+        self._followed, self._follows, self._kinds, self._sees_hooks = 0, False, Kinds(), False
         self._believed: dict[tuple[object, ...], list[Layout | None]] = {}
         self._gate_of: dict[tuple[object, ...], HookedModule] = {}
         self._unheard: dict[tuple[object, ...], HookedModule | None] = {}  # uses that no gradient reached: their gates
@@ -77,7 +77,7 @@ class GraphFinder:
         Always where one operation is used on the data and on constants alike; a few times more where rows are given
         other places, as their ways are others in each pass.
         """
-        return self.unknown or bool(self._mixed) or (self.moves_rows and self._followed < FOLLOWED)
+        return self.unknown or bool(self._mixed) or self._sees_hooks or (self.moves_rows and self._followed < FOLLOWED)
 
     def forget(self) -> None:
         """An engine has put other parameters in the places of those that were known."""
@@ -105,6 +105,7 @@ class GraphFinder:
             BatchAxisError: If rows cannot be told apart by sample.
         """
         self._follows = taint is not None
+        self._sees_hooks = taint.sees_hooks if taint is not None else self._sees_hooks
         if taint is not None and taint.batch > 1:
             self.moves_rows, self._followed = self.moves_rows or taint.moves, self._followed + 1
         for _ in range(6):

@@ -22,7 +22,7 @@ from hf_clars.grad_norms.graph.norms_alone import norms_alone
 from hf_clars.grad_norms.graph.operands import Operand, call_for_each
 from hf_clars.grad_norms.graph.walk import Use
 from hf_clars.grad_norms.norm_math import MAX_ELEMENTS, at_least_float32
-from hf_clars.grad_norms.torch_internals import NOTHING, dtype_at, no_autocast, results_of
+from hf_clars.grad_norms.torch_internals import NOTHING, dtype_at, no_autocast, results_of, saves_packed
 from hf_clars.grad_norms.undisturbed import differentiating, quietly, without_hooks
 
 
@@ -49,10 +49,12 @@ class MeasuredUse:
         led = ", led back to it through operations on parameters" if self.use.child[0].next_functions else ""
         return f"in the graph, at {self.use.node.name()}{where}{led}"
 
-    def grads(self, grads: Sequence[Tensor | None], batch: int, measured: int, *, shared: bool = False) -> Tensor:
-        """Each sample's gradient of the operand, [measured, *shape]; `shared`: its parameters have other uses too."""
+    def grads(self, grads: Sequence[Tensor | None], batch: int, measured: int) -> Tensor:
+        """Each sample's gradient of the operand, [measured, *shape]."""
         use, of = self.use, self._operand(grads, batch, measured)
-        own = shared and isinstance(use.node, BackwardCFunction)  # the engine would come to the other uses as well
+        own = isinstance(use.node, BackwardCFunction) and not saves_packed(
+            use.node
+        )  # the engine may go on to much else
         if self.careful and not own and not use.node.name().startswith(("Expand", "Add", "Sub")):
             return of.one_by_one(lambda stacks: _grads_by_engine(use, stacks))
         return operand_grads(of)
@@ -173,11 +175,14 @@ class Arrival:
         node.register_prehook(self.forward_pass.guarded(self))
 
     def take(self, what: str) -> Any:
-        """The gradient has come: what is measured; None if it was let go of before.
+        """The gradient has come: what is measured; None if it was let go of before, or nobody asked for it.
 
         Raises:
             SecondBackwardError: If one had come already, or the norms of the pass were taken.
         """
+        if not self.forward_pass.asked():
+            self.came |= torch.is_grad_enabled()  # else it is differentiated again, and that shows no samples
+            return None
         again, self.came = self.came, True
         self.forward_pass.gradient_comes(what, again=again)
         waited, self.waits = self.waits, None
@@ -258,10 +263,9 @@ class UseArrival(Arrival):
             if norms is not None:
                 forward_pass.sums.take(next(iter(params)), norms.unsqueeze(1), some.dtype)
                 return
-            shared = not forward_pass.uses.several.isdisjoint(params)
-            own = at_least_float32(measured.grads(given, forward_pass.batch_size, forward_pass.measured, shared=shared))
+            own = at_least_float32(measured.grads(given, forward_pass.batch_size, forward_pass.measured))
             if own_function and forward_pass.uses.without_grad and bool(own.any()):
-                forward_pass.uses.returned.update(params)
+                forward_pass.uses.returning(measured.use.node, params)
             self.deliver(measured.use, own, some.dtype)
 
 

@@ -24,7 +24,7 @@ from hf_clars.grad_norms.graph.places import inner_roots, place_of, root_at
 from hf_clars.grad_norms.graph.taint import DataTaint
 from hf_clars.grad_norms.graph.walk import GraphWalk
 from hf_clars.grad_norms.torch_internals import shape_at
-from hf_clars.grad_norms.undisturbed import quietly
+from hf_clars.grad_norms.undisturbed import looking
 
 Place = tuple[GradientEdge, tuple[int, ...]]
 _MOST, _MOST_BELOW_ZEROS = 64, 4
@@ -112,7 +112,7 @@ class Proofs:
         if not roots:
             return [_nothing_told(()) for _ in places]
         try:
-            with quietly(), forward_pass.undisturbed():
+            with looking(), forward_pass.undisturbed():
                 return self._layouts(question, roots, outputs, believed, returned=bool(whole))
         except torch.OutOfMemoryError:
             raise
@@ -186,7 +186,7 @@ class Proofs:
             return _Question((), there, count, (count - 1, 0), couplings).ask([Root(edge, like, Layout(axis))])[1]
 
         try:
-            with quietly(), forward_pass.undisturbed():
+            with looking(), forward_pass.undisturbed():
                 time_first = own(0, batch) is False and own(1, width)
         except torch.OutOfMemoryError:
             raise

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from hf_clars.grad_norms.axes.functions import is_view
+from hf_clars.grad_norms.axes.functions import TURNS_INSIDE, is_view
 from hf_clars.grad_norms.axes.place import LOST, Call, Place
 from hf_clars.grad_norms.errors import UncoveredParameterError
 from hf_clars.grad_norms.graph.layout import Layout
 from hf_clars.grad_norms.graph.rows import Taken, has_batch_axis, is_write, moves_rows, operands_first, taken_rows
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_internals import COMPILED, StorageReference, storage_of, unseen_by_modes, unwrapped
+from hf_clars.grad_norms.undisturbed import left_out_of_looks
 
 _FILLED = ("empty", "zeros", "ones", "full")
 
@@ -51,6 +52,7 @@ class DataTaint(TorchFunctionMode):
         nodes: Operations of the graph that took marked tensors.
         moved_nodes: Those whose rows were given other places: `BROUGHT_BACK` or `MOVED`.
         moves: Whether there were any.
+        sees_hooks: Whether the model puts hooks on tensors.
     """
 
     def __init__(self, batch: int) -> None:
@@ -58,7 +60,7 @@ class DataTaint(TorchFunctionMode):
         self.batch = batch
         self.nodes: set[Node] = set()
         self.moved_nodes: dict[Node, int] = {}
-        self.moves = False
+        self.moves = self.sees_hooks = False
         self._moved: dict[int, int] = {}
         self._blank: set[int] = set()
         self._places: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Place] = {}
@@ -67,8 +69,11 @@ class DataTaint(TorchFunctionMode):
         # The references keep the keys from being given to other memory; they do not keep the memory.
         self._marked: dict[int, StorageReference] = {}
 
-    def mark(self, tensors: Iterable[Tensor], moved: int = 0) -> None:
-        """Say that these depend on the data, and where their rows are: 0, `BROUGHT_BACK` or `MOVED`."""
+    def mark(self, tensors: Iterable[Tensor], moved: int = 0, inside: int = 0) -> None:
+        """Say that these depend on the data, and where their rows are: 0, `BROUGHT_BACK` or `MOVED`.
+
+        `inside` is where rows are at best in what a function made on its way to them.
+        """
         for t in tensors:
             storage = storage_of(t)
             if storage is not None:
@@ -78,7 +83,7 @@ class DataTaint(TorchFunctionMode):
                     self._moved[storage.key] = moved
             node = node_of(t)
             if node is not None:
-                self._mark_nodes(node, self.moved(t))
+                self._mark_nodes(node, self.moved(t), inside)
 
     def moved(self, t: Tensor) -> int:
         """Where a tensor's rows are: 0 (surely where they were), `BROUGHT_BACK` (one look tells) or `MOVED`."""
@@ -122,7 +127,7 @@ class DataTaint(TorchFunctionMode):
         storage = storage_of(t) if self._blank else None
         return storage is not None and storage.key in self._blank
 
-    def _mark_nodes(self, node: Node, moved: int) -> None:
+    def _mark_nodes(self, node: Node, moved: int, inside: int) -> None:
         """The node of a result, and those inside the same function that took something without a gradient."""
         self.nodes.add(node)
         self._visited.discard(node)
@@ -132,8 +137,8 @@ class DataTaint(TorchFunctionMode):
             if inner in self._visited:
                 continue
             self._visited.add(inner)
-            if moved:
-                self.moved_nodes[inner] = moved
+            if worst := moved if inner is node else max(moved, inside):
+                self.moved_nodes[inner] = worst
             children = [child for child, _ in inner.next_functions]
             if None in children and len(children) > 1:
                 self.nodes.add(inner)
@@ -144,6 +149,9 @@ class DataTaint(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if torch.compiler.is_compiling() or name in _GIVES_NO_TENSOR:
             return func(*args, **(kwargs or {}))
+        if name == "register_hook":
+            self.sees_hooks = True
+            return func(args[0], left_out_of_looks(args[1]))
         if name == "__get__":  # an attribute, as `shape` or `mT`
             found = func(*args, **(kwargs or {}))
             if not isinstance(found, Tensor):
@@ -167,7 +175,8 @@ class DataTaint(TorchFunctionMode):
             after = self._places_after(name, func, operands, named, held, places, result)
             for i, t in enumerate(results):
                 self.note_place(t, after[i] if i < len(after) else LOST)
-            self.mark(results, self._met(held, results) if place == LOOSE else place)
+            inside = BROUGHT_BACK * (name in TURNS_INSIDE and self.batch > 1)
+            self.mark(results, self._met(held, results) if place == LOOSE else place, inside)
             if blank or name in _BLANK:
                 self._blank.update(storage.key for t in results if (storage := storage_of(t)) is not None)
         return result
@@ -191,11 +200,7 @@ class DataTaint(TorchFunctionMode):
     def _rows_after(self, name: str, args: Any, kwargs: Any, held: list[Tensor]) -> int:
         """Where the rows of a function's results are; looked at before, as it may change its argument.
 
-        Args:
-            name: The function's.
-            args: What it is called with.
-            kwargs: The same.
-            held: What of it depends on the data.
+        `held` is what depends on the data of what it is called with.
         """
         if self.batch < 2:
             return 0
