@@ -50,6 +50,23 @@ _BACKBONE: dict[str, Any] = {
     "image_size": 64,
 }
 _DETR = _BACKBONE | {"backbone_config": _BACKBONE["backbone_config"] | {"out_features": ["stage4"]}}
+_DEPTH: dict[str, Any] = {
+    "backbone_config": {
+        "model_type": "dinov2",
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "out_indices": [1, 2, 3, 4],
+        "reshape_hidden_states": False,
+        "apply_layernorm": True,
+    },
+    "reassemble_hidden_size": 32,
+    "patch_size": 8,
+    "neck_hidden_sizes": [8, 8, 8, 8],
+    "fusion_hidden_size": 8,
+}
 _SERIES = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 BY_HAND: dict[str, dict[str, Any]] = {
@@ -84,23 +101,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "OmDetTurbo": _BACKBONE,
     "Dbrx": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "DonutSwin": _WINDOWS,
-    "DepthAnything": {
-        "backbone_config": {
-            "model_type": "dinov2",
-            "image_size": 32,
-            "patch_size": 8,
-            "hidden_size": 32,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "out_indices": [1, 2, 3, 4],
-            "reshape_hidden_states": False,
-            "apply_layernorm": True,
-        },
-        "reassemble_hidden_size": 32,
-        "patch_size": 8,
-        "neck_hidden_sizes": [8, 8, 8, 8],
-        "fusion_hidden_size": 8,
-    },
+    "DepthAnything": _DEPTH,
     "Dots3Note": {"per_layer_config": {}},
     "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
     "Ernie4_5_Moe": {"moe_k": 2},
@@ -125,6 +126,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "Molmo2For": {"adapter_config": {"vision_feature_layer": [0, 1]}},
     "MoonshineStreaming": {"num_key_value_heads": 4},
     "Musicgen": {"num_codebooks": 1},
+    "PromptDepthAnything": _DEPTH,
     "Qwen2VL": _VISION_LANGUAGE | {"vision_config": {"embed_dim": 32, "num_heads": 2, "hidden_size": 32}},
     "Qwen2_5_VL": _VISION_LANGUAGE,
     "Qwen3VL": _VISION_LANGUAGE,
@@ -154,7 +156,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
 
 def _by_hand(name: str) -> dict[str, Any]:
     found = {k: v for start, settings in BY_HAND.items() if name.startswith(start) for k, v in settings.items()}
-    return found | ({"is_decoder": False} if name.startswith("ReformerForSeq") else {})
+    return found | ({"is_decoder": False} if name.startswith(("ReformerForSeq", "ReformerForMasked")) else {})
 
 
 def names() -> list[str]:
