@@ -9,13 +9,21 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, guard_or_true
 
 from hf_clars.grad_norms.pytree import tensors_in
+
+_NEVER = 2**50
+"""Rows that no tensor has."""
+
+UnknownLength = GuardOnDataDependentSymNode
+"""The error where a trace is asked for a length that a run alone knows."""
 
 
 def current_trace() -> object:
@@ -34,10 +42,17 @@ def at_root_of_trace() -> bool:
     return tracer is not None and bool(tracer.output.is_root_tracer())  # torch 2.8 runs hooks outside of traces too
 
 
+def root_of_trace() -> CodeType | None:
+    """The code in which the trace under way began."""
+    tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+    root = None if tracer is None else tracer.output.root_tx
+    return None if root is None else root.f_code
+
+
 def resumes() -> bool:
     """Whether what is traced goes on after a graph break."""
-    root = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx
-    return root is not None and root.f_code.co_name.startswith("torch_dynamo_resume_in")
+    root = root_of_trace()
+    return root is not None and root.co_name.startswith("torch_dynamo_resume_in")
 
 
 def before_compiling(change: Callable[[Any], Callable[[Any], Any] | None]) -> None:
@@ -61,6 +76,11 @@ def before_compiling(change: Callable[[Any], Callable[[Any], Any] | None]) -> No
 def compile_anew(why: str) -> NoReturn:
     """As `trace_anew`, when the trace has ended and what was traced is compiled."""
     raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason=why)
+
+
+def rows_are_unknown(x: Tensor) -> bool:
+    """Whether how many rows a tensor has is known to a run alone, as where rows are picked by a mask of the data."""
+    return guard_or_true(x.shape[0] == _NEVER)
 
 
 def value_of(node: Any) -> Any:

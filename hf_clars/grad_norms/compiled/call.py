@@ -16,10 +16,11 @@ from hf_clars.grad_norms.compiled.arithmetic import Arithmetic
 from hf_clars.grad_norms.compiled.functions import Linked, OneProduct, Watched, Way
 from hf_clars.grad_norms.compiled.operations import refuse
 from hf_clars.grad_norms.compiled.state import PATIENCE, PassState
-from hf_clars.grad_norms.compiled.uses import BARE, HANDED, kind_of_use, note_bare, note_uses
+from hf_clars.grad_norms.compiled.uses import BARE, HANDED, hook_is_alone, kind_of_use, note_bare, note_uses
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.pytree import tensor_given
 from hf_clars.grad_norms.registry import LayerRule, is_shipped
+from hf_clars.grad_norms.torch_traces import rows_are_unknown
 
 _LEARN = (
     "Run one forward and backward pass on a batch without torch.compile first (with the norms attached): the layout of "
@@ -52,8 +53,9 @@ class CompiledCall(Arithmetic):
         self.row_numbers = row_numbers
         self.where = self.places
         self.kinds = [kind_of_use(self.rule, n) for n in self.names]
-        of_tables = zip(row_numbers, self.kinds, strict=True)
-        self.links = next((state.links.get(i) for i, kind in of_tables if kind != "other"), None)
+        used = list(zip(row_numbers, self.kinds, strict=True))
+        state.uses.known[hooked.path] = dict(zip(self.names, used, strict=True))
+        self.links = next((state.links.get(i) for i, kind in used if kind != "other"), None)
         self.ran = False
 
     def in_words(self) -> str:
@@ -75,7 +77,9 @@ class CompiledCall(Arithmetic):
         state.keep_rows()
         wanted = [i for i, n in enumerate(self.names) if getattr(module, n).requires_grad]
         if state.within:
-            wanted = [i for i in wanted if state.uses.ways[self.row_numbers[i]] != BARE]
+            bare, wanted = wanted, [i for i in wanted if state.uses.ways[self.row_numbers[i]] != BARE]
+            if len(wanted) < len(bare) and hook_is_alone():
+                return refuse(output, state.receiver, traced_apart(self.name), True)
         if not wanted:
             return None
         if state.within:
@@ -89,7 +93,7 @@ class CompiledCall(Arithmetic):
         batch = rows[0].shape[0]
         if not self._layout_is_known(x, output, batch):
             if self.state.within:  # the uses are found in what is traced, where axes can be followed
-                note_bare(self.state.uses.name, [self.row_numbers[i] for i in wanted])
+                note_bare(self.state.uses.name, self.hooked.path, names)
             return refuse(output, self.state.receiver, self._unknown_rows(x, batch), True)
         spread = output.shape[0] == 1 != batch
         way = None if spread or any(summed) or not self._is_first() else self._way(names, x, output, batch)
@@ -129,8 +133,7 @@ class CompiledCall(Arithmetic):
 
     def _note_uses(self, wanted: list[int]) -> None:
         uses = self.state.uses
-        rows, kinds = [self.row_numbers[i] for i in wanted], [self.kinds[i] for i in wanted]
-        note_uses(uses.name, self.hooked.path, rows, kinds)
+        note_uses(uses.name, self.hooked.path, [self.names[i] for i in wanted])
         if uses.several and not self.state.shares:
             self.state.share()
 
@@ -160,7 +163,7 @@ class CompiledCall(Arithmetic):
     def _layout_is_known(self, x: Tensor, output: Tensor, batch: int) -> bool:
         """Whether the first axis is the batch, or folds it as an uncompiled pass has shown."""
         hooked = self.hooked
-        if not self.rule.has_batch_axis(self.module, x):
+        if rows_are_unknown(x) or not self.rule.has_batch_axis(self.module, x):
             return False
         if output.shape[0] != x.shape[0]:  # tables of positions may be looked up at [1, T], with tokens [B, T] beside
             return self.looks_up and output.shape[0] == 1 and x.shape[0] == batch
@@ -199,6 +202,15 @@ def used_outside(names: str) -> str:
         f"{names}: is used in compiled code without the module that owns it, where no layer rule measures it. Call the "
         "module, detach the parameter there, compile only parts of the model without that use (as "
         "model.layers[0].compile()), or run the model without torch.compile."
+    )
+
+
+def traced_apart(name: str) -> str:
+    """What is wrong with a module whose rows only what is traced could tell, where its hook is traced without it."""
+    return (
+        f"{name} is called where torch.compile traces one call at a time, as in a loop with a branch that the data "
+        "decide, and nothing tells there which rows belong to which sample. Compile the parts of the model that can be "
+        "compiled, one by one (as model.layers[0].compile()), or run the model without torch.compile."
     )
 
 

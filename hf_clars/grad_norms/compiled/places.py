@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from hf_clars.grad_norms.axes.place import LOST, Call, Place, place_in_view, the_one
 from hf_clars.grad_norms.pytree import tensors_in
-from hf_clars.grad_norms.torch_traces import fake_values, is_whole_function, value_of
+from hf_clars.grad_norms.torch_traces import UnknownLength, fake_values, is_whole_function, value_of
 
 
 def name_of(node: fx.Node) -> str:
@@ -38,10 +38,18 @@ def place_of(node: fx.Node, places: Mapping[fx.Node, Any], batch: Any) -> Any:
     Returns:
         A place; None if it is all samples', as a mean over them; or `LOST`. Of several results a tuple.
     """
-    y, name = value_of(node), name_of(node)
+    y = value_of(node)
     given = [n for n in node.all_input_nodes if places.get(n) is not None]
     if not given:
         return None
+    try:
+        return _place_of(node, y, given, places, batch)
+    except UnknownLength:
+        return (LOST,) * len(y) if isinstance(y, tuple | list) else LOST
+
+
+def _place_of(node: fx.Node, y: Any, given: Sequence[fx.Node], places: Mapping[fx.Node, Any], batch: Any) -> Any:
+    name = name_of(node)
     if name == "getitem" and isinstance(places[given[0]], tuple):
         return places[given[0]][node.args[1]]
     several = isinstance(y, tuple | list)

@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_clars.grad_norms.hooked_modules import HookedModule
+from hf_clars.grad_norms.hooks import BoundHook
 from hf_clars.grad_norms.registry import LayerRule
 from hf_clars.grad_norms.torch_traces import (
     at_root_of_trace,
     before_compiling,
     current_trace,
+    root_of_trace,
     trace_anew,
     uses_in_trace,
     when_traced,
@@ -60,6 +62,7 @@ class Uses:
         hooked: As given.
         several: Whether there is one that is `LINKED` or `SUMMED`.
         outside: Parameters that are used without their modules: name and operation.
+        known: By a module's name, and its parameter's: the parameter's row, and how the module uses it.
     """
 
     def __init__(self, ways: Sequence[int], hooked: Sequence[HookedModule], compiling: Callable[[Any], Any]) -> None:
@@ -70,6 +73,7 @@ class Uses:
         self.several = False
         self.outside: dict[nn.Parameter, str] = {}
         self.hooked = hooked
+        self.known: dict[str, dict[str, tuple[int, str]]] = {}
         self._watched: object = None
         self._trace: object = None
         self._kinds: dict[int, list[str]] = {}
@@ -148,9 +152,19 @@ def _way_of(kinds: list[str]) -> int:
 
 
 @torch.compiler.assume_constant_result
-def note_uses(name: str, path: str, rows: Sequence[int], kinds: Sequence[str]) -> bool:
-    """`Uses.note`, of that with this name; it is called when a model is traced, and not by the code."""
-    _uses[name].note(path, rows, kinds)
+def note_uses(name: str, path: str, params: Sequence[str]) -> bool:
+    """`Uses.note`, of that with this name; it is called when a model is traced, and not by the code.
+
+    Where the code of modules that are alike is shared, numbers are no constants to a compiler. Names are.
+
+    Args:
+        name: The `Uses`'.
+        path: The module's.
+        params: Of its parameters.
+    """
+    uses = _uses[name]
+    found = [uses.known[path][param] for param in params]
+    uses.note(path, [row for row, _ in found], [kind for _, kind in found])
     return True
 
 
@@ -168,11 +182,19 @@ def note_done(name: str, path: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def note_bare(name: str, rows: Sequence[int]) -> bool:
+def note_bare(name: str, path: str, params: Sequence[str]) -> bool:
     """`Uses.measure_bare`, in the same way."""
-    _uses[name].measure_bare(rows)
-    trace_anew("hf_clars: a parameter is measured where it is used")
+    uses = _uses[name]
+    if current_trace() is not None:  # else the compiler has left the code that calls this
+        uses.measure_bare([uses.known[path][param][0] for param in params])
+        trace_anew("hf_clars: a parameter is measured where it is used")
     return True
+
+
+@torch.compiler.assume_constant_result
+def hook_is_alone() -> bool:
+    """Whether a hook is traced without the module that it is on."""
+    return root_of_trace() is BoundHook.__call__.__code__
 
 
 def looks_up(rule: LayerRule | None) -> bool:
