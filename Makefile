@@ -8,6 +8,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 
+# Tests begin some hundred processes: without bytecode on disk each would compile the project's 360 files anew.
+export PYTHONDONTWRITEBYTECODE =
+
 # What accelerate would otherwise guess, with a warning: one process on all cores.
 LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
           --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)

@@ -51,3 +51,32 @@ def test_norms_are_exact_in_every_step_and_cheap_once_the_head_has_learned(steps
                         p -= 0.1 * p.grad
         uses = norms._finder._gate_of
     assert not uses
+
+
+class Queries(nn.Module):
+    """Queries made of parameters alone, as the first of a decoder, of which a sample takes as much as it says."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.query, self.head = nn.Parameter(torch.randn(1, 2, 4)), nn.Linear(4, 3), nn.Linear(5, 3)
+
+    def forward(self, x, heard):
+        queries = self.query(self.table.repeat(len(x), 1, 1))
+        return self.head(x) + queries[:, -1] * heard[:, None]
+
+
+@pytest.mark.filterwarnings("ignore:.*every sample")
+def test_what_is_heard_a_little_and_then_not_at_all_is_exact():
+    """In half precision a gradient that is nearly zero comes from a few samples, and in another pass from none."""
+    torch.manual_seed(0)
+    model = Queries().double()
+    with PerSampleGradNorms(model) as norms:
+        for heard in ([0, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0, 1], [2, 3, 1, 4]):
+            x = torch.randn(len(heard), 5, dtype=torch.float64)
+            given = torch.tensor(heard, dtype=torch.float64)
+            model.zero_grad()
+            model(x, given).sin().sum(1).mean().backward()
+            wanted = one_by_one(model, lambda m, i, x=x, given=given: m(x, given)[i].sin().sum(), len(heard))
+            right = layer_norms(wanted, norms.layers)
+            for layer, found in norms.per_sample.items():
+                torch.testing.assert_close(found, right[layer], rtol=1e-7, atol=1e-12, msg=layer)

@@ -213,3 +213,17 @@ def test_a_sketch_adds_up_and_has_about_the_norm(kind):
     state = torch.get_rng_state()
     sketch(t)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("kind", "words"), [(torch.bfloat16, "in half precision. If float32"), (torch.float32, None)])
+def test_a_gradient_that_torch_rounds_away_is_said_to_be_off(kind, words):
+    """Thousands of gradients of one sign, summed in bfloat16: torch's sum of LayerNorm's bias stops growing."""
+    model = nn.LayerNorm(8)
+    x = torch.randn(3, 3000, 8).to(kind)
+    with PerSampleGradNorms(model) as norms:
+        model(x).float().sum((1, 2)).mean().backward()
+        if words is None:
+            assert norms.totals().total == 3
+            return
+        with pytest.raises(SumCheckError, match=words):
+            norms.per_sample  # noqa: B018

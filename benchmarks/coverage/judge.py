@@ -32,6 +32,7 @@ SLOW = 4.0
 TIMED = 8  # more passes after the first ones, of which the mean counts, as of as many plain ones in between
 ENOUGH = 0.2  # seconds of plain passes: a system may count processor time in ticks of 4 ms, which a sum evens out
 MOST = 300  # passes
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # they may couple samples a little
 
 
 def autocast(precision: str) -> AbstractContextManager[Any]:
@@ -40,7 +41,7 @@ def autocast(precision: str) -> AbstractContextManager[Any]:
 
 
 def is_coupled(subject: Subject) -> bool:
-    """Whether a sample's loss changes when another sample is replaced, or its gradient reaches another's rows.
+    """Whether samples depend on each other: by batch statistics, in their losses, or as gradients reach others' rows.
 
     Raises:
         NotRunnable: If the plain model does not run on numbers.
@@ -55,8 +56,10 @@ def is_coupled(subject: Subject) -> bool:
     if not values.isfinite().all():
         raise NotRunnable("its loss is not finite on a batch of random numbers")
     changed = bool((others[0] - values[0]).abs() > 1e-4 * values[0].abs() + 1e-6)
-    if changed or not reaches_others(subject):
-        return changed
+    if changed or any(isinstance(m, _BATCH_NORMS) and m.training for m in model.modules()):
+        return True
+    if not reaches_others(subject):
+        return False
     try:
         truth(subject, "float32", coupled=True)
     except Exception:  # the rows were another thing's: experts may take as many tokens as there are samples
@@ -141,7 +144,7 @@ def _expect(subject: Subject, coupled: bool, found: dict[str, dict[str, Any]]) -
         want = {n: w.double() for n, w in (best or own).items()}
         largest = torch.stack(list(want.values())).amax(0)
         allowed = {
-            n: RTOL[precision] * w + 2 * (own[n].double() - w).abs() + FLOOR[precision] * largest + 1e-12
+            n: RTOL[precision] * w + 2 * (own[n].double() - w).abs().amax() + FLOOR[precision] * largest + 1e-12
             for n, w in want.items()
         }
         right["passes"].append({"want": want, "allowed": allowed})

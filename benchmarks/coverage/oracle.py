@@ -196,9 +196,9 @@ def _pick(results: list[Any]) -> Any:
 
 def _rows(parts: Iterable[Tensor]) -> Tensor:
     parts = list(parts)
-    if parts[0].dim() == 0 or parts[0].shape[0] % len(parts):
-        raise OracleFails(
-            f"an operation on a parameter gives the shape {tuple(parts[0].shape)}, without the batch first"
-        )
-    each = parts[0].shape[0] // len(parts)
-    return torch.cat([t[i * each : (i + 1) * each] for i, t in enumerate(parts)])
+    shape, many = tuple(parts[0].shape), len(parts)
+    axis = int(len(shape) > 1 and shape[0] % many > 0 and shape[1] == many)  # 1 in a recurrent net's state
+    if not shape or shape[axis] % many:
+        raise OracleFails(f"an operation on a parameter gives the shape {shape}, without the batch first")
+    each = shape[axis] // many
+    return torch.cat([t.narrow(axis, i * each, each) for i, t in enumerate(parts)], axis)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,14 @@ Each norm was compared with plain autograd in float64, one backward pass for eve
 - **slow**: exact, but a pass costs more than {slow:g} plain ones on this tiny model. On a large model it is less.
 - **refused**: an error comes before a wrong norm does. Its words are in the table.
 - **wrong** or **crashed**: a fault of ours. Do not use it there.
-- **not judged**: nothing can be said, and why. Where only one precision was not judged, the word is that of the other.
+- **not judged**: nothing can be said, and why: most often a tiny configuration that does not fit together, or a batch
+  that the model does not take. Where only one precision was not judged, the word is that of the other.
 
 The cost is the processor time of a pass with norms against a plain one, in float32 / bf16, on one core: of each the
 mean of eight or more, which took turns (in transformers' rows the median of eight; the rows of timm and torchvision are
 the clock's, of an earlier engine and a busy machine). The system counts processor time in ticks of 4 ms, so a figure
-may be off by half. Tiny models cost the most in proportion.
+may be off by half; with a ~ it was taken while the machine did other work, and may be off by more. Tiny models cost the
+most in proportion.
 
 The last column counts tensors: those measured by a rule for their module's class, where the graph uses them, or by one
 backward pass a sample of the module around them; and those that no forward pass used.
@@ -39,6 +44,9 @@ _TITLES = {
     "torchvision": "torchvision",
     "torch": "PyTorch's layers, in the middle of a model",
 }
+_WORDS = ("exact", "slow", "refused", "wrong", "crashed", "not judged")
+_HEAD_OF, _NO_HEAD = re.compile(r"For[A-Z]\w*$"), "no head"
+_LONG, _MANY = 500, 20  # rows of a suite that is split by first letter; classes of a head that is counted by itself
 
 
 def write_page(results: dict[str, Any], path: Path, total: int) -> None:
@@ -53,28 +61,61 @@ def write_page(results: dict[str, Any], path: Path, total: int) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     text = [_HEAD.format(slow=SLOW, versions=versions, count=len(rows), all=total), _summary(rows)]
     for suite in SUITES:
-        own = {name.partition("/")[2]: row for name, row in sorted(rows.items()) if name.startswith(suite + "/")}
+        own = {
+            name.partition("/")[2]: row
+            for name, row in sorted(rows.items(), key=_by_name)
+            if name.startswith(suite + "/")
+        }
         if own:
             text.append(_section(_TITLES[suite], own))
     path.write_text("\n".join(text))
 
 
 def _summary(rows: dict[str, Any]) -> str:
-    words = ("exact", "slow", "refused", "wrong", "crashed", "not judged")
-    lines = ["| | " + " | ".join(words) + " |", "| --- |" + " ---: |" * len(words)]
-    for suite in SUITES:
-        counted = Counter(word_of(row) for name, row in rows.items() if name.startswith(suite + "/"))
-        if counted:
-            lines.append(f"| {suite} | " + " | ".join(str(counted[w]) for w in words) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(_counts((name.partition("/")[0], row) for name, row in rows.items())) + "\n"
+
+
+def _counts(kinds: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
+    """A table: of each kind of subject, how often each word."""
+    counted: dict[str, Counter[str]] = defaultdict(Counter)
+    for kind, row in kinds:
+        counted[kind][word_of(row)] += 1
+    lines = ["| | " + " | ".join(_WORDS) + " |", "| --- |" + " ---: |" * len(_WORDS)]
+    return lines + [
+        f"| {kind} | " + " | ".join(str(found[w]) for w in _WORDS) + " |" for kind, found in counted.items()
+    ]
+
+
+def _by_name(item: tuple[str, Any]) -> str:
+    return item[0].casefold()
 
 
 def _section(title: str, rows: dict[str, Any]) -> str:
-    lines = [f"## {title}", "", "| model | result | cost | how |", "| --- | --- | ---: | --- |"]
-    for name, row in rows.items():
-        cost = " / ".join(f"{row[p]['cost']:.1f}" for p in PRECISIONS if "cost" in row.get(p, {}))
-        lines.append(f"| {name} | {word_of(row)} | {cost} | {_how(row)} |")
-    return "\n".join(lines) + "\n"
+    """A suite: first what is not measured, and why; then the rest, where it is long by first letter."""
+    lines = [f"## {title}", ""]
+    long = len(rows) > _LONG
+    if long:
+        heads = {name: (_HEAD_OF.search(name) or [_NO_HEAD])[0] for name in rows}
+        many = [head for head, count in Counter(heads.values()).most_common() if count >= _MANY]
+        order = sorted(rows, key=lambda name: [*many, heads[name]].index(heads[name]))
+        lines += [*_counts((heads[n] if heads[n] in many else "other heads", rows[n]) for n in order), ""]
+    odd = {name: row for name, row in rows.items() if word_of(row) not in ("exact", "slow")}
+    if odd:
+        lines += [f"### Not measured, of {title.partition(',')[0]}", ""]
+        lines += ["| model | result | why |", "| --- | --- | --- |"]
+        lines += [f"| {name} | {word_of(row)} | {_how(row)} |" for name, row in odd.items()] + [""]
+    head = ["| model | result | cost | how |", "| --- | --- | ---: | --- |"]
+    lines += [] if long else ["### Measured", "", *head]
+    for letter, own in groupby(((n, row) for n, row in rows.items() if n not in odd), lambda pair: pair[0][0].upper()):
+        lines += [f"### {letter}", "", *head] if long else []
+        lines += [f"| {name} | {word_of(row)} | {_cost(row)} | {_how(row)} |" for name, row in own]
+        lines += [""] if long else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cost(row: dict[str, Any]) -> str:
+    cost = " / ".join(f"{row[p]['cost']:.1f}" for p in PRECISIONS if "cost" in row.get(p, {}))
+    return f"~{cost}" if cost and row.get("loaded") else cost
 
 
 def word_of(row: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ _RULES: list[tuple[str, _Shrink]] = [
     ),
     (r".*(image_size|input_size|img_size|crop_size)", lambda v: IMAGE),
     (r".*num_queries|num_denoising", lambda v: min(v, 6)),
-    (r"hidden_size_global", lambda v: WIDTH),
+    (r"hidden_size_global|(text|out|lm)_hidden_size|.*upsample_groups", lambda v: WIDTH),
     (r".*patch_size", lambda v: min(v, PATCH)),
     (
         r".*(max_position_embeddings|n_positions|n_ctx|max_seq_len.*|max_source_positions|max_target_positions|seq_length)",
@@ -148,6 +148,8 @@ def tiny_config(config_class: type[PretrainedConfig], keep_widths: bool = False,
         if keep_widths and not repeats:
             continue
         small = _SIZES_LEFT_OPEN.get(name) if value is None else shrink(name, value, wide or 1)
+        if isinstance(value, dict) and "mrope_section" in value:  # half of a head's width, in three parts
+            small = value | {"mrope_section": [HEAD_DIM // 4, HEAD_DIM // 8, HEAD_DIM // 8]}
         if small != value:
             found[name] = small
     heads = fields.get("num_attention_heads")

@@ -76,6 +76,8 @@ class Batches:
         found = torch.randint(3, words, (B, *shape), generator=self._generator)
         end = find(self.config, "eos_token_id", 2)
         found[..., -1] = end if isinstance(end, int) and end < words else 2
+        if self.name.startswith("Longformer"):  # the question's end, and those of two texts
+            found[..., [3, 4]] = 2
         return found
 
     def _decoder(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class Batches:
             yield from self._packed(key if key in self.takes else "hidden_states", packed)
         if self.main not in ("pixel_values", "pixel_values_videos") and not key.startswith("pixel"):
             return
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"task_inputs": self.tokens(TOKENS)} if "task_inputs" in self.takes else {}
         if "bool_masked_pos" in self.takes and self.name.endswith(("ForPreTraining", "MaskedImageModeling")):
             more["bool_masked_pos"] = (torch.arange(self._patches()) % 2).bool().repeat(B, 1)
         for side in sides:
@@ -151,7 +153,7 @@ class Batches:
     def _sounds(self) -> Iterator[dict[str, Any]]:
         if "input_values" in self.takes:
             spectrum = (find(self.config, "max_length", 64), find(self.config, "num_mel_bins", 16))
-            waves: list[tuple[int, ...]] = [(2000,), (1, 2000), (1, 8000), spectrum]
+            waves: list[tuple[int, ...]] = [(2000,), (8000,), (1, 2000), (1, 8000), spectrum]
             for shape in waves:
                 yield {"input_values": self.random(*shape)}
         if "input_features" in self.takes:

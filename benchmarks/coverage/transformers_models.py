@@ -50,6 +50,23 @@ _BACKBONE: dict[str, Any] = {
     "image_size": 64,
 }
 _DETR = _BACKBONE | {"backbone_config": _BACKBONE["backbone_config"] | {"out_features": ["stage4"]}}
+_DEPTH: dict[str, Any] = {
+    "backbone_config": {
+        "model_type": "dinov2",
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "out_indices": [1, 2, 3, 4],
+        "reshape_hidden_states": False,
+        "apply_layernorm": True,
+    },
+    "reassemble_hidden_size": 32,
+    "patch_size": 8,
+    "neck_hidden_sizes": [8, 8, 8, 8],
+    "fusion_hidden_size": 8,
+}
 _SERIES = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 BY_HAND: dict[str, dict[str, Any]] = {
@@ -57,6 +74,13 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "Autoformer": _SERIES,
     "Blt": {"encoder_hash_byte_group_vocab": VOCAB},
     "BeitForSem": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "Blip2For": {"image_token_index": VOCAB - 1},
+    "InstructBlip": {"image_token_index": VOCAB - 1, "video_token_index": VOCAB - 1},
+    "Chameleon": {
+        "vocabulary_map": {"<image>": VOCAB - 1},
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1]},
+    },
+    "Cosmos3Edge": {"text_config": {"rope_parameters": _ROPE}},
     "CohereCompass": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "Cvt": {"depth": [1, 1, 3], "drop_path_rate": [0.0, 0.0, 0.0]},
     "DPT": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
@@ -77,9 +101,21 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "OmDetTurbo": _BACKBONE,
     "Dbrx": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "DonutSwin": _WINDOWS,
+    "DepthAnything": _DEPTH,
+    "Dots3Note": {"per_layer_config": {}},
     "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
     "Ernie4_5_Moe": {"moe_k": 2},
     "GPTNeoFor": {"attention_types": [[["global", "local"], 1]]},
+    "Glm4vMoe": {"text_config": {"rope_parameters": _ROPE | {"partial_rotary_factor": 1.0}}},
+    "Glm5Next": {"index_kpool": 2},
+    "HieraForPre": {"decoder_hidden_size": 32, "decoder_depth": 1, "decoder_num_heads": 2},
+    "HunYuanVL": {"text_config": {"rope_parameters": _ROPE}},
+    "Emu3": {
+        "vocabulary_map": {"<image>": VOCAB - 1},
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1]},
+    },
+    "PerceiverForImageClassificationC": {"num_cross_attention_heads": 1},
+    "PerceiverForImageClassificationF": {"num_cross_attention_heads": 1},
     "Gemma3n": {"num_kv_shared_layers": 0, "num_hidden_layers": 5},
     "GraniteMoeHybrid": {"layer_types": ["mamba", "attention"]},
     "LayoutLMv3": {"coordinate_size": 4, "shape_size": 8},
@@ -87,7 +123,10 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "Lilt": {"hidden_size": 48},
     "Lfm2Moe": {"layer_types": ["conv", "full_attention"]},
     "Mamba2": {"num_heads": 8, "head_dim": 8},
+    "Molmo2For": {"adapter_config": {"vision_feature_layer": [0, 1]}},
+    "MoonshineStreaming": {"num_key_value_heads": 4},
     "Musicgen": {"num_codebooks": 1},
+    "PromptDepthAnything": _DEPTH,
     "Qwen2VL": _VISION_LANGUAGE | {"vision_config": {"embed_dim": 32, "num_heads": 2, "hidden_size": 32}},
     "Qwen2_5_VL": _VISION_LANGUAGE,
     "Qwen3VL": _VISION_LANGUAGE,
@@ -117,7 +156,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
 
 def _by_hand(name: str) -> dict[str, Any]:
     found = {k: v for start, settings in BY_HAND.items() if name.startswith(start) for k, v in settings.items()}
-    return found | ({"is_decoder": False} if name.startswith("ReformerForSeq") else {})
+    return found | ({"is_decoder": False} if name.startswith(("ReformerForSeq", "ReformerForMasked")) else {})
 
 
 def names() -> list[str]:
@@ -195,7 +234,7 @@ def _outputs(out: Any) -> list[Tensor]:
 
 def _configs(model_class: Any, name: str, failures: list[str]) -> Iterator[tuple[str, Any]]:
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "num_labels": 5}
-    ids["num_labels"] -= 3 * name.endswith("ForQuestionAnswering")  # a start and an end
+    ids["num_labels"] -= 3 * ("ForQuestionAnswering" in name)  # a start and an end
     by_hand = _by_hand(name)
     attempts: list[tuple[str, Callable[[], Any]]] = [
         ("tiny", lambda: tiny_config(model_class.config_class, **(ids | by_hand))),

@@ -232,7 +232,7 @@ def refuse_in_the_loss(forward_pass: ForwardPass, result: Tensor, names: Sequenc
     """
     error = UncoveredParameterError(
         f"{', '.join(names)}: the model returns what is made of parameters alone, of shape {tuple(result.shape)}, and "
-        "the loss takes it, as a temperature: nothing tells for which samples. Put the loss into the forward of a "
+        "the loss may take it, as a temperature: nothing tells for which samples. Put the loss into the forward of a "
         "module around the model, and make the norms, or the optimizer, of that module. Or expand it to the batch "
         "before it is returned. For a penalty on weights use weight_decay, or set check_every = 0 on the norms (CLARS: "
         "optimizer.norms)."

@@ -162,7 +162,8 @@ class HookedNorms(NormAccumulator):
         if hooked.params:
             self._in_use.learn(hooked)
         taint = self._following.taint
-        if taint is not None or forward_pass.moves_rows or hooked in self._finder.gated:
+        kept = self._finder.gates_may_be_needed or hooked in self._finder.gated
+        if taint is not None or forward_pass.moves_rows or kept:
             self._containers.append(ContainerCall.of(hooked, (args, kwargs), output, taint))
 
     def _on_repeated_container_call(self, hooked: HookedModule, output: Any) -> None:

@@ -23,6 +23,12 @@ from hf_clars.grad_norms.undisturbed import differentiating
 #: sum of all parameters: some gradients, as of a bias before a softmax, are rounding errors and nothing else.
 _TOLERANCE = {torch.float64: (1e-6, 1e-9), torch.float32: (2e-3, 1e-5), torch.float16: (5e-2, 5e-3)}
 _COARSE = (2e-1, 3e-2)
+_FINE = (torch.float32, torch.float64)
+_IN_HALF_PRECISION = (
+    "It was computed in half precision. If float32 raises no such error, the batch gradient is off, and not the norms: "
+    "on a CPU torch sums the gradient of LayerNorm's bias in bfloat16, which goes wrong over thousands of rows. Train "
+    "this layer in float32 then. If it raises it too:"
+)
 
 
 #: A sketch has `_ROWS` rows of this many numbers, and gradients of fewer numbers are kept as they are.
@@ -164,9 +170,10 @@ class SumCheck:
         for param, (difference, size, norm) in zip(self.delivered, table.tolist(), strict=False):
             relative, noise = _TOLERANCE.get(self._coarsest[param], _COARSE)
             if difference > relative * max(size, norm) + noise * largest:
+                why = "" if self._coarsest[param] in _FINE else f"{_IN_HALF_PRECISION} "
                 raise SumCheckError(
                     f"{self._names.get(param, 'a parameter')}: the samples' gradients do not add up to the batch "
-                    f"gradient. They differ from it by {difference:.3g}, and its norm is {norm:.3g}. A use of the "
+                    f"gradient. They differ from it by {difference:.3g}, and its norm is {norm:.3g}. {why}A use of the "
                     "parameter was missed, or counted twice, or a layer rule of yours is wrong. Uses outside of the "
                     f"model's forward are not seen. {IN_A_FORWARD}. Or the loss has a part that is no sample's, as a "
                     "penalty on weights: use weight_decay for it, or set check_every = 0 on the norms (CLARS: "

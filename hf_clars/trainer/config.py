@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_clars.errors import ConfigError, HfClarsError
 from hf_clars.trainer.yaml_settings import read_settings
@@ -128,10 +128,10 @@ class _ShortHelp(argparse.Action):
         print(textwrap.fill(f"Recipes: {', '.join(recipe_names())}.", 110))
         for kind in parser.dataclass_types:
             print(f"\n{(kind.__doc__ or kind.__name__).splitlines()[0]}")
-            inherited = {name for base in kind.__mro__[1:] for name in getattr(base, "__annotations__", {})}
-            own = set(kind.__annotations__)
+            bases = [base for base in kind.__mro__ if base not in (TrainingArguments, object)]
+            own = {name for base in bases for name in vars(base).get("__annotations__", {})}
             for field in dataclasses.fields(kind):
-                if field.init and (field.name in own or (field.name in inherited and field.name in COMMON)):
+                if field.init and (field.name in own or field.name in COMMON):
                     print(_help_line(field))
         print("\n--help_all shows the rest of transformers' TrainingArguments.")
         parser.exit()

@@ -42,6 +42,7 @@ class GraphFinder:
         moves_rows: Whether the model gives rows other places.
         given: What is known of the tensors that it is called with.
         gated: Modules whose results are kept as gates from now on.
+        gates_may_be_needed: Whether those of all modules are: a use was heard in part, and may not be heard again.
         bare: What the model returned last that is made of parameters alone, and of which.
         checks_rows: Whether the second pass looks again at all that was sure, see `check_rows`.
     """
@@ -51,6 +52,7 @@ class GraphFinder:
     is_split: Callable[[], bool]
     unknown: bool = False
     gated: set[HookedModule] = field(default_factory=set)
+    gates_may_be_needed: bool = False
     bare: Sequence[tuple[Tensor, list[nn.Parameter]]] = ()
     checks_rows: bool = True
 
@@ -111,9 +113,7 @@ class GraphFinder:
                 # What is not known to take the data must have taken it before: these belong to samples.
                 inner = inner_roots(outputs, forward_pass.batch_size) if self.unknown else []
                 walk = self._walk(forward_pass, outputs, taint, walk.lost | {root.edge.node for root in inner})
-            forward_pass.packed |= any(
-                saves_packed(use.node) for use in walk.uses
-            )  # as where no module is checkpointed
+            forward_pass.packed |= any(saves_packed(use.node) for use in walk.uses)
             self._layouts.look(walk.uses, forward_pass.batch_size)
             unproven = [c for c in forward_pass.uses.rule_calls if not c.proven and not c.cancelled]
             unknown = [use for use in walk.uses if self._known(use, forward_pass.batch_size) is None]
@@ -122,8 +122,8 @@ class GraphFinder:
         self._layouts.trust()
         self.moves_rows |= any(use.moved == MOVED for use in walk.uses)
         self.moves_rows |= any(c.plan.moved == MOVED and not c.cancelled for c in forward_pass.uses.rule_calls)
-        if self._kinds.is_new(forward_pass) and self.checks_rows:
-            check_rows(self._proofs, forward_pass, outputs, walk, self._known, self.name_of)
+        if self._kinds.is_new(forward_pass, walk) and self.checks_rows:
+            self._layouts.part(check_rows(self._proofs, forward_pass, outputs, walk, self._known, self.name_of))
         found = [(use, self._at_node(use, forward_pass)) for use in walk.uses]
         gated = [use for use, at_node in found if at_node is None]
         if gated:
@@ -134,7 +134,7 @@ class GraphFinder:
             edges = container.batch_first(forward_pass.batch_size)
             gates.setdefault(container, Gate(edges, str(container.hooked), forward_pass.packed)).uses.append(use)
         self.gated = {*self._gate_of.values(), *filter(None, self._unheard.values())}
-        self._layouts.end()
+        self.gates_may_be_needed = self._layouts.end()
         self.bare = () if taint is None else walk.bare
         if taint is not None and self._followed == 1:
             self._proofs.look_at_the_second_axis(forward_pass, outputs, walk, taint)
@@ -305,10 +305,8 @@ class GraphFinder:
     # ---- gates -----------------------------------------------------------------------------------------------
 
     def _at_node(self, use: Use, forward_pass: ForwardPass) -> MeasuredUse | None:
-        shapes = use.result_shapes
-        name = self.name_of(next(iter(use.leaves.values())))
-        layouts = self._known(use, forward_pass.batch_size)
-        if layouts is not None:
+        shapes, name = use.result_shapes, self.name_of(next(iter(use.leaves.values())))
+        if (layouts := self._known(use, forward_pass.batch_size)) is not None:
             known = any(la is not None for la in layouts)
             return MeasuredUse(use, layouts, name, careful=forward_pass.packed) if known else None
         if shapes[0] and shapes[0][0] == forward_pass.batch_size and use.moved != MOVED:

@@ -38,6 +38,7 @@ def prove(
     """
     left: list[Arrival | None] = [None] * len(places)
     edges = [edge for edge, _ in places]
+    deepest = _deepest({edge.node for edge in edges})
     for sample in samples:
 
         def look(i: int, g: Tensor | None, sample: int = sample) -> None:
@@ -51,13 +52,14 @@ def prove(
                 left[i] = Arrival(right, before.missed | missed, before.samples + 1, touched=count, rows=all_rows)
 
         starts = [root.of_one(sample, batch) for root in roots]
-        _look_on_the_way(roots, edges, starts, couplings, look)
+        _look_on_the_way(roots, edges, deepest, starts, couplings, look)
     return left
 
 
 def _look_on_the_way(
     roots: Sequence[Root],
     edges: Sequence[GradientEdge],
+    deepest: set[Node],
     starts: Sequence[Tensor],
     couplings: Sequence[Node],
     look: Callable[[int, Tensor | None], None],
@@ -69,7 +71,7 @@ def _look_on_the_way(
     numbers: dict[Node, list[int]] = {}
     for i, edge in enumerate(edges):
         numbers.setdefault(edge.node, []).append(i)
-    last = [i for node in _deepest(set(numbers)) for i in numbers.pop(node)]
+    last = [i for node in deepest for i in numbers.pop(node)]
 
     def watch(node: Node, here: Sequence[int]) -> RemovableHandle:
         def passing(grads: Sequence[Tensor | None]) -> None:

@@ -31,6 +31,9 @@ class LayoutsOfUses:
         self._agreed: Counter[Look] = Counter()
         self._doubted: set[Look] = set()
         self._mixed: Counter[Look] = Counter()
+        self._parted: set[Look] = set()
+        self._asked: set[Look] = set()
+        self._lasting: set[Look] = set()
 
     def look(self, uses: Iterable[Use], batch: int) -> None:
         """These were found in a pass of B samples; where more look alike than ever did, all of them are asked."""
@@ -41,6 +44,8 @@ class LayoutsOfUses:
     def of(self, use: Use) -> Layouts | None:
         """Of a use's results, or None. Two views of one token lie as two tokens do: other lengths tell."""
         look, rows = self._look_of(use)
+        if look in self._parted:
+            return [None for _ in use.result_shapes]
         seen = self._rows[look]
         if self._mixed[look] >= FOLLOWED:
             return [Layout() for _ in use.result_shapes]
@@ -56,6 +61,8 @@ class LayoutsOfUses:
         self._now[use.node] = layouts
         look, rows = self._look_of(use)
         self._mixed[look] += mixed
+        self._asked |= {look} if use.moved != MOVED else set()
+        self._lasting |= {look} if lasts else set()
         if not lasts:
             return False
         self._rows[look].add(rows)
@@ -63,14 +70,19 @@ class LayoutsOfUses:
         self._several |= {look} if other else set()
         return other
 
+    def part(self, uses: Iterable[Use]) -> None:
+        """Rows of these, and of all that look like them, are other samples' too: they belong to none from now on."""
+        self._parted |= {self._look_of(use)[0] for use in uses}
+
     def trust(self) -> None:
         """All uses of a pass were asked."""
         self._agreed |= self._alike if self._batch > 1 else Counter()
         self._doubted.clear()
 
-    def end(self) -> None:
-        """The pass ends."""
+    def end(self) -> bool:
+        """The pass ends. Returns whether uses are left of which it has told too little to be remembered."""
         self._now.clear()
+        return not self._asked <= self._lasting
 
     def _look_of(self, use: Use) -> tuple[Look, tuple[int, ...]]:
         """And rows a sample: one alone tells nothing of how several lie."""
