@@ -167,8 +167,8 @@ def test_the_page_says_what_the_results_say(tmp_path):
     write_page({"rows": rows, "versions": {"torch": "2"}}, tmp_path / "page.md", 10)
     text = (tmp_path / "page.md").read_text()
     assert "| Fine | exact | 1.5 / 1.5 | rule 3 |" in text
-    assert "| bad | wrong | 1.5 | bf16, pass 2: w: 1 for 2 |" in text
-    assert "| no | not judged |  | takes / boxes |" in text
+    assert "| bad | wrong | bf16, pass 2: w: 1 for 2 |" in text
+    assert "| no | not judged | takes / boxes |" in text
     assert "| half | exact | 1.5 | bf16 not judged: took longer than 60 s |" in text
     assert "4 of 10" in text
 

@@ -29,11 +29,11 @@ Each norm was compared with plain autograd in float64, one backward pass for eve
 The cost is the processor time of a pass with norms against a plain one, in float32 / bf16, on one core: of each the
 mean of eight or more, which took turns (in transformers' rows the median of eight; the rows of timm and torchvision are
 the clock's, of an earlier engine and a busy machine). The system counts processor time in ticks of 4 ms, so a figure
-may be off by half; with a ~ it was taken while the machine did other work, and may be off by more. Where there is none
+may be off by half; with a ~ it was taken while the machine did other work, and may be off by more. Where there is none,
 it was not taken. Tiny models cost the most in proportion.
 
-Of LayerNorm on a CPU in bf16 torch sums the bias gradient in bf16. Over thousands of rows that is wrong, with or
-without us, and the sum check refuses it. A `SumCheckError` in the tables says that about the gradient, not the norms.
+Of LayerNorm on a CPU in bf16 torch sums the bias gradient in bf16. Over thousands of rows that is wrong, also without
+norms, and the sum check refuses it. So it does for Perceiver below, and most likely for the other two `SumCheckError`s.
 
 The last column counts tensors: those measured by a rule for their module's class, where the graph uses them, or by one
 backward pass a sample of the module around them; and those that no forward pass used.
