@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -38,6 +39,8 @@ def outside_failures_explained(ddp_timeout: int) -> Iterator[None]:
         # torch hands on what a worker raised with the worker's traceback as message; its last line is our sentence.
         raise type(error)(text.strip().splitlines()[-1].split(": ", 1)[-1]) from None
     except (ConnectionError, EOFError) as error:  # a worker died while it was handing over a batch
+        with suppress(RuntimeError):  # torch says it too, as soon as the system tells of the worker's end
+            time.sleep(1)
         raise _worker_died(error) from error
     except RuntimeError as error:
         text = str(error)
