@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_clars.grad_norms import PerSampleGradNorms
-from tests.three_passes import on_one_thread
+from tests.three_passes import assert_exact, on_one_thread
 
 STEPS = 3
 one_thread = pytest.fixture(autouse=True)(on_one_thread)
@@ -97,9 +97,4 @@ def test_every_pass_is_exact(kind):
             model.zero_grad()
             x = torch.randn(size, 4, dtype=torch.float64)
             model(x).sin().sum(1).mean().backward()
-            found = norms.per_sample
-            for i in range(size):
-                plain.zero_grad()
-                plain(x[i : i + 1]).sin().sum().backward()
-                for name, p in plain.named_parameters():
-                    torch.testing.assert_close(found[name][i], p.grad.norm(), rtol=1e-9, atol=1e-12, msg=name)
+            assert_exact(norms, plain, x)

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_clars.grad_norms import PerSampleGradNorms
 from hf_clars.grad_norms.errors import SecondBackwardError
-from tests.three_passes import on_one_thread
+from tests.three_passes import assert_exact, on_one_thread
 
 SIZES = (3, 5, 3, 2)
 one_thread = pytest.fixture(autouse=True)(on_one_thread)
@@ -28,16 +28,6 @@ class Layer(nn.Module):
 def made(kind):
     torch.manual_seed(0)
     return kind().double()
-
-
-def assert_exact(norms, plain, x, loss_of=lambda m, x: m(x).sin().sum(1)):
-    found = norms.per_sample
-    for i in range(len(x)):
-        plain.zero_grad()
-        loss_of(plain, x[i : i + 1]).sum().backward()
-        for name, p in plain.named_parameters():
-            assert found[name].shape == (len(x),)
-            torch.testing.assert_close(found[name][i], p.grad.norm(), rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -41,3 +41,14 @@ def check(model, x, samples=None, rtol=1e-9):
                 torch.testing.assert_close(
                     got, want[:samples], rtol=rtol, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
                 )
+
+
+def assert_exact(norms, plain, x, loss_of=lambda m, x: m(x).sin().sum(1)):
+    """What was measured by tensor (`layers="tensor"`), against one backward pass of a copy for each sample."""
+    found = norms.per_sample
+    for i in range(len(x)):
+        plain.zero_grad()
+        loss_of(plain, x[i : i + 1]).sum().backward()
+        for name, p in plain.named_parameters():
+            assert found[name].shape == (len(x),)
+            torch.testing.assert_close(found[name][i], p.grad.norm(), rtol=1e-9, atol=1e-12, msg=name)
