@@ -37,6 +37,9 @@ class LayerRule(ABC):
     #: True when the rule is a Linear layer's: its weight may be a table that is looked up elsewhere too.
     is_dense_weight: bool = False
 
+    #: Whether the methods for the backward pass read numbers of the module's tensors, besides what `save` has kept.
+    reads_tensors: bool = False
+
     #: Whether `whole_backward`, and `input_grad`, are of the same layer as `per_sample_grads`; see `fits_gradients`.
     gives_whole_backward: bool = False
     gives_input_grad: bool = False

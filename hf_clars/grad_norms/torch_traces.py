@@ -22,6 +22,9 @@ from hf_clars.grad_norms.pytree import tensors_in
 _NEVER = 2**50
 """Rows that no tensor has."""
 
+RUNS_AS_COMPILED = hasattr(torch.compiler, "_compile_session_context")
+"""Whether Python that runs while code is compiled, and is not traced, is told so; not in older versions of torch."""
+
 UnknownLength = GuardOnDataDependentSymNode
 """The error where a trace is asked for a length that a run alone knows."""
 

@@ -1,7 +1,7 @@
 """One module in compiled code: what its hook does there. What comes in the backward pass is in `arithmetic.py`.
 
 Everything here that is called while a compiler looks on must be what it understands: tensors, plain attributes, loops
-over fixed things.
+over fixed things. It takes long over each call of a function, and a comprehension is one.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_clars.distributed import is_split
-from hf_clars.grad_norms.compiled.arithmetic import Arithmetic
-from hf_clars.grad_norms.compiled.functions import Linked, OneProduct, Watched, Way
+from hf_clars.grad_norms.compiled.behind import Behind, behind, linked
 from hf_clars.grad_norms.compiled.operations import refuse
 from hf_clars.grad_norms.compiled.state import PATIENCE, PassState
 from hf_clars.grad_norms.compiled.uses import BARE, HANDED, hook_is_alone, kind_of_use, note_bare, note_uses
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.pytree import tensor_given
-from hf_clars.grad_norms.registry import LayerRule, is_shipped
 from hf_clars.grad_norms.torch_traces import rows_are_unknown
 
 _LEARN = (
@@ -30,7 +27,7 @@ _LEARN = (
 _LEFT_OUT = "Passes without torch.compile have shown no way to tell: compile only parts of the model without it."
 
 
-class CompiledCall(Arithmetic):
+class CompiledCall(Behind):
     """One module in compiled code; a hook.
 
     Args:
@@ -39,6 +36,7 @@ class CompiledCall(Arithmetic):
         row_numbers: The row of each of its parameters.
 
     Attributes:
+        numbered: The names of its parameters with their numbers.
         kinds: What it does with each of its parameters, see `uses.py`.
         links: What the uses of its table share, if it has one that is looked up.
         where: The row of each of its parameters, on the rows' device.
@@ -51,6 +49,7 @@ class CompiledCall(Arithmetic):
         super().__init__(state, hooked, row_numbers)
         self.name = str(hooked)
         self.row_numbers = row_numbers
+        self.numbered = list(enumerate(self.names))
         self.where = self.places
         self.kinds = [kind_of_use(self.rule, n) for n in self.names]
         used = list(zip(row_numbers, self.kinds, strict=True))
@@ -75,20 +74,17 @@ class CompiledCall(Arithmetic):
         if not (state.measures and torch.is_grad_enabled()) or x is None:
             return None
         state.keep_rows()
-        wanted = [i for i, n in enumerate(self.names) if getattr(module, n).requires_grad]
-        if state.within:
-            bare, wanted = wanted, [i for i in wanted if state.uses.ways[self.row_numbers[i]] != BARE]
-            if len(wanted) < len(bare) and hook_is_alone():
-                return refuse(output, state.receiver, traced_apart(self.name), True)
+        wanted, names, params, bare = self._wanted(module)
+        if bare and hook_is_alone():
+            return refuse(output, state.receiver, traced_apart(self.name), True)
         if not wanted:
             return None
         if state.within:
-            self._note_uses(wanted)
+            self._note_uses(names)
         elif self.ran:
             return refuse(output, state.receiver, used_twice(self.name), False)
         else:  # where the whole model is compiled, checkpointing allows no change of attributes here
             self.ran = True
-        names = tuple([self.names[i] for i in wanted])  # of a list: a compiler follows each step of a generator
         rows, summed = self._rows(wanted)
         batch = rows[0].shape[0]
         if not self._layout_is_known(x, output, batch):
@@ -96,69 +92,77 @@ class CompiledCall(Arithmetic):
                 note_bare(self.state.uses.name, self.hooked.path, names)
             return refuse(output, self.state.receiver, self._unknown_rows(x, batch), True)
         spread = output.shape[0] == 1 != batch
-        way = None if spread or any(summed) or not self._is_first() else self._way(names, x, output, batch)
-        if way is not None:
-            params = [getattr(self.module, n) for n in names]
-            return OneProduct.apply(output.detach(), self, names, way, x, *rows, *params)
-        args = tuple([a.detach() if isinstance(a, Tensor) else a for a in args])
-        kwargs = {k: a.detach() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
-        saved = self.rule.save(self.module, args, kwargs, output.detach(), names)
+        saved = self.rule.save(self.module, *_detached(args, kwargs), output.detach(), names)
         if spread:  # what is made of parameters, and added to every sample
             output = output.expand(batch, *output.shape[1:])
             saved = tuple(t.expand(batch, *t.shape[1:]) if t.shape[0] == 1 else t for t in saved)
-        return self._watched(output, names, summed, rows, saved)
+        if self._is_linked(names):
+            return self._linked(output, names, summed, rows, saved)
+        given = None if spread else x
+        if self.is_traced:
+            return self.put(output, given, rows, params, saved, names, summed)
+        return behind(output, given, rows, params, saved, self._checked_places(), self.known_as, names, summed)
 
-    def _watched(
+    @property
+    def is_traced(self) -> bool:
+        """Whether a trace follows what is put behind it."""
+        return not (self.state.within and self.known_as)
+
+    def _checked_places(self) -> Tensor | None:
+        return self.places if self.state.checked else None
+
+    def _linked(
         self, y: Tensor, names: tuple[str, ...], summed: tuple[bool, ...], rows: list[Tensor], saved: tuple[Tensor, ...]
     ) -> Tensor:
-        if not self._is_linked(names):
-            return Watched.apply(y, self, names, summed, *rows, *saved)
         links = self.links
         assert links is not None
-        y, link = Linked.apply(y, self, names, summed, len(links.zeros), *rows, *links.zeros, *links.tokens, *saved)
+        tensors, earlier = [*rows, *links.zeros, *links.tokens, *saved], len(links.zeros)
+        if self.is_traced:
+            y, link = self.link(y, tensors, earlier, names, summed)
+        else:
+            y, link = linked(y, tensors, earlier, self._checked_places(), self.known_as, names, summed)
         if (tokens := self.tokens_of(saved, rows[0].shape[0])) is not None:
             links.tokens, links.zeros = (*links.tokens, tokens), (*links.zeros, link)
         return y
 
+    def _wanted(self, module: nn.Module) -> tuple[list[int], tuple[str, ...], list[Tensor], bool]:
+        """Which of its parameters are measured, their names, and themselves; whether others have bare uses."""
+        wanted, names, params, bare = [], (), [], False  # type: list[int], tuple[str, ...], list[Tensor], bool
+        for i, name in self.numbered:
+            param = getattr(module, name)
+            if not param.requires_grad:
+                continue
+            if self.state.within and self.state.uses.ways[self.row_numbers[i]] == BARE:
+                bare = True
+            else:
+                wanted.append(i)
+                names = (*names, name)
+                params.append(param)
+        return wanted, names, params, bare
+
     def _rows(self, wanted: list[int]) -> tuple[list[Tensor], tuple[bool, ...]]:
         """Rows of the parameters wanted, zeros [B], and counts [1]; and whether a row is shared, zeros [B, *shape]."""
         (rows, counts, each, used), shared = HANDED[self.state.receiver], self.state.shared
-        if self.state.within:
-            numbers = [self.row_numbers[i] for i in wanted]
-            alone = [shared.get(i, each[i]) for i in numbers] + [used[i] for i in numbers]
-            return alone, tuple([i in shared for i in numbers])
-        # One code serves blocks that are alike: which rows are theirs is known to a tensor.
-        mine, own = rows.index_select(0, self.where).unbind(0), counts.index_select(0, self.where).unbind(0)
-        return [mine[i] for i in wanted] + [own[i] for i in wanted], (False,) * len(wanted)
+        mine, own, summed = [], [], ()  # type: list[Tensor], list[Tensor], tuple[bool, ...]
+        if not self.state.within:  # one code serves blocks that are alike: which rows are theirs is known to a tensor
+            each = rows.index_select(0, self.where).unbind(0)
+            used = counts.index_select(0, self.where).unbind(0)
+        for i in wanted:
+            row = self.row_numbers[i] if self.state.within else i
+            is_shared = self.state.within and row in shared
+            mine.append(shared[row] if is_shared else each[row])
+            own.append(used[row])
+            summed = (*summed, is_shared)
+        return mine + own, summed
 
-    def _note_uses(self, wanted: list[int]) -> None:
+    def _note_uses(self, names: tuple[str, ...]) -> None:
         uses = self.state.uses
-        note_uses(uses.name, self.hooked.path, [self.names[i] for i in wanted])
+        note_uses(uses.name, self.hooked.path, names)
         if uses.several and not self.state.shares:
             self.state.share()
 
     def _is_linked(self, names: tuple[str, ...]) -> bool:
         return self.links is not None and self.links.linked and "weight" in names
-
-    def _way(self, names: tuple[str, ...], x: Tensor, output: Tensor, batch: int) -> Way | None:
-        """How the weight gradient comes from this engine; None: from autograd, as always with a rule of the user's."""
-        if self._is_linked(names) or "weight" not in names or x.shape[0] != batch or is_split(self.module.weight):
-            return None
-        if not is_shipped(self.rule):
-            return None  # the sum check would compare what it gives with itself, and its input_grad with nothing
-        # Sums, as of normalisation layers, a compiler joins with what is around them; products it cannot.
-        products = type(self.rule).fuses_weight_grad is not LayerRule.fuses_weight_grad
-        if products and self.rule.gives_whole_backward and self.rule.supplies_backward(self.module, x, output):
-            return "kernels"
-        return "torch" if self.rule.gives_input_grad and self.rule.fuses_weight_grad(self.module, x, output) else None
-
-    def _is_first(self) -> bool:
-        """Whether no other tracker's call of this module comes before: it would be cut off."""
-        for hook in self.module._forward_hooks.values():
-            traced = getattr(hook, "traced", None)
-            if isinstance(traced, CompiledCall):
-                return traced is self
-        return True
 
     def _layout_is_known(self, x: Tensor, output: Tensor, batch: int) -> bool:
         """Whether the first axis is the batch, or folds it as an uncompiled pass has shown."""
@@ -194,6 +198,15 @@ class CompiledCall(Arithmetic):
             f"{self.name} is called on {tuple(x.shape)} in compiled code, and the batch has {batch} samples: which "
             f"rows are whose is not known. {_LEFT_OUT if self.hooked.was_seen else _LEARN}"
         )
+
+
+def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given = []
+    for a in args:
+        given.append(a.detach() if isinstance(a, Tensor) else a)
+    if kwargs:
+        kwargs = {k: a.detach() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
+    return tuple(given), kwargs
 
 
 def used_outside(names: str) -> str:

@@ -11,7 +11,7 @@ from hf_clars.grad_norms.compiled.bare_uses import BareUses
 from hf_clars.grad_norms.compiled.call import CompiledCall
 from hf_clars.grad_norms.compiled.operations import begin_pass
 from hf_clars.grad_norms.compiled.state import PATIENCE, PassState
-from hf_clars.grad_norms.compiled.uses import BARE, HANDED, ONCE, Uses, bare_ones, can_be_compiled, measured
+from hf_clars.grad_norms.compiled.uses import BARE, HANDED, Uses, bare_ones, can_be_compiled, expected_way, measured
 from hf_clars.grad_norms.hooked_modules import HookedModule
 from hf_clars.grad_norms.pytree import of_the_batch, tensors_in
 from hf_clars.grad_norms.token_weights import label_counts
@@ -41,7 +41,7 @@ class CompiledCalls(PassState):
                 owners.setdefault(p, []).append(h)
         with_rules = measured(owners)
         bare, missing = bare_ones(owners, with_rules)
-        ways = [ONCE] * len(with_rules) + [BARE] * len(bare)
+        ways = [expected_way(p, owners[p]) for p in with_rules] + [BARE] * len(bare)
         uses = Uses(ways, [h for h in hooked if can_be_compiled(h)], self._measure_bare)
         super().__init__(model, receiver, [*with_rules, *bare], owners, uses)
         self.by_tokens = False

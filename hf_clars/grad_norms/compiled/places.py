@@ -13,6 +13,9 @@ from hf_clars.grad_norms.axes.place import LOST, Call, Place, place_in_view, the
 from hf_clars.grad_norms.pytree import tensors_in
 from hf_clars.grad_norms.torch_traces import UnknownLength, fake_values, is_whole_function, value_of
 
+_BEHIND_MODULES = ("autograd_function_apply", "behind", "linked")
+"""What stands behind a module: a function as it is traced, and the operations of `behind.py`."""
+
 
 def name_of(node: fx.Node) -> str:
     """The name of an operation in a traced graph, without what tells its variants apart."""
@@ -53,9 +56,9 @@ def _place_of(node: fx.Node, y: Any, given: Sequence[fx.Node], places: Mapping[f
     if name == "getitem" and isinstance(places[given[0]], tuple):
         return places[given[0]][node.args[1]]
     several = isinstance(y, tuple | list)
-    if name == "autograd_function_apply":  # what stands behind a module: its output, or its input and its output
-        alike = the_one([places[n] for n in given if value_of(n).shape == y[0].shape])
-        return (alike, *(LOST for _ in y[1:]))
+    if name in _BEHIND_MODULES:  # its output, or its input and its output
+        alike = the_one([places[n] for n in given if value_of(n).shape == (y[0] if several else y).shape])
+        return (alike, *(LOST for _ in y[1:])) if several else alike
     if any(not isinstance(places[n], Place) for n in given):
         return (LOST,) * len(y) if several else LOST
     if getattr(node.target, "namespace", "") == "hf_clars" or name.startswith("hf_clars_"):  # it goes through

@@ -70,7 +70,7 @@ class Uses:
         _uses[self.name] = self
         self.ways = tuple(ways)
         self._compiling = compiling
-        self.several = False
+        self.several = LINKED in ways
         self.outside: dict[nn.Parameter, str] = {}
         self.hooked = hooked
         self.known: dict[str, dict[str, tuple[int, str]]] = {}
@@ -207,6 +207,17 @@ def kind_of_use(rule: LayerRule, name: str) -> str:
     if looks_up(rule):
         return "lookup"
     return "dense" if rule.is_dense_weight and name == "weight" else "other"
+
+
+def expected_way(param: nn.Parameter, owners: Sequence[HookedModule]) -> int:
+    """How a parameter will most likely be used, so that a model with tied tables is traced once.
+
+    Args:
+        param: The parameter.
+        owners: The modules that have it.
+    """
+    kinds = [kind_of_use(h.rule, n) for h in owners if h.rule is not None for n, p in h.params.items() if p is param]
+    return LINKED if len(kinds) > 1 and kinds.count("dense") <= 1 and "other" not in kinds else ONCE
 
 
 def can_be_compiled(hooked: HookedModule) -> bool:

@@ -20,6 +20,8 @@ from hf_clars.grad_norms.rules.normalization import BatchNormRule
 class BatchNormActRule(BatchNormRule):
     """act(x_hat * w + b)."""
 
+    reads_tensors = True
+
     def applies(self, module: nn.Module) -> bool:
         """Only without dropout between the two, whose random numbers are gone."""
         return isinstance(getattr(module, "drop", None), nn.Identity) and isinstance(module.act, nn.Module)

@@ -24,6 +24,8 @@ from hf_clars.grad_norms.rules.trials import are_close, trial_numbers
 class ScaledEmbeddingRule(EmbeddingRule):
     """y = table[token] * scale."""
 
+    reads_tensors = True
+
     def applies(self, module: nn.Module) -> bool:
         """Where a trial with a small table gives what the formula says."""
         weight, scale = module._parameters.get("weight"), getattr(module, "embed_scale", None)
