@@ -93,3 +93,18 @@ def test_what_was_traced_can_be_changed_before_it_is_compiled_and_traced_anew():
     model, x = Model(), torch.randn(5, 3, 4)
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model.attention(x, x, x)[0])
     assert len(looks) == 2
+
+
+def test_what_runs_while_code_is_compiled_is_told_so_where_that_is_relied_on():
+    told = []
+
+    def look(x):
+        told.append(torch.compiler.is_compiling())
+        return x * 2
+
+    library = torch.library.Library("hf_clars_tests", "FRAGMENT")
+    library.define("look(Tensor x) -> Tensor")
+    library.impl("look", look)
+    torch.compile(torch.ops.hf_clars_tests.look.default, backend="aot_eager", fullgraph=True)(torch.ones(2))
+    assert told
+    assert all(told) or not traces.RUNS_AS_COMPILED
