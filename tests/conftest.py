@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
-from tests.lean import keep_imports, look_up_once, without_stacks
+from tests.lean import compile_without_extras, keep_imports, look_up_once, without_stacks, without_traces
 from tests.undrawn import draw_nothing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +36,7 @@ def pytest_configure(config):
     config.option.loadscopereorder = False  # xdist would begin with the groups of most tests, which are quick ones
     without_stacks()
     look_up_once()
+    without_traces()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around xdist's own, which reads the groups
@@ -91,6 +92,7 @@ def _lean_runs(request):
     """Runs draw nothing at their end, except in files that are marked `draws`; earlier files' imports are kept."""
     undo = draw_nothing() if request.node.get_closest_marker("draws") is None else None
     keep_imports()
+    compile_without_extras()
     yield
     if undo is not None:
         undo()

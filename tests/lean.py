@@ -3,6 +3,9 @@
 import functools
 import gc
 import importlib.metadata
+import logging
+import sys
+import traceback
 from types import SimpleNamespace
 
 import torch
@@ -23,3 +26,16 @@ def without_stacks():
 def look_up_once():
     """Let a package's description be read once, and not in each Trainer for each package that it could use."""
     importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
+
+def without_traces():
+    """pytest listens to every logger: torch.compile would describe each of its steps to the one that is for that."""
+    logging.getLogger("torch.__trace").addHandler = lambda handler: None
+
+
+def compile_without_extras():
+    """Let torch.compile not time its guards, for which it empties the processor's cache, nor note pytest's own stack."""
+    if (guards := sys.modules.get("torch._dynamo.guards")) is not None:
+        guards.profile_guard_manager = lambda *args: 0.0
+    if (errors := sys.modules.get("torch._dynamo.exc")) is not None:
+        errors.get_stack_above_dynamo = traceback.StackSummary

@@ -27,7 +27,7 @@ from hf_clars.grad_norms.graph.taint import MOVED
 from hf_clars.grad_norms.graph.walk import GraphWalk, Use
 
 _MOST = 64
-_JOINS = ("CatBackward0", "StackBackward0", "WhereBackward0")
+_JOINING = ("CatBackward0", "StackBackward0", "WhereBackward0")
 """Operations in whose results some rows are made of parameters alone, beside those of the data."""
 
 
@@ -43,7 +43,7 @@ class Kinds:
             return False
         before = len(self._seen)
         self._seen.add(len(forward_pass.operations) - forward_pass.ours if before else 0)
-        joined = any(use.node.name() in _JOINS for use in walk.uses)
+        joined = any(use.node.name() in _JOINING for use in walk.uses)
         return before < len(self._seen) and (before > 0 or joined)
 
 

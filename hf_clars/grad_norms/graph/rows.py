@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_clars.grad_norms.axes.functions import JOINS
+
 _WRITES = {"index_add": 2, "index_copy": 2, "index_fill": 2, "index_reduce": 2, "scatter": 2, "scatter_add": 2}
 _WRITES |= {"scatter_reduce": 2, "index_put": 1, "masked_scatter": 1, "__setitem__": 1}
 """Functions that write into what they are called on, and which argument says where; the third follows the axis."""
@@ -22,7 +24,6 @@ _ALONG = {"index_select": 1, "gather": 1, "take_along_dim": 2, "roll": 2, "flip"
 
 _LAST_BY_DEFAULT = ("sort", "topk")
 _ALWAYS = ("take", "masked_select", "flipud", "_pack_padded_sequence", "roi_align", "roi_pool", "ps_roi_align")
-_JOINS = ("cat", "concat", "concatenate")
 _TAKES = {"__getitem__": 1, "index_select": 2, "gather": 2, "masked_select": 1}
 _TAKES_APART = {"unbind": 1, "select": 1, "narrow": 1, "split": 2, "chunk": 2, "tensor_split": 2, "vsplit": 0}
 """Functions that give parts of the batch, and which argument says along which axis, if it is not the first."""
@@ -62,7 +63,7 @@ def moves_rows(
     """
     if not args:
         return False
-    if name in _JOINS:
+    if name in JOINS:
         parts = [t for t in args[0] if holds(t) and t.dim() and len(t)]
         return len(parts) > 1 and all(len(t) < batch for t in parts) and sum(map(len, parts)) == batch
     if name == "einsum":
