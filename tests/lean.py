@@ -34,7 +34,7 @@ def without_traces():
 
 
 def compile_without_extras():
-    """Let torch.compile not time its guards, for which it empties the processor's cache, nor note pytest's own stack."""
+    """Let torch.compile not time its guards, for which it empties the processor's cache, nor note pytest's stack."""
     if (guards := sys.modules.get("torch._dynamo.guards")) is not None:
         guards.profile_guard_manager = lambda *args: 0.0
     if (errors := sys.modules.get("torch._dynamo.exc")) is not None:
