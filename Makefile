@@ -32,7 +32,7 @@ LOWEST_TESTS := tests/test_torch_internals.py tests/test_torch_traces.py tests/t
                 tests/test_safe_checkpoints.py tests/test_hub_push.py tests/test_hub_push_ways.py \
                 tests/test_live_view.py tests/test_data.py tests/test_own_losses.py tests/test_settings_refused.py \
                 tests/test_norms_in_use.py tests/test_norms_in_the_graph.py tests/test_norms_known_graphs.py \
-                tests/test_norms_compiled.py
+                tests/test_norms_compiled.py tests/test_norms_compiled_tracing.py
 
 test-lowest: setup-lowest
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup $(LOWEST_TESTS) $(PYTEST_ARGS)

@@ -11,6 +11,7 @@ from torch.nn.functional import pad, unfold
 
 from hf_clars.grad_norms.norm_math import in_slices, on_cuda, product, unsliced_gram_squared_norm
 from hf_clars.grad_norms.torch_kernels import convolution_weight_grad
+from hf_clars.grad_norms.torch_traces import is_compiling
 
 _LARGE = 25
 """Taps of a large kernel."""
@@ -75,7 +76,7 @@ def _in_cached_slices(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """
     batch = tensors[0].shape[0]
     largest = max(t.numel() for t in tensors)
-    if largest <= _REWRITTEN or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+    if largest <= _REWRITTEN or tensors[0].device.type != "cpu" or is_compiling():
         return fn(*tensors)
     step = max(2, _REWRITTEN * batch // largest)
     return torch.cat([fn(*part) for part in zip(*(t.split(step) for t in tensors), strict=True)])
@@ -86,7 +87,7 @@ def _likes_pixels_first(x: Tensor, kernel: tuple[int, ...]) -> bool:
 
     Large kernels are, but for images no larger than they; others only where the input has this layout already.
     """
-    if x.dim() != 4 or on_cuda(x) or torch.compiler.is_compiling():  # a compiler knows no strides
+    if x.dim() != 4 or on_cuda(x) or is_compiling():  # a compiler knows no strides
         return False
     is_so = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return (is_so or math.prod(kernel) >= _LARGE) and x.shape[2] > kernel[0] and x.shape[3] > kernel[1]
@@ -110,7 +111,7 @@ def thin_convolution_weight_grads(
     dilation: tuple[int, ...],
 ) -> Tensor:
     """`convolution_weight_grads` of a 2-D convolution without groups by written-out patches: for very few inputs."""
-    if torch.compiler.is_compiling():  # a compiler knows no strides
+    if is_compiling():  # a compiler knows no strides
         patches = unfold(x, kernel_shape[2:], dilation, padding, stride)
         return (g.flatten(2) @ patches.mT).view(-1, *kernel_shape)
     x = pad(x, (padding[1], padding[1], padding[0], padding[0]))

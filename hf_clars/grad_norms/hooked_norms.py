@@ -71,12 +71,13 @@ class HookedNorms(NormAccumulator):
         self._call_hook.traced = self._compiled.model_hook(begins=True)
         self._result_hook.traced = self._end_hook.traced = self._compiled.model_hook(begins=False)
         for hooked in self._hooked:
-            # Before the user's own hooks: they shall see the output that goes on.
+            # Before the user's own, which shall see what goes on; the model's own stays where torch 2.8 can compile it.
             method = self._on_call if hooked.rule is not None else self._on_container_call
             hook = BoundHook(method, hooked, traced=self._compiled.hook_of(hooked))
-            self._module_hooks.add(hooked.module.register_forward_hook, hook, with_kwargs=True, prepend=True)
-        for module in self._compiled.calls.bystanders:
-            self._module_hooks.add(module.register_forward_hook, self._compiled.bystander_hook())
+            settings = {"with_kwargs": True, "prepend": hooked.rule is not None or bool(hooked.path)}
+            self._module_hooks.add(hooked.module.register_forward_hook, hook, **settings)
+        for m in self._compiled.calls.bystanders:
+            self._module_hooks.add(m.register_forward_hook, self._compiled.bystander_hook())
 
     def cover(self, layers: Sequence[ParamLayer]) -> None:
         """Measure other layers from now on; also as a pass begins.
@@ -343,8 +344,5 @@ class HookedNorms(NormAccumulator):
         self._free_dropped()
 
     def _name_of(self, param: nn.Parameter) -> str:
-        for layer in self.layers:
-            for p, name in zip(layer.params, layer.param_names, strict=True):
-                if p is param:
-                    return name
-        return "a parameter"
+        pairs = (pair for layer in self.layers for pair in zip(layer.params, layer.param_names, strict=True))
+        return next((name for p, name in pairs if p is param), "a parameter")

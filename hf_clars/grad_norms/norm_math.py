@@ -15,6 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from hf_clars.grad_norms.torch_traces import is_compiling
+
 # What is made per sample (gradients, Gram matrices) exists for at most this many elements at once: 64 MiB in float32.
 MAX_ELEMENTS = 1 << 24
 # On a CPU for no more than this many, or two samples: 8 MiB stay in cache, and are not asked of the system each time.
@@ -45,7 +47,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """The product a @ b; of half precision on CUDA in float32, so that nothing is rounded before it is squared."""
     if a.dim() != 3 or b.dim() != 3:
         return a @ b
-    if on_cuda(a) and a.dtype in _HALF and not torch.compiler.is_compiling():
+    if on_cuda(a) and a.dtype in _HALF and not is_compiling():
         return float_product(a, b)
     return torch.bmm(a, b)  # half of what `@` takes to find that out
 
@@ -162,7 +164,7 @@ def slices_of(*tensors: Tensor, elements_per_sample: int) -> Iterator[tuple[Tens
 
 
 def _samples_at_once(t: Tensor, elements_per_sample: int) -> int:
-    if torch.compiler.is_compiling():  # each slice would be code of its own
+    if is_compiling():  # each slice would be code of its own
         return max(1, MAX_ELEMENTS // max(1, elements_per_sample))
     if on_cuda(t):
         return max(1, _room(t.device) // max(1, elements_per_sample))

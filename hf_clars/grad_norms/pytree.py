@@ -19,7 +19,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, Mapping):
         for value in tree.values():
             yield from tensors_in(value)
-    elif isinstance(tree, list | tuple):
+    elif isinstance(tree, (list, tuple)):
         for value in tree:
             yield from tensors_in(value)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):

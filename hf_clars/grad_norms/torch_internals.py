@@ -1,7 +1,6 @@
 """The only place that uses parts of torch without a documented Python name.
 
-Each has a slower public substitute or a plain reason, and `tests/test_torch_internals.py` fails loudly when one
-changes.
+Each has a slower public substitute or a plain reason; `tests/test_torch_internals.py` fails loudly when one changes.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from hf_clars.grad_norms.torch_traces import is_compiling
 
 NO_BACKWARD = -1
 
@@ -149,7 +150,8 @@ _has_autocast = functools.cache(torch.amp.is_autocast_available)  # takes as lon
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Outside any autocast region that backward() may have been called in: norms are in float32 at least."""
-    on = _has_autocast(device) and torch.is_autocast_enabled(device)
+    known = device in ("cpu", "cuda") or _has_autocast(device)  # torch 2.8 cannot trace the question
+    on = known and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else NOTHING
 
 
@@ -193,7 +195,7 @@ def _statistics_in_graph(
     x: Tensor, output: Tensor, kinds: tuple[str, ...], shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor] | None:
     """What the normalisation of `x` saved for its own backward pass."""
-    if torch.compiler.is_compiling() or saved_tensors_are_packed():
+    if is_compiling() or saved_tensors_are_packed():
         return None  # a compiler finds by itself what is computed twice
     node = output.grad_fn
     for steps in range(_NODES_TO_SEARCH):
@@ -273,7 +275,7 @@ def weight_of(output: Tensor, weight: Tensor, *, transposed: bool = False) -> Te
 
 def _saved_by_product(output: Tensor, names: Mapping[str, str]) -> Tensor | None:
     """What the product behind an output saved under one of these names, in the type of the output."""
-    node = None if torch.compiler.is_compiling() or saved_tensors_are_packed() else output.grad_fn
+    node = None if is_compiling() or saved_tensors_are_packed() else output.grad_fn
     for _ in range(3):
         if node is None:
             return None

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_clars.grad_norms.torch_traces import is_compiling
+
 
 def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over positions of g * x_hat and of g, x_hat = (x - mean) * rstd, in one pass over both tensors.
@@ -28,7 +30,7 @@ def affine_sums(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
     mean, rstd = _for_each_channel(mean, channels), _for_each_channel(rstd, channels)
     if x.dim() == 2:
         return g * (x - mean) * rstd, g
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if compiling or not (x.is_contiguous() and g.is_contiguous()) or x.numel() == 0:
         # Channels last: no kernel to borrow; the mean goes first, for g * x - mean * g would cancel.
         centred = (x.flatten(2) - mean.unsqueeze(-1)).mul_(g.flatten(2))

@@ -22,11 +22,17 @@ from hf_clars.grad_norms.pytree import tensors_in
 _NEVER = 2**50
 """Rows that no tensor has."""
 
-RUNS_AS_COMPILED = hasattr(torch.compiler, "_compile_session_context")
-"""Whether Python that runs while code is compiled, and is not traced, is told so; not in older versions of torch."""
-
 UnknownLength = GuardOnDataDependentSymNode
 """The error where a trace is asked for a length that a run alone knows."""
+
+
+def _is_compiling() -> bool:
+    """Whether this is traced, or runs while what was traced is compiled: torch before 2.14 tells the first alone."""
+    return torch.compiler.is_compiling() or current_trace() is not None
+
+
+is_compiling = torch.compiler.is_compiling if hasattr(torch.compiler, "_compile_session_context") else _is_compiling
+"""Whether code is traced, or compiled."""
 
 
 def current_trace() -> object:

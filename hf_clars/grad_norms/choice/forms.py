@@ -20,6 +20,7 @@ from hf_clars.grad_norms.choice.tables import Times
 from hf_clars.grad_norms.choice.timing import milliseconds
 from hf_clars.grad_norms.rules import costs
 from hf_clars.grad_norms.rules.costs import SHIPPED, Form, Kind, WeightUse, fastest, forms_of, predicted
+from hf_clars.grad_norms.torch_traces import is_compiling
 
 Why = Literal["memory", "disk", "shipped", "measured", "shipped, like card", "model"]
 LIKE_CARD: Why = "shipped, like card"
@@ -71,7 +72,7 @@ class FormChoices:
         Raises:
             ConfigError: `HF_CLARS_MEASURE_FORMS` is no number of seconds.
         """
-        if torch.compiler.is_compiling():  # a compiler wants no side effects
+        if is_compiling():  # a compiler wants no side effects
             return fastest(predicted(kind, use))
         choice = self._taken.get((kind, use))
         if choice is None:
@@ -190,7 +191,7 @@ def cheapest_form(use: WeightUse, device: str, *, replaces_weight_grad: bool = T
     """
     if device == "cuda" and use.positions > 1:
         return form_choices.take("torch" if replaces_weight_grad else "torch beside", use)
-    by_model = costs.cheapest_form if torch.compiler.is_compiling() else _by_model
+    by_model = costs.cheapest_form if is_compiling() else _by_model
     return by_model(use, device, replaces_weight_grad=replaces_weight_grad)
 
 

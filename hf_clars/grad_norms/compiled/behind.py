@@ -21,7 +21,6 @@ from hf_clars.grad_norms.compiled.arithmetic import Arithmetic
 from hf_clars.grad_norms.compiled.functions import Linked, OneProduct, Watched, Way
 from hf_clars.grad_norms.compiled.operations import refuse
 from hf_clars.grad_norms.registry import LayerRule, is_shipped
-from hf_clars.grad_norms.torch_traces import RUNS_AS_COMPILED
 
 _LIBRARY = torch.library.Library("hf_clars", "FRAGMENT")
 _OF_ALL = "Tensor? places, str module, str[] names, bool[] summed"
@@ -47,7 +46,7 @@ class Behind(Arithmetic):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        fits = RUNS_AS_COMPILED and is_shipped(self.rule) and not self.rule.reads_tensors
+        fits = is_shipped(self.rule) and not self.rule.reads_tensors
         self.known_as = f"{_PROCESS} {self.state.receiver} {self.hooked.path}" if fits else ""
         _known[self.known_as] = self
 

@@ -191,7 +191,7 @@ class CompiledCall(Behind):
         given = self.state.given
         if x.requires_grad or batch not in self.state.given_axes or any(x is t for t in given):
             return False
-        return not x.is_floating_point() or (bool(given) and x.numel() < given[0].numel())
+        return not x.is_floating_point() or (len(given) > 0 and x.numel() < given[0].numel())
 
     def _unknown_rows(self, x: Tensor, batch: int) -> str:
         return (

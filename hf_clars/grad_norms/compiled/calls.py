@@ -63,7 +63,10 @@ class CompiledCalls(PassState):
         """The model is called: make rows. In compiled code and outside."""
         self.measures = self.shares = False
         self.shared = {}
-        given = [t for t in tensors_in((args, kwargs)) if t.dim() > 0]
+        given = []
+        for t in tensors_in((args, kwargs)):  # torch 2.8 traces no generator inside a comprehension
+            if t.dim() > 0:
+                given.append(t)
         batched = of_the_batch(given)
         if batched is None or self.paused or not torch.is_grad_enabled():
             return

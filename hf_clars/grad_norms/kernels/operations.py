@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_clars.grad_norms.kernels import reference, runs_kernels
+from hf_clars.grad_norms.torch_traces import is_compiling
 
 logger = logging.getLogger(__name__)
 _failed: set[str] = set()
@@ -59,7 +60,7 @@ class _Operation:
         self.register_fake = self.whole.register_fake
 
     def __call__(self, *args: Any) -> Any:
-        return self.whole(*args) if torch.compiler.is_compiling() else self._function(*args)
+        return self.whole(*args) if is_compiling() else self._function(*args)
 
 
 def _operation(function: Callable[..., Any]) -> _Operation:

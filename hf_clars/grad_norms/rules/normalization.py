@@ -29,6 +29,7 @@ from hf_clars.grad_norms.rules.kernel_forms import (
 )
 from hf_clars.grad_norms.torch_internals import batch_statistics, group_statistics, layer_statistics
 from hf_clars.grad_norms.torch_kernels import affine_sums
+from hf_clars.grad_norms.torch_traces import is_compiling
 from hf_clars.layers import BATCH_NORM_MODULES
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
@@ -72,7 +73,7 @@ class _ChannelRule(LayerRule):
 
     def _sums(self, x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over positions of g * x_hat and of g: [B, C] each. A compiler makes its own kernel of torch's way."""
-        if torch.compiler.is_compiling() or x.dim() == 2 or not (runs_kernels(x) and is_dense(x)):
+        if is_compiling() or x.dim() == 2 or not (runs_kernels(x) and is_dense(x)):
             return affine_sums(x, g, mean, rstd)
         bias, weight = channel_sums(x, g, mean, rstd).unbind()
         return weight, bias
@@ -177,7 +178,7 @@ def weighted_rows(x: Tensor, g: Tensor, mean: Tensor | None, scale: Tensor) -> T
 
     A compiler makes its own kernel of torch's way.
     """
-    if runs_kernels(x) and not torch.compiler.is_compiling():
+    if runs_kernels(x) and not is_compiling():
         return row_sums(x, g, None if mean is None else mean.squeeze(2), scale.squeeze(2))[1]
     # The mean goes first, for g * x - mean * g would cancel; the scales come with the sum over positions.
     weighted = x * g if mean is None else (x - mean).mul_(g)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class CountedPositionRule(EmbeddingRule):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, wanted: Collection[str]
     ) -> tuple[Tensor, ...]:
         """Row numbers [B, T]."""
-        given = {**dict(zip(("attention_mask", "length", "position_ids"), args, strict=False)), **kwargs}
+        given = {**_by_name(("attention_mask", "length", "position_ids"), args), **kwargs}
         places = given.get("position_ids")
         if places is None:
             mask = given["attention_mask"]
@@ -86,7 +86,7 @@ class StartingPositionRule(CountedPositionRule):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, wanted: Collection[str]
     ) -> tuple[Tensor, ...]:
         """Row numbers [B, T]."""
-        given = {**dict(zip(("input_ids", "cache_length", "position_ids"), args, strict=False)), **kwargs}
+        given = {**_by_name(("input_ids", "cache_length", "position_ids"), args), **kwargs}
         places = given.get("position_ids")
         if places is None:
             begin = next((n for n in (given.get("cache_length"), given.get("past_key_values_length")) if n), 0)
@@ -144,3 +144,7 @@ class TokenAndPositionRule(LayerRule):
         if "position_embeddings" in wanted:
             grads["position_embeddings"] = g.unsqueeze(1)
         return grads
+
+
+def _by_name(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(names[: len(args)], args, strict=True))  # torch 2.8 traces no zip of other lengths
