@@ -108,3 +108,9 @@ def test_what_runs_while_code_is_compiled_is_told_so_where_that_is_relied_on():
     torch.compile(torch.ops.hf_clars_tests.look.default, backend="aot_eager", fullgraph=True)(torch.ones(2))
     assert told
     assert all(told) or not traces.RUNS_AS_COMPILED
+
+
+def test_the_module_inside_of_what_torch_compile_returns_is_found():
+    model = torch.nn.Linear(2, 2)
+    assert traces.uncompiled(torch.compile(model)) is model
+    assert traces.uncompiled(model) is model

@@ -13,7 +13,7 @@ from types import CodeType
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, guard_or_true
 
@@ -27,6 +27,12 @@ RUNS_AS_COMPILED = hasattr(torch.compiler, "_compile_session_context")
 
 UnknownLength = GuardOnDataDependentSymNode
 """The error where a trace is asked for a length that a run alone knows."""
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module itself, of what `torch.compile` returned for it: hooks on that are outside of what is traced."""
+    found: nn.Module = getattr(model, "_orig_mod", model)
+    return found
 
 
 def current_trace() -> object:
