@@ -7,7 +7,7 @@ on its own, as most LARS codes do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -121,6 +121,26 @@ def param_layers(
         )
         for name, members in groups.items()
     ]
+
+
+def as_layers(model: nn.Module, layers: LayerMode | Sequence[ParamLayer]) -> list[ParamLayer]:
+    """The layers that were asked for, by the name of a partition or as a ready one.
+
+    Args:
+        model: Any module.
+        layers: `"module"`, `"tensor"`, or what `param_layers` has made.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if isinstance(layers, str):
+        return param_layers(model, layers=layers)
+    if not all(isinstance(layer, ParamLayer) for layer in layers):
+        raise ValueError(
+            f"layers={layers!r}: give 'module', 'tensor', or layers that hf_clars.param_layers has made. For some "
+            "alone: [layer for layer in hf_clars.param_layers(model) if layer.name in names]."
+        )
+    return list(layers)
 
 
 def _layer_name(model: nn.Module, owned: _Owned, layers: LayerMode, split_norm_and_bias: bool) -> str:

@@ -109,3 +109,9 @@ def test_what_runs_while_code_is_compiled_knows_it():
     assert told
     assert all(told)
     assert not traces.is_compiling()
+
+
+def test_the_module_inside_of_what_torch_compile_returns_is_found():
+    model = torch.nn.Linear(2, 2)
+    assert traces.uncompiled(torch.compile(model)) is model
+    assert traces.uncompiled(model) is model

@@ -36,9 +36,10 @@ def given_by(
     if not isinstance(found, Mapping):
         raise LayerRuleError(f"{who} returned {type(found).__name__}. Return {{parameter name: tensor}}.")
     for name in names:
-        t = found.get(name)
+        t: Any = found.get(name)
         shape = whole_shape(hooked.in_use(name)) if method == "per_sample_grads" else ()
-        if not (isinstance(t, Tensor) and t.dim() and len(t) == rows and t.numel() == rows * math.prod(shape)):
+        fits = isinstance(t, Tensor) and t.dim() and len(t) == rows and t.numel() == rows * math.prod(shape)
+        if not fits or (t.dim() == len(shape) + 1 and t.shape[1:] != shape):  # axes may be flattened, and not turned
             raise _unfit(who, repr(name), t, (rows, *shape))
     return {name: found[name] for name in names}
 

@@ -13,7 +13,7 @@ from types import CodeType
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, guard_or_true
 
@@ -33,6 +33,12 @@ def _is_compiling() -> bool:
 
 is_compiling = torch.compiler.is_compiling if hasattr(torch.compiler, "_compile_session_context") else _is_compiling
 """Whether code is traced, or compiled."""
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module itself, of what `torch.compile` returned for it: hooks on that are outside of what is traced."""
+    found: nn.Module = getattr(model, "_orig_mod", model)
+    return found
 
 
 def current_trace() -> object:

@@ -17,7 +17,8 @@ from hf_clars.grad_norms.hooks import PlacedHooks
 from hf_clars.grad_norms.sum_check import SumCheck
 from hf_clars.grad_norms.token_weights import label_counts
 from hf_clars.grad_norms.torch_internals import version
-from hf_clars.layers import LayerMode, ParamLayer, param_layers
+from hf_clars.grad_norms.torch_traces import uncompiled
+from hf_clars.layers import LayerMode, ParamLayer, as_layers
 
 CHECK_EVERY = 1000
 """In how many batches one is checked, after the first three."""
@@ -84,7 +85,8 @@ class PerSampleGradNorms(HookedNorms):
             raise ValueError(
                 f"loss_reduction={loss_reduction!r}: use 'mean', 'sum' or 'mean_tokens', as the loss does."
             )
-        partition = param_layers(model, layers=layers) if isinstance(layers, str) else layers
+        model = uncompiled(model)
+        partition = as_layers(model, layers)
         self._on_error = on_error
         self.take_error = None if on_error is None else self._give_up
         self.loss_reduction = loss_reduction

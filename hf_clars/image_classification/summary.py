@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from hf_clars.errors import name_list
 
 if TYPE_CHECKING:
     from hf_clars.trainer.trainer import ClarsTrainer
+
+_CHECKPOINT = r"checkpoint-(\d+)/"
 
 
 def before_training(trainer: ClarsTrainer, data: ImageData, pixels: str) -> None:
@@ -64,9 +67,16 @@ def after_training(trainer: ClarsTrainer, results: dict[str, float]) -> None:
     if "train_runtime" in results:
         speed = results.get("train_samples_per_second", float("nan"))
         rows.append(("training", f"{results['train_runtime']:.0f} s, {speed:,.0f} images/s"))
-    files = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
-    rows.append(("left in", f"{folder}: {', '.join(files)}"))
+    rows.append(("left in", f"{folder}: {', '.join(_files(folder))}"))
     _print(rows)
+
+
+def _files(folder: Path) -> list[str]:
+    """What is in a run's folder; of checkpoints, which may be many, how many there are, and the newest."""
+    files = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
+    numbers = sorted(int(found[1]) for name in files if (found := re.fullmatch(_CHECKPOINT, name)))
+    kept = [name for name in files if not re.fullmatch(_CHECKPOINT, name)]
+    return [f"{len(numbers)} x checkpoint-*/ (newest checkpoint-{numbers[-1]})", *kept] if numbers else files
 
 
 def _classes(data: ImageData) -> str:

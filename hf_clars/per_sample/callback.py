@@ -14,12 +14,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_clars.distributed import is_zeros
 from hf_clars.errors import HfClarsError
 from hf_clars.layers import LayerMode, ParamLayer
+from hf_clars.per_sample.closing import closing_words
 from hf_clars.per_sample.gradient import GradientProbe
 from hf_clars.per_sample.indexing import INDEX_COLUMN, IndexTaker
 from hf_clars.per_sample.monitor import NormMonitor
 from hf_clars.per_sample.reporting import Reporter, layer_values, model_values
 from hf_clars.per_sample.setup import any_process, check_settings
 from hf_clars.per_sample.spikes import Spike
+from hf_clars.per_sample.window import Hard
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ class PerSampleNormsCallback(TrainerCallback):
     It attaches before the first step, is off the model between measured ones, and leaves no hook at the end. Gradients,
     random numbers and the optimizer are left alone. In the output folder it keeps `per_sample_norms/` (see
     `PerSampleLog`; `windows.jsonl` and `spikes.jsonl` beside it), which `hf-clars plot` draws. Trainer's own log gets
-    the model's values, and tensorboard, trackio and wandb, where `report_to` names them, those of each layer too.
+    the model's values, and tensorboard, trackio and wandb, where `report_to` names them, those of each layer too. A few
+    lines at the end say on which side of the noise scale the batch is, and which examples were the hardest.
 
     To have the hardest examples by their index in the data set, train on `with_index(dataset)` and set
     `remove_unused_columns=False`; the column is taken out of the batch before the model sees it. TRL's collators drop
@@ -112,6 +115,7 @@ class PerSampleNormsCallback(TrainerCallback):
         self._begun = False
         self._told = False
         self._loss_scale = 1.0
+        self._hardest: list[Hard] = []
 
     # ---- begin and end ---------------------------------------------------------------------------------------
 
@@ -121,7 +125,7 @@ class PerSampleNormsCallback(TrainerCallback):
     ) -> None:
         """Look at the model, and begin or continue the log."""
         self._close()
-        self._begun, self.monitor, self._told = True, None, False
+        self._begun, self.monitor, self._told, self._hardest = True, None, False, []
         self._begin(args, state, kwargs)
 
     def _begin(self, args: TrainingArguments, state: TrainerState, given: dict[str, Any]) -> None:
@@ -158,9 +162,13 @@ class PerSampleNormsCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take everything off the model, and write what is left."""
+        """Take everything off the model, write what is left, and say what was found."""
         try:
             self._end_window(state)
+            if self.monitor is not None and state.is_world_process_zero:
+                folder = Path(str(args.output_dir)) if self.keep_log else None
+                words = closing_words(self.monitor, self._hardest, folder)
+                print(f"\n{words}" * bool(words), flush=True)  # a progress bar may stand in this line
         finally:
             self._close()
 
@@ -272,6 +280,7 @@ class PerSampleNormsCallback(TrainerCallback):
         hardest = [] if monitor is None else monitor.hardest()
         if monitor is None or not hardest:
             return
+        self._hardest = hardest
         if not monitor.knows_indices and not self._told:
             self._told = True
             logger.warning(

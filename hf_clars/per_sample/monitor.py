@@ -105,8 +105,8 @@ class NormMonitor:
     ) -> None:
         taken: dict[str, Any] = {"layers": layers, "index_column": index_column, "flush_every": flush_every}
         check_settings(every=every, top_k=top_k, decay=decay, **taken)
-        make_room(model, run)
-        self.every, self.model, self.run = every, model, run
+        model = make_room(model, run)
+        self.every, self.model, self.run, self.norm_layers_only = every, model, run, norm_layers_only
         self.strict, self.with_gradient, self.top_k = strict, noise_scale, top_k
         partition = partition_of(model, layers)
         self.layers = norm_layers(model, partition) if norm_layers_only else partition

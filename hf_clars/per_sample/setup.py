@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_clars.distributed import sum_over_ranks, world_size
 from hf_clars.errors import ConfigError
+from hf_clars.grad_norms.torch_traces import uncompiled
 from hf_clars.layers import LayerMode, ParamLayer, param_layers
 from hf_clars.per_sample.log import PerSampleLog
 
@@ -36,23 +37,28 @@ def watcher_of(model: nn.Module) -> Watcher | None:
     return None if found is None else found()
 
 
-def make_room(model: nn.Module, run: object) -> None:
+def make_room(model: nn.Module, run: object) -> nn.Module:
     """Close the monitor of another run of a model: that run has ended with an error, or lost its callback.
+
+    Returns:
+        The module to watch: where the model is what `torch.compile` returned, the one inside.
 
     Raises:
         ConfigError: If a monitor of this run, or of no known one, watches the model, or it is no module.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"The model is a {type(model).__name__}, and no torch module: give the one that is trained.")
+    model = uncompiled(model)
     other = watcher_of(model)
     if other is None:
-        return
+        return model
     if run is None or other.run is None or other.run is run:
         raise ConfigError(
             f"Another monitor measures this {type(model).__name__} already, every {other.every} steps: use that one, "
             "with the smaller `every` of the two, or close() it first."
         )
     other.close()
+    return model
 
 
 def any_process(here: bool, device: torch.device) -> bool:

@@ -128,5 +128,5 @@ def _samples_of(run: Run) -> PerSampleLog:
 
 def _log_of(run: Run) -> LayerRateLog:
     if run.log is None:
-        raise NothingToShowError(f"The run {run.name} kept no layer-rate log.")
+        raise NothingToShowError(f"The run {run.name} kept no layer-rate log: CLARS, LARS and NAG do.")
     return run.log

@@ -28,6 +28,9 @@ class ClarsSettings(TrainingArguments):
     max_grad_norm: float = _option(0.0, "Must stay 0: clipping would change gradients after their norms were measured.")
     logging_nan_inf_filter: bool = _option(False, "Replace NaN losses in logs by the mean of others.")
     hub_strategy: str = _option("end", "Must stay end: checkpoints hold states that are not for sharing.")
+    resume_from_checkpoint: str | None = _option(
+        None, "true: go on from the newest checkpoint in output_dir; auto: likewise, if there is one; or its folder."
+    )
     report_to: str | list[str] = field(
         default_factory=lambda: ["none"],
         metadata={"help": "Trackers: tensorboard, trackio, wandb ..., several one after the other; or none."},

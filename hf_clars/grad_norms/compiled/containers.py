@@ -93,9 +93,9 @@ class CompiledModel:
 def not_compiled(names: str) -> str:
     """What is wrong with parameters that cannot be measured in compiled code."""
     return (
-        f"{names}: no layer rule measures this in compiled code. Compile only the parts of the model whose parameters "
-        "all have rules (as model.layers[0].compile()), register a rule (README of grad_norms), freeze these "
-        "parameters, or run the model without torch.compile."
+        f"{names}: no layer rule measures this in compiled code. Compile the whole model (torch.compile(model)) in the "
+        "place of parts, or only parts whose parameters all have rules (as model.layers[0].compile()), register a rule "
+        "(README of grad_norms), freeze these parameters, or run the model without torch.compile."
     )
 
 

@@ -35,8 +35,8 @@ _GIVES_NO_TENSOR = frozenset(
 BROUGHT_BACK, MOVED, LOOSE = 1, 2, 3
 """Rows that were given other places: and were written back since, so that one look tells; or that may be anywhere.
 
-Those of a tensor that was given without an axis of the batch, as the nodes of all graphs, may be anywhere from the
-start, until they meet what has one. So they are told apart here, and taken for `MOVED` by others."""
+Those of a tensor that was given without an axis of the batch, as the nodes of all graphs, may be anywhere until they
+meet what has one. They are told apart here, and taken for `MOVED` by others."""
 
 _BLANK = (*(f"new_{kind}" for kind in _FILLED), *(f"{kind}_like" for kind in _FILLED))
 """Functions that take of a tensor no more than its type, and perhaps its shape."""
@@ -276,8 +276,7 @@ class WorstPlaces:
 class Following:
     """The mode of a forward pass, if it has one.
 
-    It outlives the tracker: an optimizer that nobody keeps may be collected in the middle of a forward pass, and a mode
-    that was left behind would follow everything that comes after.
+    It outlives the tracker, which may be collected in a forward pass: a mode left behind would follow all that comes.
 
     Attributes:
         taint: The mode.
@@ -303,7 +302,10 @@ class Following:
         """Follow no longer. Returns what was followed."""
         taint, self.taint = self.taint, None
         if taint is not None:
-            taint.__exit__(None, None, None)
+            try:
+                taint.__exit__(None, None, None)
+            except RuntimeError:  # compiled code puts all modes aside while it runs: the model's end ends this one
+                self.taint = taint
         return taint
 
     @staticmethod
