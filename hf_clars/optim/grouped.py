@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_clars.distributed import on_device
+from hf_clars.grad_norms.torch_traces import uncompiled
 from hf_clars.layers import LayerMode, ParamLayer
 from hf_clars.optim.groups import ADAPTIVE, FROZEN, HELD, model_groups, tensor_layers, validate_settings
 from hf_clars.optim.layer_book import LayerBook
@@ -22,7 +23,7 @@ class GroupedOptimizer(Optimizer):
     """Keeps the caller's groups as they are, and the partition into layers beside them.
 
     Args:
-        model: A module, or what torch's optimizers take.
+        model: A module, or what `torch.compile` returned for it, or what torch's optimizers take.
         defaults: Settings that a group may have.
         layers: See `hf_clars.param_layers`.
         params: Groups of the model's parameters; None: one for every layer.
@@ -42,6 +43,7 @@ class GroupedOptimizer(Optimizer):
         scale_norm_and_bias: bool,
     ) -> None:
         validate_settings(defaults)
+        model = uncompiled(model) if isinstance(model, nn.Module) else model
         self._model = model if isinstance(model, nn.Module) else None
         self._partitioned: LayerMode = layers
         self._scale_norm_and_bias = scale_norm_and_bias
