@@ -137,6 +137,17 @@ def test_runs_of_one_batch_size_have_no_third_column(tmp_path):
     assert len(plot_training_curves(runs).axes) == 4
 
 
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_without_an_accuracy_there_is_no_empty_panel_for_it(tmp_path, names):
+    """As of language models."""
+    for name in names:
+        make_run(tmp_path / name)
+        entries = [{"step": step, "epoch": step / 10, "loss": 2 / step} for step in range(3, 31, 3)]
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    figure = plot_training_curves(open_runs([tmp_path / name for name in names]), tmp_path / "curves.png")
+    assert {axes.get_title("left").split(" ")[0] for axes in figure.axes} == {"Loss"}
+
+
 def test_a_diverged_run_says_from_which_step(tmp_path):
     run = make_run(tmp_path / "bad", nan_from=12)
     figure = plot_training_curves(open_runs([run]))

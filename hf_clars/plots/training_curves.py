@@ -62,10 +62,16 @@ def plot_training_curves(
         return finish(figure, look, named, target, dpi)
 
 
+def _to_draw(runs: Sequence[Run]) -> list[Callable[..., None]]:
+    """What has something to show: a run without evaluation, as of a language model, has no accuracy."""
+    return [_draw_loss, _draw_accuracy] if any(run.points(ACCURACY) for run in runs) else [_draw_loss]
+
+
 def _draw_one(look: Look, run: Run) -> Figure:
-    """Loss beside accuracy, with steps below and epochs above."""
-    figure = new_figure(12, 4.6)
-    for axes, draw in zip(figure.subplots(1, 2), (_draw_loss, _draw_accuracy), strict=True):
+    """Loss beside accuracy, if there is any, with steps below and epochs above."""
+    draws = _to_draw([run])
+    figure = new_figure(12 if len(draws) > 1 else 7.5, 4.6)
+    for axes, draw in zip(figure.subplots(1, len(draws), squeeze=False)[0], draws, strict=True):
         draw(axes, look, [run], [(look.series[0], DASHES[0])], over_epochs=False)
         _add_epochs(axes, run)
     _name_runs(figure, figure.axes[0], [run])
@@ -73,19 +79,21 @@ def _draw_one(look: Look, run: Run) -> Figure:
 
 
 def _draw_several(look: Look, runs: Sequence[Run]) -> Figure:
-    """Loss above accuracy; over steps, over epochs, and over batch sizes if they differ."""
+    """Loss above accuracy, if there is any; over steps, over epochs, and over batch sizes if they differ."""
     batches = {run.settings.get("global_batch") for run in runs}
     by_batch = len(batches) > 1 and all(isinstance(batch, int) for batch in batches)
-    figure = new_figure(11 + 4.5 * by_batch, 7.4 + 0.19 * len(runs))
-    panels = figure.subplots(2, 2 + by_batch)
+    draws = _to_draw(runs)
+    figure = new_figure(11 + 4.5 * by_batch, 3.7 * len(draws) + 0.19 * len(runs))
+    panels = figure.subplots(len(draws), 2 + by_batch, squeeze=False)
     styles = [style for style, _ in zip(zip(cycle(look.series), cycle(DASHES), strict=False), runs, strict=False)]
-    for row, draw in zip(panels, (_draw_loss, _draw_accuracy), strict=True):
+    for row, draw in zip(panels, draws, strict=True):
         draw(row[0], look, runs, styles, over_epochs=False)
         draw(row[1], look, runs, styles, over_epochs=True)
-    _share_steps(panels[:, 0], runs)
+    _share_steps([row[0] for row in panels], runs)
     if by_batch:
         _draw_over_batch(panels[0, 2], look, runs, LOSS, "last training loss", last_finite)
-        _draw_over_batch(panels[1, 2], look, runs, ACCURACY, "best accuracy", max)
+        if len(draws) > 1:
+            _draw_over_batch(panels[1, 2], look, runs, ACCURACY, "best accuracy", max)
     _name_runs(figure, panels[0, 0], runs)
     return figure
 
@@ -124,9 +132,6 @@ def _draw_loss(axes: Axes, look: Look, runs: Sequence[Run], styles: list[_Style]
 
 def _draw_accuracy(axes: Axes, look: Look, runs: Sequence[Run], styles: list[_Style], *, over_epochs: bool) -> None:
     axes.set_title("Accuracy on the evaluation data", loc="left", fontsize=11)
-    if not any(run.points(ACCURACY) for run in runs):
-        say(axes, look, "no accuracy was logged")
-        return
     for run, (colour, dashes) in zip(runs, styles, strict=True):
         steps, epochs, accuracies = _columns_of(run, ACCURACY)
         where = epochs if over_epochs else steps
