@@ -58,7 +58,8 @@ def plot_training_curves(
     with themed(theme) as look:
         figure = _draw_one(look, shown[0]) if len(shown) == 1 else _draw_several(look, shown)
         default = shown[0].name if len(shown) == 1 else f"{len(shown)} runs"
-        named = shortened(f"Loss and accuracy · {default}" if title is None else title, 110)
+        what = "Loss and accuracy" if len(_to_draw(shown)) > 1 else "Loss"
+        named = shortened(f"{what} · {default}" if title is None else title, 110)
         return finish(figure, look, named, target, dpi)
 
 
