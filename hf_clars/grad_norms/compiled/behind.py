@@ -8,6 +8,7 @@ that in any case. Blocks that are alike and compiled one by one share code: ther
 from __future__ import annotations
 
 import copy
+import os
 import uuid
 import weakref
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ _LIBRARY.define(f"behind(Tensor y, Tensor? x, Tensor[] rows, Tensor[] params, Te
 _LIBRARY.define(f"linked(Tensor y, Tensor[] tensors, int earlier, {_OF_ALL}) -> (Tensor, Tensor)")
 
 _PROCESS = uuid.uuid4().hex
-"""In each name: torch keeps compiled code on disk, by names among others. Another process's may be of other rules."""
+"""In each name, beside a fork's number: torch keeps compiled code on disk by names, and others' is of other modules."""
 
 _known: weakref.WeakValueDictionary[str, Behind] = weakref.WeakValueDictionary()
 
@@ -47,7 +48,7 @@ class Behind(Arithmetic):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         fits = is_shipped(self.rule) and not self.rule.reads_tensors
-        self.known_as = f"{_PROCESS} {self.state.receiver} {self.hooked.path}" if fits else ""
+        self.known_as = f"{_PROCESS} {os.getpid()} {self.state.receiver} {self.hooked.path}" if fits else ""
         _known[self.known_as] = self
 
     def put(
