@@ -58,6 +58,10 @@ def _place_of(node: fx.Node, y: Any, given: Sequence[fx.Node], places: Mapping[f
     several = isinstance(y, tuple | list)
     if name in _BEHIND_MODULES:  # its output, or its input and its output
         alike = the_one([places[n] for n in given if value_of(n).shape == (y[0] if several else y).shape])
+        x: Any = node.args[1] if name == "behind" else None
+        called_on = places.get(x)
+        if alike is LOST and isinstance(called_on, Place):  # of a module that was not traced itself
+            alike = called_on
         return (alike, *(LOST for _ in y[1:])) if several else alike
     if any(not isinstance(places[n], Place) for n in given):
         return (LOST,) * len(y) if several else LOST
