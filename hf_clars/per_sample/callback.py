@@ -167,8 +167,8 @@ class PerSampleNormsCallback(TrainerCallback):
             self._end_window(state)
             if self.monitor is not None and state.is_world_process_zero:
                 folder = Path(str(args.output_dir)) if self.keep_log else None
-                words = closing_words(self.monitor, self._hardest, folder)
-                print(f"\n{words}" * bool(words), flush=True)  # a progress bar may stand in this line
+                if words := closing_words(self.monitor, self._hardest, folder):
+                    print(f"\n{words}", flush=True)  # a progress bar may stand in this line
         finally:
             self._close()
 

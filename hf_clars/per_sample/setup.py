@@ -13,7 +13,7 @@ from torch import nn
 from hf_clars.distributed import sum_over_ranks, world_size
 from hf_clars.errors import ConfigError
 from hf_clars.grad_norms.torch_traces import uncompiled
-from hf_clars.layers import LayerMode, ParamLayer, param_layers
+from hf_clars.layers import LayerMode, ParamLayer, as_layers
 from hf_clars.per_sample.log import PerSampleLog
 
 
@@ -92,16 +92,16 @@ def partition_of(model: nn.Module, layers: LayerMode | Sequence[ParamLayer]) -> 
 
     Raises:
         ConfigError: If a parameter is not the model's, or in two of them: its norms would be missing, or count twice.
+        ValueError: As `as_layers`.
     """
-    if isinstance(layers, str):
-        return param_layers(model, layers=layers)
+    found = as_layers(model, layers)
     left = dict.fromkeys(model.parameters())
-    for layer in layers:
+    for layer in found:
         for name, param in zip(layer.param_names, layer.params, strict=True):
             if param not in left:
                 raise ConfigError(f"layers= has {name}, which is no parameter of this model, or in another layer too.")
             del left[param]
-    return list(layers)
+    return found
 
 
 def _whole(value: object) -> bool:

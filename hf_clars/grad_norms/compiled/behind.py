@@ -47,9 +47,10 @@ class Behind(Arithmetic):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        fits = is_shipped(self.rule) and not self.rule.reads_tensors
-        self.known_as = f"{_PROCESS} {os.getpid()} {self.state.receiver} {self.hooked.path}" if fits else ""
-        _known[self.known_as] = self
+        self.known_as = ""
+        if is_shipped(self.rule) and not self.rule.reads_tensors:
+            self.known_as = f"{_PROCESS} {os.getpid()} {self.state.receiver} {self.hooked.path}"
+            _known[self.known_as] = self
 
     def put(
         self,
@@ -90,7 +91,7 @@ class Behind(Arithmetic):
         self, names: tuple[str, ...], summed: tuple[bool, ...], saved: tuple[Tensor, ...], g: Tensor, batch: int
     ) -> list[Tensor]:
         """See `Arithmetic`. An error does not end what is compiled: it is said when the code runs."""
-        if not self.runs:
+        if not self.runs:  # it is traced, and an error is the tracer's to see
             return super().for_rows(names, summed, saved, g, batch)
         try:
             return super().for_rows(names, summed, saved, g, batch)

@@ -38,7 +38,7 @@ class CompiledContainer:
             state.keep_rows()
             note_done(state.uses.name, self.path)
         if self.missing and not (state.within or state.paused) and torch.is_grad_enabled():
-            state.number = refuse(state.place, state.receiver, not_compiled(self.missing), False)
+            state.number = refuse(state.place, state.receiver, not_compiled(self.missing, part=True), False)
 
 
 class CompiledBystander:
@@ -86,16 +86,17 @@ class CompiledModel:
             state.begin(args, rest)
             state.keep_rows()
         else:
-            state.number = refuse(state.place, state.receiver, not_compiled(state.reason), False)
+            state.number = refuse(state.place, state.receiver, not_compiled(state.reason, part=False), False)
             state.measures, state.within = False, True
 
 
-def not_compiled(names: str) -> str:
-    """What is wrong with parameters that cannot be measured in compiled code."""
+def not_compiled(names: str, *, part: bool) -> str:
+    """What is wrong with parameters that cannot be measured in compiled code, of a part or of the whole model."""
+    whole = "Compile the whole model (torch.compile(model)) in the place of parts, or only" if part else "Compile only"
     return (
-        f"{names}: no layer rule measures this in compiled code. Compile the whole model (torch.compile(model)) in the "
-        "place of parts, or only parts whose parameters all have rules (as model.layers[0].compile()), register a rule "
-        "(README of grad_norms), freeze these parameters, or run the model without torch.compile."
+        f"{names}: no layer rule measures this in compiled code. {whole} parts whose parameters all have rules (as "
+        "model.layers[0].compile()), register a rule (README of grad_norms), freeze these parameters, or run the model "
+        "without torch.compile."
     )
 
 
